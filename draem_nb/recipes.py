@@ -12,10 +12,10 @@ from dataclasses import dataclass
 # %% auto #0
 __all__ = ['Recipe', 'official', 'paper', 'demo', 'by_name']
 
-# %% ../nbs/06_recipes.ipynb #d953a4fd
+# %% ../nbs/06_recipes.ipynb #7de2cab6
 _CHOICES = dict(color=('rgb', 'bgr'), mask_shape=('perlin', 'rectangle'), texture_source=('images', 'color'),
                 augmentation=('official', 'paper', 'none'), reconstruction_map=('ssim', 'msgms'),
-                precision=('auto', 'float32', 'bfloat16', 'float16'), memory_format=('auto', 'channels_last', 'contiguous'))
+                precision=('auto', 'float32', 'bfloat16', 'float16'), memory_format=('channels_last', 'contiguous'))
 
 @dataclass(frozen=True)
 class Recipe:
@@ -65,7 +65,7 @@ class Recipe:
     quantile: float = 0.995                         # of the held-out normal scores: the threshold
     # --- machine
     precision: str = 'auto'                         # autocast type; 'auto': what the device is fast at
-    memory_format: str = 'auto'                     # 'channels_last' or 'contiguous'; 'auto': what was measured faster
+    memory_format: str = 'channels_last'            # of images and weights, or 'contiguous'
     compile: bool = False                           # torch.compile the networks (pays on GPUs, for long runs)
     checkpoint_every: int = 500                     # steps
 
