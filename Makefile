@@ -1,0 +1,49 @@
+# make report    train and test a detector on one class; without more words on the built-in class `brick`
+# make inspect   RUN=runs/... IMAGES=folder: a trained detector on a folder of new images
+# make summary   the paper's two tables with the classes of RUNS beside them
+# make test      everything that is checked
+# make readme    README.md from nbs/index.ipynb
+# Each makes .venv first, if it is missing or older than what it is made from.
+
+CATEGORY ?= brick
+RECIPE ?= demo
+SEED ?= 0
+RUNS ?= runs
+# make report CATEGORY=screw DATA=/data/mvtec TEXTURES=/data/dtd/images RECIPE=official OVERRIDES='{"steps": 5000}' RUN=runs/mine
+DATA ?=
+TEXTURES ?=
+OVERRIDES ?=
+DEVICE ?=
+RUN ?=
+IMAGES ?=
+PYTHON ?= python3
+
+bin := .venv/bin
+made := .venv/made
+# $(call option,--name,value): the option where there is a value, else nothing
+option = $(if $(2),$(1) '$(2)')
+
+.PHONY: report inspect summary test readme
+report: $(made)
+	$(bin)/draem_nb category --category '$(CATEGORY)' --recipe '$(RECIPE)' --seed $(SEED) $(call option,--data-root,$(DATA)) \
+	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--device,$(DEVICE)) $(call option,--run-dir,$(RUN))
+
+inspect: $(made)
+	$(bin)/draem_nb inspect $(call option,--run-dir,$(RUN)) $(call option,--images,$(IMAGES)) $(call option,--device,$(DEVICE))
+
+summary: $(made)
+	$(bin)/draem_nb summary --runs-dir '$(RUNS)'
+
+test: $(made)
+	$(bin)/python tests/run_all.py
+
+readme: $(made)
+	$(bin)/python nbs/make_readme.py
+
+# The stamp comes last: an environment that was interrupted is made anew.
+$(made): settings.ini constraints.txt setup.py
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; name one: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv --clear .venv
+	$(bin)/pip install --quiet --constraint constraints.txt setuptools wheel
+	$(bin)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
