@@ -42,7 +42,8 @@ readme: $(made)
 
 # The stamp comes last: an environment that was interrupted is made anew.
 $(made): settings.ini constraints.txt setup.py
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; name one: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; name one: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@echo 'Making .venv with the packages of constraints.txt; this takes a minute or more.'
 	$(PYTHON) -m venv --clear .venv
 	$(bin)/pip install --quiet --constraint constraints.txt setuptools wheel
 	$(bin)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'

@@ -152,18 +152,23 @@ def _frame(ax: Axes) -> None:
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values(): spine.set_visible(False)
 
-# %% ../nbs/11_plots.ipynb #22ccaa67
+# %% ../nbs/11_plots.ipynb #bd4e332f
+def _paint(ax: Axes, picture: np.ndarray, **kwargs) -> None:
+    "An array into a frame: small ones with their true pixels, not smoothed, large ones reduced without aliasing."
+    enlarged = ax.get_window_extent().width / picture.shape[1]
+    ax.imshow(picture, interpolation='nearest' if enlarged > 1.5 else 'auto', **kwargs)
+
 def _show(ax: Axes, image: torch.Tensor) -> None:
     "An image (3, H, W) into a frame."
-    ax.imshow(_picture(image))
+    _paint(ax, _picture(image))
 
 def _show_map(ax: Axes, scores: torch.Tensor) -> None:
     "A score map (H, W) into a frame, on the fixed scale."
-    ax.imshow(_plane(scores).astype(np.float32), cmap=HEAT, vmin=0, vmax=1)
+    _paint(ax, _plane(scores).astype(np.float32), cmap=HEAT, vmin=0, vmax=1)
 
 def _show_mask(ax: Axes, mask: torch.Tensor) -> None:
     "A mask (H, W) or (1, H, W) into a frame: white on dark gray."
-    ax.imshow(_plane(mask).astype(np.float32), cmap='gray', vmin=-.2, vmax=1)
+    _paint(ax, _plane(mask).astype(np.float32), cmap='gray', vmin=-.2, vmax=1)
 
 def _draw_outline(ax: Axes, mask: torch.Tensor, colour: str, dash: object = 'solid') -> None:
     "The outline of a mask as a line with a dark rim, which stays legible at any size and on any ground."
@@ -423,7 +428,7 @@ def _named(metrics: dict | None, **names: str) -> str:
     "The metrics asked for, in words; one that is not defined is left out."
     return ', '.join(f'{name} {metrics[key]:.3f}' for key, name in names.items() if (metrics or {}).get(key) is not None)
 
-# %% ../nbs/11_plots.ipynb #caf2fd66
+# %% ../nbs/11_plots.ipynb #5a48926e
 @_styled
 def detection_curves(
     image_curves: dict | None,   # arrays 'fpr', 'tpr', 'precision', 'recall' over whole images; None: not defined
@@ -438,7 +443,7 @@ def detection_curves(
     whats = (('images', image_curves, image_metrics, IMAGES, '-'), ('pixels', pixel_curves, pixel_metrics, PIXELS, '--'))
     for ax, x, y, names in panels:
         for what, curves, metrics, colour, dash in whats:
-            if curves is None: ax.plot([], [], color=colour, linestyle=dash, label=f'{what}: not defined')
+            if curves is None or curves[x] is None or curves[y] is None: ax.plot([], [], color=colour, linestyle=dash, label=f'{what}: not defined')
             else: ax.plot(*_thinned(curves[x], curves[y]), color=colour, linestyle=dash, label=f'{what}: {_named(metrics, **names)}', clip_on=False)
         ax.set(xlim=(0, 1), ylim=(0, 1))
         ax.legend(loc='lower right' if ax is roc else 'lower left')
@@ -489,7 +494,7 @@ def _colour_bar(fig: Figure, last: Axes) -> None:
     bar = fig.add_axes((box.x1 + .12 / across, box.y1 - high, .1 / across, high))
     fig.colorbar(ScalarMappable(Normalize(0, 1), HEAT), cax=bar, ticks=(0, .5, 1)).outline.set_visible(False)
 
-# %% ../nbs/11_plots.ipynb #0be15678
+# %% ../nbs/11_plots.ipynb #1517eb40
 @_styled
 def detection_gallery(
     images: torch.Tensor,                # (M, 3, H, W) uint8
@@ -515,7 +520,7 @@ def detection_gallery(
         if restored is not None: _show(at['restoration'], restored[i])
         _show_map(at['score map'], detections.maps[i])
         if masks is not None: _show_mask(at['truth'], masks[i])
-        at['overlay'].imshow(overlay(images[i], detections.maps[i]))
+        _paint(at['overlay'], overlay(images[i], detections.maps[i]))
         if masks is not None: _draw_outline(at['overlay'], masks[i], TRUTH)
         if claims is not None: _draw_outline(at['overlay'], claims[i], PREDICTION, DASHES)
         _label_row(line[0], _row_words(detections, i, names, kinds, threshold))

@@ -302,7 +302,7 @@ def test_missing_mask_is_named(root):
 
 def test_mask_of_another_size_is_named(root):
     save(Image.new('L', (30, 40)), root / 'part/ground_truth/dent/1_mask.png')
-    with pytest.raises(ValueError, match=r'1_mask.png has 30 x 40 pixels .* dent/1.png has 40 x 30'): load_category(root, 'part', 32)
+    with pytest.raises(ValueError, match=r'1_mask.png has 30 x 40 pixels .*dent/1.png has 40 x 30'): load_category(root, 'part', 32)
 
 
 # --- bad folders, bad files
@@ -574,9 +574,9 @@ def test_demo_classes(tmp_path, name):
     assert len(part.train) == 80 and part.kinds.count('good') == 24 and len(set(part.kinds)) == 7 and len(part.kinds) == 72
     assert torch.equal(part.masks, part.masks_official)   # at their own size
     for path in find_images(folder):
-        image = Image.open(path)
-        assert image.mode == 'L' and image.size == (160, 160) and path.suffix == '.png'
-        if 'ground_truth' in path.parts: assert set(np.unique(np.asarray(image))) == {0, 255}
+        with Image.open(path) as image:
+            assert image.mode == 'L' and image.size == (160, 160) and path.suffix == '.png'
+            if 'ground_truth' in path.parts: assert set(np.unique(np.asarray(image))) == {0, 255}
     shares = part.masks[part.labels].float().mean((1, 2, 3))
     assert shares.min() > 0.003 and shares.max() < 0.15
     again = demo_category(name, tmp_path / 'again')

@@ -1,0 +1,69 @@
+"""All that is checked, in one run: clean notebooks, an exported library, every notebook executed, then pytest.
+
+`make test` calls this. The last line says `N passed, N failed`; the exit status is not 0 if anything failed."""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def contents() -> dict[Path, str]:
+    "Hash of every file that cleaning and exporting could change."
+    found = [*(ROOT / 'nbs').rglob('*.ipynb'), *(ROOT / 'draem_nb').rglob('*.py'), ROOT / 'pyproject.toml']
+    return {p.relative_to(ROOT): hashlib.sha256(p.read_bytes()).hexdigest() for p in found if '.ipynb_checkpoints' not in p.parts}
+
+
+def check_clean_and_exported() -> list[str]:
+    "Names of the files that nbdev_clean and nbdev_export change: there must be none."
+    before = contents()
+    for command in ('nbdev_clean', 'nbdev_export'): subprocess.run([BIN / command], cwd=ROOT, check=True)
+    after = contents()
+    return sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+
+
+def run_notebooks() -> tuple[int, int]:
+    "Passed and failed notebooks. nbdev_test exits with 0 when it finds no notebook and prints no count, so they are counted here."
+    expected = {p.resolve() for p in (ROOT / 'nbs').rglob('*.ipynb') if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts}
+    # One after the other: notebooks side by side would fight for the cores that each of them uses all of.
+    process = subprocess.Popen([BIN / 'nbdev_test', '--do_print', '--n_workers', '0', '--timing'], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    completed, started = set(), set()
+    for line in process.stdout:
+        print(line, end='', flush=True)
+        if found := re.match(r'Starting (.+\.ipynb)', line): started.add(Path(found[1]).resolve())
+        if found := re.match(r'- Completed (.+\.ipynb)', line): completed.add(Path(found[1]).resolve())
+    status = process.wait()
+    if missing := sorted(str(p) for p in expected - completed): print('notebooks that did not run:', *missing, sep='\n  ')
+    # "Completed" is printed for failures too: the names of those stand on stderr, the exit status tells that there are any.
+    if status: return len(completed) - 1, max(1, len(expected - completed) + 1)
+    return len(completed), len(expected - completed)
+
+
+def run_pytest() -> tuple[int, int]:
+    "Passed and failed tests; errors count as failed, and no test at all is a failure."
+    report = ROOT / '.pytest_cache' / 'counts.xml'
+    status = subprocess.run([BIN / 'pytest', '-q', '--durations=8', f'--junitxml={report}', 'tests'], cwd=ROOT).returncode
+    suite = re.search(r'<testsuite [^>]*>', report.read_text()) if report.exists() else None
+    if suite is None: return 0, 1
+    count = {key: int(value) for key, value in re.findall(r'(tests|failures|errors|skipped)="(\d+)"', suite[0])}
+    failed = count['failures'] + count['errors']
+    return count['tests'] - failed - count['skipped'], max(failed, int(status != 0))
+
+
+def main() -> int:
+    changed = check_clean_and_exported()
+    if changed: print('nbdev_clean and nbdev_export changed files that should have been committed clean and exported:', *changed, sep='\n  ')
+    results = [(int(not changed), int(bool(changed))), run_notebooks(), run_pytest()]
+    passed, failed = (sum(column) for column in zip(*results))
+    print(f'{passed} passed, {failed} failed', flush=True)
+    return int(failed > 0)
+
+
+if __name__ == '__main__':
+    os.environ.setdefault('MPLBACKEND', 'agg')
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The project as a whole: what is generated agrees with what it is generated from, and what is installed is complete."""
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+
+def settings() -> dict:
+    parser = ConfigParser(delimiters=['='])
+    parser.read(ROOT / 'settings.ini')
+    return parser['DEFAULT']
+
+
+def test_every_module_has_its_notebook():
+    exported = {m[1] for p in NOTEBOOKS for m in re.finditer(r'#\| default_exp (\w+)', p.read_text())}
+    modules = {p.stem for p in (ROOT / 'draem_nb').glob('*.py') if not p.stem.startswith('_')}
+    assert modules == exported
+
+
+def test_readme_is_made_from_the_index():
+    sys.path.insert(0, str(ROOT / 'nbs'))
+    from make_readme import readme
+    assert (ROOT / 'README.md').read_text() == readme(), 'README.md is out of date: make readme'
+
+
+def test_readme_names_what_is_there():
+    text = (ROOT / 'README.md').read_text()
+    for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', text): assert (ROOT / link).exists(), link
+    makefile = (ROOT / 'Makefile').read_text()
+    for target in set(re.findall(r'`?make ([a-z]+)', text)): assert re.search(rf'^{target}:', makefile, re.M), target
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_small_and_without_errors(notebook):
+    assert notebook.stat().st_size < 1_000_000
+    cells = json.loads(notebook.read_text())['cells']
+    assert not [o for c in cells for o in c.get('outputs', []) if o['output_type'] == 'error']
+    # a directory of the machine where it was executed helps nobody
+    assert not re.search(r'/(home|root|work)/', json.dumps([c.get('outputs') for c in cells]))
+
+
+def test_parameters_tag_survives_cleaning(tmp_path):
+    assert 'tags' in settings()['allowed_cell_metadata_keys'].split()
+    for report in (ROOT / 'nbs' / 'reports').glob('*.ipynb'):
+        tags = [t for c in json.loads(report.read_text())['cells'] for t in c['metadata'].get('tags', [])]
+        assert tags.count('parameters') == 1, report
+
+
+def test_constraints_hold_every_requirement():
+    pinned = {line.split('==')[0].lower().replace('_', '-') for line in (ROOT / 'constraints.txt').read_text().splitlines() if '==' in line}
+    needed = {re.split(r'[<>=!]', r)[0].lower().replace('_', '-') for key in ('requirements', 'dev_requirements') for r in settings()[key].split()}
+    assert needed <= pinned, needed - pinned
+
+
+def test_conda_environment_installs_what_settings_say():
+    text = (ROOT / 'environment.yml').read_text()
+    assert f'python>={settings()["min_python"]}' in text and '-e .[dev]' in text and '-c constraints.txt' in text
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory) -> Path:
+    "The wheel, unpacked elsewhere."
+    folder = tmp_path_factory.mktemp('wheel')
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', folder, ROOT], check=True, capture_output=True)
+    wheel, = folder.glob('*.whl')
+    zipfile.ZipFile(wheel).extractall(folder / 'site')
+    return folder / 'site'
+
+
+def test_installed_library_finds_its_reports_and_tables(installed, tmp_path):
+    code = ('import draem_nb, draem_nb.reports as r, draem_nb.evaluation as e; print(draem_nb.__file__); '
+            'assert {"category", "inspect", "summary"} <= set(r.report_names()); '
+            '[e.paper_table(t) for t in ("detection", "localization", "ablation", "cutpaste", "dagm")]; print(r.report_notebook("category"))')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={'PYTHONPATH': str(installed), 'PATH': ''}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(installed)) == 2          # both came from the wheel, not from the repository

@@ -1,0 +1,149 @@
+"""What a notebook cell cannot show: runs that are killed, bad folders, and the same bits after all of it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from draem_nb.data import demo_category, load_category
+from draem_nb.recipes import demo
+from draem_nb.textures import load_textures
+from draem_nb.training import load_checkpoint, split_held_out, train
+
+TINY = dict(size=64, base_width=4, base_channels=4, steps=60, batch=2, checkpoint_every=5, precision='float32')
+
+TRAIN = """
+import json, sys
+from draem_nb.data import demo_category, load_category
+from draem_nb.recipes import demo
+from draem_nb.textures import load_textures
+from draem_nb.training import train
+root, run_dir, recipe = sys.argv[1:]
+recipe = demo().replace(**json.loads(recipe))
+train(load_category(root, 'brick', recipe.size), load_textures(size=recipe.size), recipe, run_dir, 'cpu')
+"""
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory) -> Path:
+    return demo_category('brick', tmp_path_factory.mktemp('demo')).parent
+
+
+@pytest.fixture(scope='module')
+def category(root):
+    return load_category(root, 'brick', 64)
+
+
+@pytest.fixture(scope='module')
+def textures():
+    return load_textures(size=64)
+
+
+def start(root: Path, run_dir: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, '-c', TRAIN, str(root), str(run_dir), json.dumps(TINY)], stderr=subprocess.DEVNULL,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def weights(run_dir: Path) -> torch.Tensor:
+    return torch.cat([p.flatten().double() for p in load_checkpoint(run_dir / 'checkpoint.pt')['net'].values()])
+
+
+def test_killed_at_random_moments_ends_with_the_same_bits(root, tmp_path):
+    assert start(root, tmp_path / 'whole').wait() == 0
+    chance, kills = random.Random(0), 0
+    while kills < 10:
+        process = start(root, tmp_path / 'killed')
+        if kills == 3:      # this one while a checkpoint is being written
+            while process.poll() is None and not list((tmp_path / 'killed').glob('.checkpoint.pt.*')): pass
+        else:
+            deadline = time.monotonic() + chance.uniform(0.5, 6)
+            while process.poll() is None and time.monotonic() < deadline: time.sleep(0.02)
+        if process.poll() is not None: break      # it ended before its time: nothing is left to kill
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        if (tmp_path / 'killed' / 'checkpoint.pt').exists(): load_checkpoint(tmp_path / 'killed' / 'checkpoint.pt')
+    assert kills >= 3
+    assert start(root, tmp_path / 'killed').wait() == 0
+    assert torch.equal(weights(tmp_path / 'whole'), weights(tmp_path / 'killed'))
+    losses = [(tmp_path / run / 'losses.csv').read_bytes() for run in ('whole', 'killed')]
+    assert losses[0] == losses[1]
+
+
+def test_same_seed_same_bits_in_the_processors_fast_precision(category, textures, tmp_path):
+    recipe = demo().replace(**{**TINY, 'precision': 'auto', 'steps': 10})
+    for name in 'ab': train(category, textures, recipe, tmp_path / name, 'cpu')
+    assert torch.equal(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
+    train(category, textures, recipe.replace(seed=1), tmp_path / 'c', 'cpu')
+    assert not torch.equal(weights(tmp_path / 'a'), weights(tmp_path / 'c'))
+
+
+def test_resume_false_starts_anew(category, textures, tmp_path):
+    recipe = demo().replace(**{**TINY, 'steps': 4})
+    train(category, textures, recipe, tmp_path, 'cpu')
+    (tmp_path / 'metrics.json').write_text('{}')
+    train(category, textures, recipe.replace(lr=1e-2), tmp_path, 'cpu', resume=False)
+    assert json.loads((tmp_path / 'run.json').read_text())['recipe']['lr'] == 1e-2
+    assert not (tmp_path / 'metrics.json').exists()
+
+
+def test_another_recipe_in_the_folder_is_refused_and_nothing_is_changed(category, textures, tmp_path):
+    recipe = demo().replace(**{**TINY, 'steps': 4})
+    train(category, textures, recipe, tmp_path, 'cpu')
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r'another recipe or data \(batch 2 there, 3 now\); choose another run_dir'):
+        train(category, textures, recipe.replace(batch=3), tmp_path, 'cpu')
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize('where', ['file', 'file/below'])
+def test_run_folder_that_cannot_be_made(category, textures, tmp_path, where):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match='cannot be made'):
+        train(category, textures, demo().replace(**TINY), tmp_path / where, 'cpu')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_a_gpu_that_is_not_there_leaves_no_run(category, textures, tmp_path):
+    with pytest.raises(ValueError, match="use device='cpu'"):
+        train(category, textures, demo().replace(**TINY), tmp_path / 'run', 'cuda')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_one_image_is_not_enough(category, textures, tmp_path):
+    import dataclasses
+    alone = dataclasses.replace(category, train=category.train[:1], train_paths=category.train_paths[:1])
+    with pytest.raises(ValueError, match='at least 2 are needed'):
+        train(alone, textures, demo().replace(**TINY), tmp_path / 'run', 'cpu')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_damaged_checkpoint_is_named(category, textures, tmp_path):
+    recipe = demo().replace(**{**TINY, 'steps': 4})
+    checkpoint = train(category, textures, recipe, tmp_path, 'cpu')
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    with pytest.raises(ValueError, match='checkpoint.pt is not a readable checkpoint'):
+        train(category, textures, recipe, tmp_path, 'cpu')
+
+
+@pytest.mark.parametrize('fields', [dict(reconstructive=False), dict(discriminative=False), dict(discriminative=False, reconstruction_map='msgms'),
+                                    dict(mask_shape='rectangle'), dict(texture_source='color'), dict(augmentation='none'), dict(opacity=(1, 1)),
+                                    dict(n_textures=3), dict(size=(64, 96)), dict(augmentation='paper', replacement=False), dict(holdout=0.)])
+def test_every_ablation_trains_and_predicts(root, tmp_path, fields):
+    from draem_nb.detector import Detector
+    recipe = demo().replace(**{**TINY, 'steps': 3, **fields})
+    category = load_category(root, 'brick', recipe.size)
+    checkpoint = train(category, load_textures(size=recipe.size), recipe, tmp_path, 'cpu')
+    detector = Detector.load(checkpoint, 'cpu')
+    _, held_out = split_held_out(len(category.train), recipe)
+    if len(held_out): detector.calibrate(category.train[held_out])
+    found = detector.predict(category.test[:3])
+    assert found.maps.shape == (3, *category.size) and found.maps.isfinite().all()
+    assert (found.is_anomalous is None) == (recipe.holdout == 0)
