@@ -422,11 +422,11 @@ def _fetch_once(url: str, part: Path) -> bool: # True when all has arrived
                 bar.update(len(chunk))
     return total is None or part.stat().st_size >= total
 
-# %% ../nbs/00_data.ipynb #5eb3bf44
+# %% ../nbs/00_data.ipynb #79dfa8a6
 def _fetch(url: str, part: Path, archive: Path) -> None:
-    idle, error = 0, 'the connection was cut'
+    def size() -> int: return part.stat().st_size if part.exists() else 0
+    idle, most, error = 0, size(), 'the connection was cut'
     while idle < _TRIES:
-        before = part.stat().st_size if part.exists() else 0
         try:
             if _fetch_once(url, part): return
         except urllib.error.HTTPError as e:
@@ -434,7 +434,8 @@ def _fetch(url: str, part: Path, archive: Path) -> None:
             if e.code == 416: return # nothing is left to send: the checksum decides
             error, idle = str(e), idle if e.code >= 500 else _TRIES # an address that is wrong stays wrong
         except (OSError, HTTPException) as e: error = str(e)
-        idle = 0 if part.exists() and part.stat().st_size > before else idle + 1
+        idle = 0 if size() > most else idle + 1 # the most so far: a server without ranges starts over each time
+        most = max(most, size())
         if idle < _TRIES: time.sleep(_PAUSE)
     raise ConnectionError(f"cannot download {url} ({error}); check the network, the proxy or the address (parameter url) and run it again "
                           f"(it continues where it stopped), or fetch the file in another way and put it at {archive}")

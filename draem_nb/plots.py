@@ -187,7 +187,7 @@ def _arrow(fig: Figure, path: Sequence[tuple[float, float]], **kwargs) -> None:
     fig.add_artist(FancyArrowPatch(*path, transform=fig.transFigure, arrowstyle='-|>', mutation_scale=14, shrinkA=0, shrinkB=0,
                                    linewidth=1.6, color=MUTED, **kwargs))
 
-# %% ../nbs/11_plots.ipynb #d583a9ab
+# %% ../nbs/11_plots.ipynb #ec7f8645
 @_styled
 def method_picture(
     image: torch.Tensor,        # (3, H, W), uint8 or float 0..1: the input
@@ -198,7 +198,7 @@ def method_picture(
 ) -> Figure:
     "What DRAEM does, in one row: input, restoration, score map, mask."
     fig, axes = _tiles(1, 4, _plane(map).shape, top=.3, bottom=.5, gap=1.1, widest=1.7)
-    for ax, title in zip(axes[0], ('input', 'restoration', 'score map', 'found defect')): ax.set_title(title, loc='center')
+    for ax, title in zip(axes[0], ('input', 'restoration', 'score map', 'found defect' if _plane(mask).any() else 'nothing found')): ax.set_title(title, loc='center')
     _show(axes[0, 0], image)
     _show(axes[0, 1], restoration)
     _show_map(axes[0, 2], map)
@@ -415,23 +415,15 @@ def _score_row(ax: Axes, y: int, kind: str, scores: np.ndarray, flagged: np.ndar
     wrong = flagged is not None and flagged.sum() != (0 if kind == 'good' else n)
     ax.text(1.01, y, words, transform=ax.get_yaxis_transform(), va='center', fontsize=9, fontweight='bold' if wrong else 'normal')
 
-# %% ../nbs/11_plots.ipynb #34e55094
-def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    "A curve of millions of points, less those closer than a thousandth of the panel to the one before."
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    cell = (1000 * np.stack([x, y])).round()
-    keep = np.append(True, (np.diff(cell) != 0).any(0))
-    keep[-1:] = True
-    return x[keep], y[keep]
-
+# %% ../nbs/11_plots.ipynb #2017474d
 def _named(metrics: dict | None, **names: str) -> str:
     "The metrics asked for, in words; one that is not defined is left out."
     return ', '.join(f'{name} {metrics[key]:.3f}' for key, name in names.items() if (metrics or {}).get(key) is not None)
 
-# %% ../nbs/11_plots.ipynb #5a48926e
+# %% ../nbs/11_plots.ipynb #ea65d0c6
 @_styled
 def detection_curves(
-    image_curves: dict | None,   # arrays 'fpr', 'tpr', 'precision', 'recall' over whole images; None: not defined
+    image_curves: dict | None,   # of metrics.curves over whole images: arrays 'fpr', 'tpr', 'precision', 'recall', or None
     pixel_curves: dict | None,   # the same over pixels
     image_metrics: dict | None,  # 'auroc', 'ap', 'f1_max', fractions or None
     pixel_metrics: dict | None,  # the same and 'aupro'
@@ -439,12 +431,15 @@ def detection_curves(
     "The ROC and the precision-recall curves of images and of pixels."
     fig, (roc, pr) = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout='constrained')
     fig.get_layout_engine().set(wspace=.06)
-    panels = ((roc, 'fpr', 'tpr', dict(auroc='AUROC', aupro='AUPRO')), (pr, 'recall', 'precision', dict(ap='AP', f1_max='F1-max')))
+    panels = ((roc, 'fpr', 'tpr', dict(auroc='AUROC', aupro='AUPRO'), 'default'),
+              (pr, 'recall', 'precision', dict(ap='AP', f1_max='F1-max'), 'steps-pre'))  # AP is the area under steps
     whats = (('images', image_curves, image_metrics, IMAGES, '-'), ('pixels', pixel_curves, pixel_metrics, PIXELS, '--'))
-    for ax, x, y, names in panels:
+    for ax, x, y, names, draw in panels:
         for what, curves, metrics, colour, dash in whats:
-            if curves is None or curves[x] is None or curves[y] is None: ax.plot([], [], color=colour, linestyle=dash, label=f'{what}: not defined')
-            else: ax.plot(*_thinned(curves[x], curves[y]), color=colour, linestyle=dash, label=f'{what}: {_named(metrics, **names)}', clip_on=False)
+            curve = [(curves or {}).get(axis) for axis in (x, y)]
+            drawn = curve[0] is not None and curve[1] is not None
+            words = _named(metrics, **names) if drawn else 'not defined'
+            ax.plot(*(curve if drawn else ([], [])), color=colour, linestyle=dash, drawstyle=draw, label=f'{what}: {words}', clip_on=False)
         ax.set(xlim=(0, 1), ylim=(0, 1))
         ax.legend(loc='lower right' if ax is roc else 'lower left')
     roc.plot((0, 1), (0, 1), color=MUTED, linewidth=1, linestyle=':')
@@ -548,17 +543,18 @@ def _outline_legend(fig: Figure, truth: bool, prediction: bool) -> None:
     across, down = fig.get_size_inches()
     if lines: fig.legend(handles=lines, loc='lower right', bbox_to_anchor=(1 - .5 / across, 0), ncols=2, borderaxespad=.3, columnspacing=1.2)
 
-# %% ../nbs/11_plots.ipynb #b444bdf1
+# %% ../nbs/11_plots.ipynb #57cd9bfb
 def _kind_table(results: dict) -> pd.DataFrame:
-    "Per row (all kinds together, then each) the count, image AUROC and pixel AP; a metric that is not defined is nan."
-    rows = {'all kinds': results | {'n': results['image'].get('n_anomalous')}} | results.get('kinds', {})
-    table = {name: (row['n'], row['image']['auroc'], row['pixel']['ap']) for name, row in rows.items()}
+    "All kinds, those taken together, and each: count, image AUROC and pixel AP; a metric that is not defined is nan."
+    rows = {'all kinds': results}
+    if 'together' in results: rows[' + '.join(results['together']['kinds'])] = results['together']
+    table = {name: (row['image']['n_anomalous'], row['image']['auroc'], row['pixel']['ap']) for name, row in (rows | results['kinds']).items()}
     return pd.DataFrame.from_dict(table, orient='index', columns=['n', 'auroc', 'ap'], dtype=float)
 
-# %% ../nbs/11_plots.ipynb #f76bf138
+# %% ../nbs/11_plots.ipynb #2a1a220d
 @_styled
 def kind_bars(
-    results: dict,  # of evaluation.evaluate: 'image', 'pixel' and 'kinds'
+    results: dict,  # of evaluation.evaluate: 'image', 'pixel', 'kinds' and, if asked for, 'together'
 ) -> Figure:
     "The image AUROC and the pixel AP of each kind of defect, and of all together."
     table = _kind_table(results)
@@ -569,7 +565,7 @@ def kind_bars(
         bars = ax.barh(y + shift, table[column].fillna(0), height=.36, color=colour, label=name)
         ax.bar_label(bars, [f'{value:.2f}' if value == value else 'not defined' for value in table[column]], padding=4, fontsize=9)
     ax.axvline(.5, color='black', linestyle=':', linewidth=1, label='AUROC of a coin')
-    names = [f'{name} ({n:.0f})' if n == n else name for name, n in table['n'].items()]
+    names = [f'{name} ({n:.0f})' for name, n in table['n'].items()]
     ax.set(yticks=y, yticklabels=names, xlim=(0, 1.06), ylim=(len(table) - .5, -.5), xticks=np.linspace(0, 1, 6))
     ax.get_yticklabels()[0].set_fontweight('bold')
     ax.grid(False, axis='y')

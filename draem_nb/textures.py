@@ -56,7 +56,7 @@ def load_textures(
 def _tensor(image: Image.Image) -> Tensor:
     return torch.tensor(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)
 
-# %% ../nbs/02_textures.ipynb #38ad50fe
+# %% ../nbs/02_textures.ipynb #90f4c4fd
 def apply_tables(
     x: Tensor,       # (n, 3, H, W) uint8
     tables: Tensor,  # (n or 1, 3 or 1, 256) uint8, one table per image and channel
@@ -67,8 +67,11 @@ def apply_tables(
     return torch.cat([_look_up(t, p) for t, p in _pieces(tables, x.flatten(2))], 1).view(x.shape)
 
 def _pieces(*tensors: Tensor) -> zip: # of (n, 3, ...): parts of the channels
-    "One channel at a time on a CPU, because a channel's intermediate results fit into its cache and three do not; all at once elsewhere."
-    return zip(*(t.split(1 if t.device.type == 'cpu' else 3, 1) for t in tensors))
+    "One channel at a time on a CPU, because what a channel needs in between fits into its cache and three do not; all at once elsewhere."
+    return zip(*(t.split(1 if _has_small_cache(t) else 3, 1) for t in tensors))
+
+def _has_small_cache(x: Tensor) -> bool:
+    return x.device.type == 'cpu'
 
 def _look_up(tables: Tensor, levels: Tensor) -> Tensor: # tables (n, c, 256), levels (n, c or 1, pixels) uint8
     n, c = tables.shape[:2]
@@ -108,7 +111,7 @@ def invert(x: Tensor) -> Tensor:
     "255 - x; `PIL.ImageOps.invert`."
     return apply_tables(x, _invert_tables())
 
-# %% ../nbs/02_textures.ipynb #e2d9201c
+# %% ../nbs/02_textures.ipynb #e5e26dea
 def _rounded(levels: Tensor) -> Tensor:
     return levels.round().clamp(0, 255).to(torch.uint8)
 
@@ -116,7 +119,7 @@ def _brightness_tables(factor: float | Tensor) -> Tensor:
     return (_column(factor).float() * _LEVELS).clamp(0, 255).to(torch.uint8)
 
 def _gamma_contrast_tables(*gammas: float | Tensor) -> Tensor:
-    return _rounded(255 * (_LEVELS / 255).double() ** torch.cat([_column(g) for g in gammas], 1))
+    return _rounded(255 * (_LEVELS.double() / 255) ** torch.cat([_column(g) for g in gammas], 1))
 
 def _multiply_add_tables(factor: float | Tensor, offset: float | Tensor) -> Tensor:
     return _rounded(_column(factor).double() * _LEVELS + _column(offset))
@@ -134,10 +137,11 @@ def multiply_add(x: Tensor, factor: float | Tensor, offset: float | Tensor) -> T
     "Times `factor` plus `offset` levels, clipped to 0..255."
     return apply_tables(x, _multiply_add_tables(factor, offset))
 
-# %% ../nbs/02_textures.ipynb #2c8122c8
+# %% ../nbs/02_textures.ipynb #6377cf66
 def _histograms(x: Tensor) -> Tensor: # (n, 3, 256) int64
+    _check(x)
     channels = x.flatten(0, 1).flatten(1)
-    if x.device.type == 'cpu': # twice as fast there; on a GPU bincount would wait for its result
+    if x.device.type == 'cpu': # twice as fast there; on a GPU bincount would make the host wait
         counts = torch.stack([c.bincount(minlength=256) for c in channels])
     else:
         counts = torch.zeros(len(channels), 256, dtype=torch.int64, device=x.device)
@@ -294,11 +298,11 @@ class Augmentation:
         "The names of the operations, n lists of k."
         return [[OPERATIONS[self.kind][i] for i in row] for row in self.operations.tolist()]
 
-# %% ../nbs/02_textures.ipynb #16063135
+# %% ../nbs/02_textures.ipynb #713a4601
 @cache
 def _ranges(kind: str) -> tuple[Tensor, Tensor, Tensor]: # low, high (operations, 3) float32; whole (operations, 1) bool
     ranges = torch.tensor([(pairs + [(0, 0)] * 3)[:3] for pairs in _STRENGTHS[kind].values()], dtype=torch.float32).view(-1, 3, 2)
-    return ranges[..., 0], ranges[..., 1], torch.tensor([[name in _WHOLE] for name in OPERATIONS[kind]]).view(-1, 1)
+    return ranges[..., 0], ranges[..., 1], torch.tensor([[name in _WHOLE] for name in OPERATIONS[kind]], dtype=torch.bool).view(-1, 1)
 
 def draw_augmentation(
     kind: str,                   # 'official', 'paper' or 'none'
@@ -318,10 +322,10 @@ def draw_augmentation(
         strengths[(operations == OPERATIONS[kind].index('solarize')) & (v < 0.5), 0] = 256
     return Augmentation(kind, operations, strengths)
 
-# %% ../nbs/02_textures.ipynb #965f3ea6
+# %% ../nbs/02_textures.ipynb #ff37bf6a
 def _together(operation: Callable, images: list[Tensor], *arguments: Tensor) -> list[Tensor]:
     "`operation` of n images (1, 3, H, W) and its n arguments: one after the other on a CPU, all at once elsewhere. n results (1, ...)."
-    size = 1 if images[0].device.type == 'cpu' else len(images)
+    size = 1 if _has_small_cache(images[0]) else len(images)
     parts = [slice(i, i + size) for i in range(0, len(images), size)]
     results = [operation(images[p.start] if size == 1 else torch.cat(images[p]), *(a[p] for a in arguments)) for p in parts]
     return [y for result in results for y in result.split(1)]

@@ -74,7 +74,7 @@ def test_bad_input_is_one_sentence_and_no_run(root, tmp_path, options, overrides
         'category', '--run-dir', str(tmp_path / 'run'), '--category', options.get('category', 'gravel'), '--data-root', str(options.get('data_root', root)), cwd=root.parent)
     assert done.returncode == 1, done.stdout
     sentence = done.stderr.strip().splitlines()
-    assert says in sentence[-1] or says in sentence[0], done.stderr
+    assert any(says in line and line.startswith('draem_nb: ') for line in sentence), done.stderr
     assert 'Traceback' not in done.stderr and not (tmp_path / 'run' / 'metrics.json').exists()
 
 
