@@ -13,6 +13,7 @@ RUNS ?= runs
 DATA ?=
 TEXTURES ?=
 OVERRIDES ?=
+KINDS ?=
 DEVICE ?=
 RUN ?=
 IMAGES ?=
@@ -26,7 +27,7 @@ option = $(if $(2),$(1) '$(2)')
 .PHONY: report inspect summary test readme
 report: $(made)
 	$(bin)/draem_nb category --category '$(CATEGORY)' --recipe '$(RECIPE)' --seed $(SEED) $(call option,--data-root,$(DATA)) \
-	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--device,$(DEVICE)) $(call option,--run-dir,$(RUN))
+	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--kinds,$(KINDS)) $(call option,--device,$(DEVICE)) $(call option,--run-dir,$(RUN))
 
 inspect: $(made)
 	$(bin)/draem_nb inspect $(call option,--run-dir,$(RUN)) $(call option,--images,$(IMAGES)) $(call option,--device,$(DEVICE))

@@ -33,14 +33,15 @@ class TieGroups(NamedTuple):
     @property
     def found(self) -> np.ndarray: return np.cumsum(self.size)      # (k,) int: defects with this score or a higher one
 
-# %% ../nbs/09_metrics.ipynb #3483295d
+# %% ../nbs/09_metrics.ipynb #43136cb2
 def _counts(part: np.ndarray, at: np.ndarray) -> np.ndarray:
     "(2, k): how many scores of `part` are above each of the (rising) scores `at`, and how many at or above it."
     part = np.sort(part)
     return part.size - np.stack([np.searchsorted(part, at, side) for side in ('right', 'left')])
 
 def _counts_in_threads(scores: np.ndarray, at: np.ndarray) -> np.ndarray:
-    threads = max(1, min(torch.get_num_threads(), scores.size // 100_000))
+    threads = min(torch.get_num_threads(), scores.size // 100_000)     # a smaller part is sorted sooner than a thread starts
+    if threads < 2: return _counts(scores, at)
     with ThreadPoolExecutor(threads) as pool:
         return sum(pool.map(lambda part: _counts(part, at), np.array_split(scores, threads)))
 

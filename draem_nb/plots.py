@@ -125,19 +125,20 @@ def overlay(
     if mask is not None: mixed[outline(mask)] = np.round(np.array(plt.matplotlib.colors.to_rgb(PREDICTION)) * 255)
     return mixed
 
-# %% ../nbs/11_plots.ipynb #018056d2
+# %% ../nbs/11_plots.ipynb #7e82d435
 def _tiles(
     rows: int,                 # rows of pictures
     columns: int,              # columns of pictures
     size: tuple[int, int],     # (H, W) of the pictures, any unit
     left: float = .1, right: float = .1, top: float = .35, bottom: float = .1,  # margins, inches
     gap: float = .08, row_gap: float = .08,  # inches between the pictures
-    widest: float = 1.75, tallest: float = 2.2, lowest: float = .1,  # bounds of one picture, inches
+    widest: float = 1.75, tallest: float = 2.2,        # bounds of one picture, inches
+    narrowest: float = 1., lowest: float = .1,         # and of its frame, which has to be as wide as its title
 ) -> tuple[Figure, np.ndarray]:
     "A figure of rows x columns empty frames of the pictures' own shape, as large as the text column allows."
     h, w = size
     width = min((WIDTH - left - right - gap * (columns - 1)) / columns, widest, tallest * w / h)
-    height = max(width * h / w, lowest)
+    width, height = max(width, narrowest), max(width * h / w, lowest)
     across = left + right + columns * width + (columns - 1) * gap
     down = top + bottom + rows * height + (rows - 1) * row_gap
     fig = plt.figure(figsize=(across, down))
@@ -187,7 +188,7 @@ def _arrow(fig: Figure, path: Sequence[tuple[float, float]], **kwargs) -> None:
     fig.add_artist(FancyArrowPatch(*path, transform=fig.transFigure, arrowstyle='-|>', mutation_scale=14, shrinkA=0, shrinkB=0,
                                    linewidth=1.6, color=MUTED, **kwargs))
 
-# %% ../nbs/11_plots.ipynb #ec7f8645
+# %% ../nbs/11_plots.ipynb #fd520528
 @_styled
 def method_picture(
     image: torch.Tensor,        # (3, H, W), uint8 or float 0..1: the input
@@ -197,7 +198,7 @@ def method_picture(
     truth: torch.Tensor | None = None,  # (H, W) bool: if given, its outline is drawn on the mask
 ) -> Figure:
     "What DRAEM does, in one row: input, restoration, score map, mask."
-    fig, axes = _tiles(1, 4, _plane(map).shape, top=.3, bottom=.5, gap=1.1, widest=1.7)
+    fig, axes = _tiles(1, 4, _plane(map).shape, top=.3, bottom=.5, gap=1.1, widest=1.7, narrowest=1.3)
     for ax, title in zip(axes[0], ('input', 'restoration', 'score map', 'found defect' if _plane(mask).any() else 'nothing found')): ax.set_title(title, loc='center')
     _show(axes[0, 0], image)
     _show(axes[0, 1], restoration)
@@ -216,6 +217,11 @@ def method_picture(
         _draw_outline(axes[0, 3], truth, TRUTH)
         axes[0, 3].set_xlabel('blue line: the truth', fontsize=9)
     return fig
+
+# %% ../nbs/11_plots.ipynb #e7f7406e
+def _short(name: str, most: int) -> str:
+    "A name of at most so many letters; a longer one loses its middle."
+    return name if len(name) <= most else f'{name[:most - most // 2 - 1]}…{name[-(most // 2):]}'
 
 # %% ../nbs/11_plots.ipynb #a756e573
 def _kinds(kinds: Sequence[str]) -> list[str]:
@@ -238,7 +244,7 @@ def _count_bars(ax: Axes, names: list[str], counts: list[int], colours: list[str
     ax.grid(False)
     sns.despine(ax=ax, bottom=True)
 
-# %% ../nbs/11_plots.ipynb #30ef036b
+# %% ../nbs/11_plots.ipynb #568aae27
 @_styled
 def data_overview(
     category: CategoryData,  # .name, .train (N,3,H,W), .test (M,3,H,W), .masks (M,1,H,W), .kinds
@@ -260,16 +266,17 @@ def data_overview(
     bars = fig.add_axes((bars_left / across, 1 - (.58 + bars_high) / down, 1.7 / across, bars_high / down))
     _count_bars(bars, names, counts, [NORMAL, NORMAL, *[DEFECT] * len(kinds)])
     for ax in axes.flat[len(samples):]: ax.set_axis_off()
+    letters = max(8, int(12 * axes[0, 0].get_position().width * across))  # so many fit above a picture
     for ax, (name, image, mask) in zip(axes.flat, samples):
         _show(ax, image)
-        ax.set_title(name, loc='center', fontsize=9.5, fontweight='normal', pad=4, color=NORMAL if mask is None else DEFECT)
+        ax.set_title(_short(name, letters), loc='center', fontsize=9.5, fontweight='normal', pad=4, color=NORMAL if mask is None else DEFECT)
         if mask is not None: _draw_outline(ax, mask, TRUTH)
     missing = [word for word, count in (('normal', len(good)), ('defect', sum(counts[2:]))) if not count]
-    fig.suptitle(f'{category.name}: {counts[0]} images to learn from, {sum(counts[1:])} to test on'
+    fig.suptitle(f'{category.name}: {counts[0]} image{"s" * (counts[0] != 1)} to learn from, {sum(counts[1:])} to test on'
                  + (f' (no {" and no ".join(missing)} test images)' if missing else ''), x=.1 / across, ha='left', y=1 - .1 / down, va='top', fontsize=11, fontweight='bold')
     return fig
 
-# %% ../nbs/11_plots.ipynb #8e61f7e9
+# %% ../nbs/11_plots.ipynb #f8b1814a
 @_styled
 def simulated_gallery(
     simulated: Simulated,              # .target, .augmented (B,3,H,W) 0..1, .mask (B,1,H,W), .is_anomalous (B,)
@@ -280,15 +287,15 @@ def simulated_gallery(
     n = min(n, len(simulated.target))
     if n == 0: return _sentence('No simulated samples to show.')
     rows = [('normal image', _show, simulated.target), ('texture', _show, source),
-            ('with anomaly', _show, simulated.augmented), ('mask', _show_mask, simulated.mask)]
+            ('with anomaly', _show, simulated.augmented), ('mask, share\nof the area', _show_mask, simulated.mask)]
     rows = [row for row in rows if row[2] is not None]
-    fig, axes = _tiles(len(rows), n, simulated.mask.shape[-2:], left=1.05, top=.3, bottom=.3, widest=1.5, tallest=1.5, lowest=.3)
+    fig, axes = _tiles(len(rows), n, simulated.mask.shape[-2:], left=1.2, narrowest=.7, top=.3, bottom=.3, widest=1.5, tallest=1.5, lowest=.4)
     for line, (name, show, pictures) in zip(axes, rows):
         line[0].set_ylabel(name, rotation=0, ha='right', va='center')
         for ax, picture in zip(line, pictures): show(ax, picture)
     for top, foot, is_anomalous, mask in zip(axes[0], axes[-1], simulated.is_anomalous.tolist(), simulated.mask):
         top.set_title('anomaly' if is_anomalous else 'clean', loc='center', fontsize=9.5, pad=4, color=DEFECT if is_anomalous else NORMAL)
-        foot.set_xlabel(f'{100 * mask.float().mean():.1f} % of the area', fontsize=8.5)
+        foot.set_xlabel(f'{100 * mask.float().mean():.1f} %', fontsize=9)
     return fig
 
 # %% ../nbs/11_plots.ipynb #9be7f96e
@@ -333,7 +340,7 @@ def training_curves(
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     return fig
 
-# %% ../nbs/11_plots.ipynb #a3d61d1d
+# %% ../nbs/11_plots.ipynb #a6c0b6ec
 def _threshold_words(threshold: float, quantile: float | None, n_held_out: int) -> str:
     "The threshold, and how it was chosen."
     if not n_held_out: return f'threshold {threshold:.3g}'
@@ -343,12 +350,12 @@ def _threshold_words(threshold: float, quantile: float | None, n_held_out: int) 
 def _count_words(kind: str, flagged: int, n: int) -> str:
     "What the threshold did to one row."
     if kind == 'good': return f'{flagged} false alarm{"s" * (flagged > 1)} in {n}' if flagged else f'no false alarm in {n}'
-    return f'all {n} found' if flagged == n else f'{flagged} of {n} found'
+    return f'all {n} found' if flagged == n > 1 else f'{flagged} of {n} found'
 
-# %% ../nbs/11_plots.ipynb #e14506e8
+# %% ../nbs/11_plots.ipynb #a75b43b8
 def _strip(ax: Axes, y: int, scores: np.ndarray, colour: str, hollow: bool = False) -> None:
     "A row of dots, spread up and down by the golden ratio so that they do not hide each other."
-    spread = ((np.arange(len(scores)) * .618034) % 1 - .5) * .62
+    spread = ((np.arange(len(scores)) * .618034 + .5) % 1 - .5) * .62  # the first in the middle
     size = 26 if len(scores) < 100 else 10
     ax.scatter(scores, y + spread, s=size, alpha=.75, facecolor='none' if hollow else colour, edgecolor=colour if hollow else 'white', linewidth=1 if hollow else .4)
 
@@ -489,7 +496,7 @@ def _colour_bar(fig: Figure, last: Axes) -> None:
     bar = fig.add_axes((box.x1 + .12 / across, box.y1 - high, .1 / across, high))
     fig.colorbar(ScalarMappable(Normalize(0, 1), HEAT), cax=bar, ticks=(0, .5, 1)).outline.set_visible(False)
 
-# %% ../nbs/11_plots.ipynb #1517eb40
+# %% ../nbs/11_plots.ipynb #1cc63c26
 @_styled
 def detection_gallery(
     images: torch.Tensor,                # (M, 3, H, W) uint8
@@ -506,9 +513,10 @@ def detection_gallery(
     if not indices: return _sentence(empty)
     restored, claims = detections.reconstructions, detections.masks
     columns = ['input', *['restoration'] * (restored is not None), 'score map', *['truth'] * (masks is not None), 'overlay']
-    names = titles or kinds
-    left = 1.5 if not titles else min(3, max(1.5, .3 + .085 * max(len(str(titles[i])) for i in indices)))
-    fig, axes = _tiles(len(indices), len(columns), images.shape[-2:], left=left, right=.5, bottom=.4, lowest=.62)
+    names = kinds if titles is None else titles
+    names = None if names is None else {i: _short(str(names[i]), 32) for i in indices}
+    left = max(1.5, .3 + .085 * max(map(len, names.values()))) if names else 1.5
+    fig, axes = _tiles(len(indices), len(columns), images.shape[-2:], left=left, right=.6, bottom=.4, lowest=.62)
     for line, i in zip(axes, indices):
         at = dict(zip(columns, line))
         _show(at['input'], images[i])
@@ -524,14 +532,14 @@ def detection_gallery(
     _outline_legend(fig, masks is not None, claims is not None)
     return fig
 
-# %% ../nbs/11_plots.ipynb #1cf0ac81
-def _row_words(detections: Detections, i: int, names: Sequence[str] | None, kinds: Sequence[str] | None, threshold: float | None) -> list[tuple[str, str]]:
+# %% ../nbs/11_plots.ipynb #aa6361ec
+def _row_words(detections: Detections, i: int, names: dict[int, str] | None, kinds: Sequence[str] | None, threshold: float | None) -> list[tuple[str, str]]:
     "Name, score and verdict of one image, each with its colour."
     score = float(detections.scores[i])
     flagged = None if detections.is_anomalous is None else bool(detections.is_anomalous[i])
     if flagged is None and threshold is not None: flagged = score > threshold
     against = '' if threshold is None else f' {">" if score > threshold else "≤"} {threshold:.3f}'
-    words = [(str(names[i]), 'black')] if names is not None else []
+    words = [(names[i], 'black')] if names is not None else []
     words.append((f'score {score:.3f}{against}', 'black'))
     if flagged is not None: words.append(_verdict(flagged, kinds[i] if kinds is not None else None))
     return words
@@ -541,7 +549,7 @@ def _outline_legend(fig: Figure, truth: bool, prediction: bool) -> None:
     lines = [Line2D([], [], color=colour, linestyle=dash, label=label) for there, colour, dash, label in
              ((truth, TRUTH, 'solid', 'truth'), (prediction, PREDICTION, DASHES, 'called defect')) if there]
     across, down = fig.get_size_inches()
-    if lines: fig.legend(handles=lines, loc='lower right', bbox_to_anchor=(1 - .5 / across, 0), ncols=2, borderaxespad=.3, columnspacing=1.2)
+    if lines: fig.legend(handles=lines, loc='lower right', bbox_to_anchor=(1 - .6 / across, 0), ncols=2, borderaxespad=.3, columnspacing=1.2)
 
 # %% ../nbs/11_plots.ipynb #57cd9bfb
 def _kind_table(results: dict) -> pd.DataFrame:

@@ -194,11 +194,11 @@ def _last_lines(error: Exception, n: int = 12) -> str:
     text = re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(getattr(error, 'traceback', [])))
     return '\n'.join(text.splitlines()[-n:])
 
-# %% ../nbs/12_reports.ipynb #5622bb5f
+# %% ../nbs/12_reports.ipynb #8c6e624d
 logging.getLogger('papermill').addHandler(logging.NullHandler())   # what it has to say comes as an exception as well
 
 def _execute(notebook: Path, to: Path, params: dict) -> None:
-    papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False, kernel_manager_class=_Kernel,
+    papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False, kernel_manager_class=_Kernel, start_timeout=300,
                                stdout_file=_Console(sys.stdout), stderr_file=_Console(sys.stderr))
 
 def _keep(temporary: Path, final: Path, error: str = '') -> Path:
@@ -210,7 +210,7 @@ def _keep(temporary: Path, final: Path, error: str = '') -> Path:
     os.replace(temporary, final)
     return final
 
-# %% ../nbs/12_reports.ipynb #bae916b7
+# %% ../nbs/12_reports.ipynb #dded623e
 _TEMPLATE = """
 {%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
@@ -221,7 +221,8 @@ _TEMPLATE = """
 <style>
 main { max-width: 1100px; margin: 0 auto; padding: 1em 2em; }
 main img { max-width: 100%; height: auto; }
-details.code > summary { color: #888; cursor: pointer; font: 12px sans-serif; padding: 2px 0; }
+details.code > summary { color: #aaa; cursor: pointer; font: 11px sans-serif; }
+.jp-Cell.jp-mod-noOutputs { padding-top: 0; padding-bottom: 0; }
 </style>
 {%- endblock -%}
 {%- block input_group -%}<details class="code"><summary>code</summary>{{ super() }}</details>{%- endblock -%}

@@ -1,0 +1,208 @@
+"""Reports seen from outside: kernels that die, runs that fail or are stopped, folders that hold something else, pages that load nothing."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from draem_nb import reports
+from draem_nb.reports import RunFailed, main, report_names, report_notebook, report_parameters, run_many, run_report
+
+COMMAND = Path(sys.executable).parent / 'draem_nb'
+END = "reports.finish(run_dir, {'image': {'auroc': 0.5 + seed / 10, 'ap': None}}, complete)"
+
+
+@pytest.fixture
+def notebook(tmp_path) -> Callable[..., Path]:
+    "Writes a report notebook of the given cells."
+    def write(*cells: str, end: str = END, name: str = 'tiny') -> Path:
+        code = nbformat.v4.new_code_cell
+        start = [code('import os, signal, sys, time\nfrom pathlib import Path\nfrom tqdm import tqdm\nfrom draem_nb import reports'),
+                 code("category = 'brick'\nrecipe = 'demo'\nseed = 0\nrun_dir = None\ncomplete = True", metadata=dict(tags=['parameters']))]
+        nb = nbformat.v4.new_notebook(cells=[*start, nbformat.v4.new_markdown_cell('# Tiny'), *map(code, cells), code(end)],
+                                      metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
+        path = tmp_path / f'{name}.ipynb'
+        nbformat.write(nb, path)
+        return path
+    return write
+
+
+def outputs(path: Path) -> list[dict]:
+    return [output for cell in nbformat.read(path, 4).cells for output in cell.get('outputs', [])]
+
+
+def test_a_complete_run_has_everything_and_is_not_repeated(notebook, tmp_path):
+    tiny = notebook("Path(run_dir, 'executions').open('a').write('x')")
+    first = run_report(tiny, dict(seed=1), tmp_path / 'run')
+    again = run_report(tiny, dict(seed=1, recipe='demo'), tmp_path / 'run')
+    assert first == again and (tmp_path / 'run' / 'executions').read_text() == 'x'
+    assert first.metrics == {'image': {'auroc': 0.6, 'ap': None}} == json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    assert {p.name for p in (tmp_path / 'run').iterdir()} == {'executions', 'metrics.json', 'parameters.json', 'report.html', 'report.ipynb', 'timing.json'}
+    assert first.report.exists() and first.seconds >= 0
+    with pytest.raises(ValueError, match='holds a complete run with seed=1 where this one has seed=2; choose another folder'):
+        run_report(tiny, dict(seed=2), tmp_path / 'run')
+
+
+def test_bad_names_and_folders_leave_nothing_behind(notebook, tmp_path):
+    tiny = notebook()
+    with pytest.raises(ValueError, match="has no parameter 'sede'; there are: category, recipe, seed$"): run_report(tiny, dict(sede=1), tmp_path / 'run')
+    with pytest.raises(ValueError, match="unknown report 'no such'; there are: category, inspect, summary"): run_report('no such', {}, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ValueError, match='cannot write to run folder .*file'): run_report(tiny, {}, tmp_path / 'file' / 'run')
+
+
+def test_a_failing_run_keeps_its_notebook_and_never_looks_complete(notebook, tmp_path):
+    with pytest.raises(RunFailed, match='no part in the picture') as caught:
+        run_report(notebook("raise ValueError('no part in the picture')"), {}, tmp_path / 'run')
+    assert caught.value.reason == 'no part in the picture' and caught.value.notebook == tmp_path / 'run' / 'report.failed.ipynb'
+    assert 'ValueError' in str(caught.value) and str(caught.value.notebook) in str(caught.value)
+    assert {p.name for p in (tmp_path / 'run').iterdir()} == {'parameters.json', 'report.failed.ipynb'}
+    assert any(o['output_type'] == 'error' for o in outputs(caught.value.notebook))
+    # The cause is gone: the same folder, now complete, and nothing is left of the failure.
+    run_report(notebook(), dict(seed=1), tmp_path / 'run')
+    assert {p.name for p in (tmp_path / 'run').iterdir()} == {'metrics.json', 'parameters.json', 'report.html', 'report.ipynb', 'timing.json'}
+
+
+@pytest.mark.parametrize('work, says', [('import sys; sys.exit(0)', 'ended without results'),
+                                        ('os.kill(os.getpid(), signal.SIGKILL)', 'the kernel died before'),
+                                        ("reports.finish(run_dir, {'auroc': float('nan')}, complete)", 'plain JSON without nan'),
+                                        ("reports.finish(run_dir, {}, complete); raise KeyError('late')", "KeyError: 'late'")])
+def test_what_ends_early_is_a_failure(notebook, tmp_path, work, says):
+    with pytest.raises(RunFailed, match=re.escape(says)): run_report(notebook(work), {}, tmp_path / 'run')
+    assert not {'metrics.json', 'report.html', 'report.ipynb'} & {p.name for p in (tmp_path / 'run').iterdir()}
+    assert 'failed' in nbformat.read(tmp_path / 'run' / 'report.failed.ipynb', 4).cells[0].source
+
+
+def started(notebook: Path, run_dir: Path, **streams) -> tuple[subprocess.Popen, int]:
+    "A report that sleeps, in a process of its own, and the id of its kernel."
+    code = f'import sys; from draem_nb import reports; reports.report_notebook = lambda name: reports.Path({str(notebook)!r}); sys.exit(reports.main(["category", "--run-dir", {str(run_dir)!r}]))'
+    process = subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (run_dir / 'pid').exists() and time.monotonic() < deadline and process.poll() is None: time.sleep(0.1)
+    return process, int((run_dir / 'pid').read_text())
+
+
+SLEEP = ("Path(run_dir, 'pid.tmp').write_text(str(os.getpid())); os.replace(Path(run_dir, 'pid.tmp'), Path(run_dir, 'pid'))\n"
+         "try: time.sleep(60)\nexcept KeyboardInterrupt: Path(run_dir, 'checkpoint').write_text('saved'); raise")
+
+
+def gone(pid: int, seconds: float = 15.) -> bool:
+    "Whether the process ends within so many seconds."
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try: state = Path(f'/proc/{pid}/stat').read_text().rsplit(')')[-1].split()[0]
+        except FileNotFoundError: return True
+        if state == 'Z': return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_kernel_killed_from_outside_is_one_sentence(notebook, tmp_path):
+    process, kernel = started(notebook(SLEEP), tmp_path / 'run')
+    os.kill(kernel, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and 'Traceback' not in err
+    assert err.splitlines()[-2].startswith('draem_nb: the kernel died before the report was finished') and 'report.failed.ipynb' in err.splitlines()[-1]
+    assert not (tmp_path / 'run' / 'metrics.json').exists() and (tmp_path / 'run' / 'report.failed.ipynb').exists()
+
+
+def test_ctrl_c_lets_the_notebook_save_and_says_how_to_go_on(notebook, tmp_path):
+    process, kernel = started(notebook(SLEEP), tmp_path / 'run')
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'the same command goes on' in err and 'Traceback' not in err
+    assert (tmp_path / 'run' / 'checkpoint').read_text() == 'saved' and gone(kernel)
+    assert not (tmp_path / 'run' / 'metrics.json').exists()
+
+
+def test_no_kernel_outlives_its_report(notebook, tmp_path):
+    process, kernel = started(notebook(SLEEP), tmp_path / 'run')
+    process.kill()
+    process.communicate()
+    assert gone(kernel)
+
+
+def test_the_kernel_is_this_python_whatever_jupyter_finds(notebook, tmp_path, monkeypatch):
+    spec = tmp_path / 'jupyter' / 'kernels' / 'python3'
+    spec.mkdir(parents=True)
+    (spec / 'kernel.json').write_text(json.dumps(dict(argv=['/bin/false', '{connection_file}'], display_name='wrong', language='python')))
+    monkeypatch.setenv('JUPYTER_PATH', str(tmp_path / 'jupyter'))
+    result = run_report(notebook(end='reports.finish(run_dir, {"python": sys.executable}, complete)'), {}, tmp_path / 'run')
+    assert result.metrics['python'] == sys.executable
+
+
+def test_progress_is_shown_and_only_its_end_is_kept(notebook, tmp_path, capsys):
+    run_report(notebook('for i in tqdm(range(200), mininterval=0): print(end="", flush=True); time.sleep(0.002)', 'print("to be seen")'), {}, tmp_path / 'run')
+    seen = capsys.readouterr()
+    assert 'to be seen' in seen.out and '200/200' in seen.err
+    bar, = [o for o in outputs(tmp_path / 'run' / 'report.ipynb') if o.get('name') == 'stderr']
+    assert '200/200' in bar['text'] and len(bar['text']) < 200
+
+
+class Loads(HTMLParser):
+    "Collects every address that a browser would load by itself."
+    def __init__(self) -> None: super().__init__(); self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.found += [value or '' for name, value in attributes if name in ('src', 'srcset', 'data', 'poster') or (name == 'href' and tag != 'a')]
+
+
+def test_the_page_loads_nothing(notebook, tmp_path):
+    picture = 'import matplotlib.pyplot as plt, pandas as pd\nplt.plot([1, 2])\nplt.show()\nprint("<script src=https://example.org/x.js></script>")\npd.DataFrame({"a": [1]})'
+    page = run_report(notebook(picture), {}, tmp_path / 'run').report.read_text()
+    loads = Loads()
+    loads.feed(page)
+    assert any(address.startswith('data:image/png') for address in loads.found)
+    assert all(address.startswith('data:') for address in loads.found), [a[:80] for a in loads.found if not a.startswith('data:')]
+    assert not re.search(r'url\(\s*["\']?(https?:)?//|@import|import\(|MathJax', page)
+    assert '<summary>code</summary>' in page and '>plot<' in page          # the code is there, folded
+
+
+def test_many_runs_go_on_after_a_failure_and_run_only_what_is_missing(notebook, tmp_path):
+    tiny = notebook("Path(run_dir, 'executions').open('a').write('x')\nassert category != 'grass' or Path(run_dir).parent.joinpath('dry').exists(), 'the grass is wet'")
+    sets = [dict(category='brick'), dict(category='grass'), dict(category='brick', seed=1)]
+    table = run_many(sets, tmp_path / 'runs', tiny)
+    assert list(table.status) == ['complete', 'failed', 'complete'] and table.error[1] == 'AssertionError: the grass is wet'
+    (tmp_path / 'runs' / 'dry').mkdir()
+    again = run_many(sets, tmp_path / 'runs', tiny)
+    assert list(again.status) == ['complete'] * 3 and list(again.image_auroc) == [0.5, 0.5, 0.6]
+    assert (tmp_path / 'runs' / 'brick-demo-seed0' / 'executions').read_text() == 'x'
+
+
+def test_papermill_alone_makes_a_complete_run(notebook, tmp_path):
+    papermill.execute_notebook(notebook(), tmp_path / 'out.ipynb', dict(run_dir=str(tmp_path / 'run'), seed=2), progress_bar=False)
+    assert json.loads((tmp_path / 'run' / 'metrics.json').read_text())['image']['auroc'] == 0.7
+    assert not (tmp_path / 'run' / 'results.json').exists()
+
+
+@pytest.mark.parametrize('name', report_names())
+def test_every_parameter_of_a_report_is_seen_and_explained(name):
+    cell, = [c for c in nbformat.read(report_notebook(name), 4).cells if 'parameters' in c.metadata.get('tags', [])]
+    written = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)}
+    own = 'out_dir' if 'out_dir' in written else 'run_dir'
+    assert {own, 'complete'} < written.keys() and written['complete'] is True
+    assert {key: default for key, (default, _) in report_parameters(name).items()} == {k: v for k, v in written.items() if k not in (own, 'complete')}
+    assert all(text for _, text in report_parameters(name).values())
+
+
+def test_command_line_help_and_bad_options(capsys):
+    for arguments, says in ((['--help'], 'inspect'), (['category', '--help'], '--textures-root')):
+        with pytest.raises(SystemExit) as caught: main(arguments)
+        assert caught.value.code == 0 and says in capsys.readouterr().out
+    for arguments, says in ((['category', '--seed', 'one'], 'seed must be a value like 0'), (['category', '--overrides', '{steps: 1}'], 'overrides must be'),
+                            (['category', '--sede', '1'], 'unrecognized arguments: --sede')):
+        with pytest.raises(SystemExit) as caught: main(arguments)
+        assert caught.value.code == 2 and says in capsys.readouterr().err
+    assert main(['inspect']) == 1 and 'an inspection needs run_dir' in capsys.readouterr().err
