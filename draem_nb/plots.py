@@ -244,36 +244,48 @@ def _count_bars(ax: Axes, names: list[str], counts: list[int], colours: list[str
     ax.grid(False)
     sns.despine(ax=ax, bottom=True)
 
-# %% ../nbs/11_plots.ipynb #568aae27
+# %% ../nbs/11_plots.ipynb #c6bef643
+def _samples(category: CategoryData) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    "Name, image and mask of a training image, a good test image and one of each kind of defect, as far as there are any."
+    good = [i for i, kind in enumerate(category.kinds) if kind == 'good']
+    samples = [('train, good', category.train[0], None)] if len(category.train) else []
+    samples += [('test, good', category.test[good[0]], None)] if good else []
+    return samples + [(kind, category.test[i], category.masks[i]) for kind in _kinds(category.kinds) for i in [_typical(category, kind)]]
+
+def _data_words(name: str, n_train: int, n_good: int, n_defect: int) -> str:
+    "The numbers in one sentence, and what there is none of."
+    missing = [word for word, count in (('normal', n_good), ('defect', n_defect)) if not count]
+    none = f' (no {" and no ".join(missing)} test images)' if missing else ''
+    return f'{name}: {n_train} image{"s" * (n_train != 1)} to learn from, {n_good + n_defect} to test on{none}'
+
+# %% ../nbs/11_plots.ipynb #3708ce7c
+def _show_samples(axes: np.ndarray, samples: list[tuple[str, torch.Tensor, torch.Tensor | None]]) -> None:
+    "The samples into the frames, each with its name and the outline of its mask."
+    letters = max(8, int(12 * axes[0, 0].get_window_extent().width / 100))  # so many fit above a picture
+    for ax in axes.flat[len(samples):]: ax.set_axis_off()
+    for ax, (name, image, mask) in zip(axes.flat, samples):
+        _show(ax, image)
+        ax.set_title(_short(name, letters), loc='center', fontsize=9.5, fontweight='normal', pad=4, color=NORMAL if mask is None else DEFECT)
+        if mask is not None: _draw_outline(ax, mask, TRUTH)
+
+# %% ../nbs/11_plots.ipynb #376367c3
 @_styled
 def data_overview(
     category: CategoryData,  # .name, .train (N,3,H,W), .test (M,3,H,W), .masks (M,1,H,W), .kinds
 ) -> Figure:
     "The numbers of images of each split and kind, and a sample of each with its mask outlined."
-    kinds = _kinds(category.kinds)
-    good = [i for i, kind in enumerate(category.kinds) if kind == 'good']
-    samples = [('train, good', category.train[0], None)] if len(category.train) else []
-    samples += [('test, good', category.test[good[0]], None)] if good else []
-    samples += [(kind, category.test[i], category.masks[i]) for kind in kinds for i in [_typical(category, kind)]]
+    kinds, samples = _kinds(category.kinds), _samples(category)
     names = ['train, good', 'test, good', *kinds]
-    counts = [len(category.train), len(good), *(category.kinds.count(kind) for kind in kinds)]
+    counts = [len(category.train), *(category.kinds.count(kind) for kind in ['good', *kinds])]
     columns = min(max(len(samples), 3), 5)
     rows = max(1, -(-len(samples) // columns))
-    bars_left, bars_high = .15 + .075 * max(len(name) for name in names), .27 * len(names)
-    fig, axes = _tiles(rows, columns, category.train.shape[-2:], left=bars_left + 2.1, top=.58, bottom=.1, row_gap=.3,
-                       lowest=(bars_high + .3) / rows - .3)
+    left, high = .15 + .075 * max(map(len, names)), .27 * len(names)  # of the bars, inches
+    fig, axes = _tiles(rows, columns, category.train.shape[-2:], left=left + 2.1, top=.58, row_gap=.3, lowest=(high + .3) / rows - .3)
     across, down = fig.get_size_inches()
-    bars = fig.add_axes((bars_left / across, 1 - (.58 + bars_high) / down, 1.7 / across, bars_high / down))
+    bars = fig.add_axes((left / across, 1 - (.58 + high) / down, 1.7 / across, high / down))
     _count_bars(bars, names, counts, [NORMAL, NORMAL, *[DEFECT] * len(kinds)])
-    for ax in axes.flat[len(samples):]: ax.set_axis_off()
-    letters = max(8, int(12 * axes[0, 0].get_position().width * across))  # so many fit above a picture
-    for ax, (name, image, mask) in zip(axes.flat, samples):
-        _show(ax, image)
-        ax.set_title(_short(name, letters), loc='center', fontsize=9.5, fontweight='normal', pad=4, color=NORMAL if mask is None else DEFECT)
-        if mask is not None: _draw_outline(ax, mask, TRUTH)
-    missing = [word for word, count in (('normal', len(good)), ('defect', sum(counts[2:]))) if not count]
-    fig.suptitle(f'{category.name}: {counts[0]} image{"s" * (counts[0] != 1)} to learn from, {sum(counts[1:])} to test on'
-                 + (f' (no {" and no ".join(missing)} test images)' if missing else ''), x=.1 / across, ha='left', y=1 - .1 / down, va='top', fontsize=11, fontweight='bold')
+    _show_samples(axes, samples)
+    fig.suptitle(_data_words(category.name, counts[0], counts[1], sum(counts[2:])), x=.1 / across, y=1 - .1 / down, ha='left', va='top', fontsize=11, fontweight='bold')
     return fig
 
 # %% ../nbs/11_plots.ipynb #f8b1814a
@@ -340,12 +352,13 @@ def training_curves(
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     return fig
 
-# %% ../nbs/11_plots.ipynb #a6c0b6ec
-def _threshold_words(threshold: float, quantile: float | None, n_held_out: int) -> str:
+# %% ../nbs/11_plots.ipynb #21d128af
+def _threshold_words(threshold: float | None, quantile: float | None, n_held_out: int) -> str:
     "The threshold, and how it was chosen."
-    if not n_held_out: return f'threshold {threshold:.3g}'
+    if threshold is None: return 'no threshold: the detector is not calibrated'
+    if not n_held_out: return f'dashed line: threshold {threshold:.3g}'
     chosen = f'the {100 * quantile:g} % quantile' if quantile is not None else 'a quantile'
-    return f'threshold {threshold:.3g}: {chosen} of {n_held_out} held-out normal image{"s" * (n_held_out > 1)}'
+    return f'dashed line: threshold {threshold:.3g}, {chosen} of {n_held_out} held-out normal image{"s" * (n_held_out > 1)}'
 
 def _count_words(kind: str, flagged: int, n: int) -> str:
     "What the threshold did to one row."
@@ -380,7 +393,26 @@ def _headline(flagged: np.ndarray | None, kinds: np.ndarray) -> str:
         else: parts.append(f'{flagged[of].sum()} of {of.sum()} {words}')
     return ', '.join(parts)
 
-# %% ../nbs/11_plots.ipynb #620348e9
+# %% ../nbs/11_plots.ipynb #9fe2a407
+def _score_row(ax: Axes, y: int, kind: str, scores: np.ndarray, flagged: np.ndarray | None) -> None:
+    "The dots of one kind and, at the right, the count; errors in bold."
+    _strip(ax, y, scores, NORMAL if kind == 'good' else DEFECT)
+    n = len(scores)
+    words = f'{n} image{"s" * (n > 1)}' if flagged is None else _count_words(kind, int(flagged.sum()), n)
+    wrong = flagged is not None and flagged.sum() != (0 if kind == 'good' else n)
+    ax.text(1.01, y, words, transform=ax.get_yaxis_transform(), va='center', fontsize=9, fontweight='bold' if wrong else 'normal')
+
+def _score_rows(ax: Axes, scores: np.ndarray, kinds: np.ndarray, flagged: np.ndarray | None, held_out: np.ndarray) -> None:
+    "A row of dots a kind, the good ones first, above them the held-out images if there are any."
+    rows = [kind for kind in ['good', *_kinds(kinds)] if (kinds == kind).any()]
+    for y, kind in enumerate(rows): _score_row(ax, y, kind, scores[kinds == kind], None if flagged is None else flagged[kinds == kind])
+    if len(held_out):
+        _strip(ax, -1, held_out, NORMAL, hollow=True)
+        ax.text(1.01, -1, 'set the threshold', transform=ax.get_yaxis_transform(), va='center', fontsize=9, color=MUTED)
+    first = -1 if len(held_out) else 0
+    ax.set(yticks=range(first, len(rows)), yticklabels=[*['good, held out'] * -first, *rows], ylim=(len(rows) - .4, first - .6), xlabel='anomaly score of an image')
+
+# %% ../nbs/11_plots.ipynb #c1c23676
 @_styled
 def score_histogram(
     scores: torch.Tensor,                            # (M,) anomaly scores of the test images
@@ -394,33 +426,15 @@ def score_histogram(
     held_out = np.asarray([] if held_out_scores is None else held_out_scores, dtype=float)
     if not len(scores): return _sentence('No test images, so no scores to show.')
     flagged = None if threshold is None else scores > threshold
-    rows = [kind for kind in ['good', *_kinds(kinds)] if (kinds == kind).any()]
-    first = -1 if len(held_out) else 0  # the held-out images have a row above the first
-    high = .3 * (len(rows) - first) + .1
+    high = .3 * (len(set(kinds)) + (len(held_out) > 0)) + .1
     fig, (top, ax) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH, high + 2.1), height_ratios=(1.1, high), layout='constrained')
     _histogram(top, scores, kinds)
-    for y, kind in enumerate(rows): _score_row(ax, y, kind, scores[kinds == kind], None if flagged is None else flagged[kinds == kind])
-    if len(held_out):
-        _strip(ax, -1, held_out, NORMAL, hollow=True)
-        ax.text(1.01, -1, 'set the threshold', transform=ax.get_yaxis_transform(), va='center', fontsize=9, color=MUTED)
-    ax.set(yticks=range(first, len(rows)), yticklabels=[*['good, held out'] * -first, *rows],
-           ylim=(len(rows) - .4, first - .6), xlabel='anomaly score of an image')
+    _score_rows(ax, scores, kinds, flagged, held_out)
     top.set_title(_headline(flagged, kinds))
-    words = 'no threshold: the detector is not calibrated'
+    fig.supxlabel(_threshold_words(threshold, quantile, len(held_out)), fontsize=9, color=MUTED)
     if threshold is not None:
-        words = 'dashed line: ' + _threshold_words(threshold, quantile, len(held_out))
         for panel in (top, ax): panel.axvline(threshold, color='black', linestyle='--', linewidth=1.2)
-    fig.supxlabel(words, fontsize=9, color=MUTED)
     return fig
-
-# %% ../nbs/11_plots.ipynb #c3365a97
-def _score_row(ax: Axes, y: int, kind: str, scores: np.ndarray, flagged: np.ndarray | None) -> None:
-    "The dots of one kind and, at the right, the count; errors in bold."
-    _strip(ax, y, scores, NORMAL if kind == 'good' else DEFECT)
-    n = len(scores)
-    words = f'{n} image{"s" * (n > 1)}' if flagged is None else _count_words(kind, int(flagged.sum()), n)
-    wrong = flagged is not None and flagged.sum() != (0 if kind == 'good' else n)
-    ax.text(1.01, y, words, transform=ax.get_yaxis_transform(), va='center', fontsize=9, fontweight='bold' if wrong else 'normal')
 
 # %% ../nbs/11_plots.ipynb #2017474d
 def _named(metrics: dict | None, **names: str) -> str:
@@ -496,42 +510,6 @@ def _colour_bar(fig: Figure, last: Axes) -> None:
     bar = fig.add_axes((box.x1 + .12 / across, box.y1 - high, .1 / across, high))
     fig.colorbar(ScalarMappable(Normalize(0, 1), HEAT), cax=bar, ticks=(0, .5, 1)).outline.set_visible(False)
 
-# %% ../nbs/11_plots.ipynb #1cc63c26
-@_styled
-def detection_gallery(
-    images: torch.Tensor,                # (M, 3, H, W) uint8
-    detections: Detections,            # of these images: .maps, .scores; .reconstructions, .masks, .is_anomalous or None
-    masks: torch.Tensor | None,          # (M, 1, H, W) bool, the truth; None: not known
-    kinds: Sequence[str] | None,         # M kinds, 'good' for normal images; None: not known
-    indices: Sequence[int],              # which to show, one row each
-    titles: Sequence[str] | None = None, # M names for the rows; None: the kinds
-    threshold: float | None = None,      # of the scores, to be named beside them
-    empty: str = 'There is no such case.',  # what to say if there is nothing to show
-) -> Figure:
-    "One row an image: input, restoration, score map, truth, overlay, with the verdict in words."
-    indices = [int(i) for i in indices]
-    if not indices: return _sentence(empty)
-    restored, claims = detections.reconstructions, detections.masks
-    columns = ['input', *['restoration'] * (restored is not None), 'score map', *['truth'] * (masks is not None), 'overlay']
-    names = kinds if titles is None else titles
-    names = None if names is None else {i: _short(str(names[i]), 32) for i in indices}
-    left = max(1.5, .3 + .085 * max(map(len, names.values()))) if names else 1.5
-    fig, axes = _tiles(len(indices), len(columns), images.shape[-2:], left=left, right=.6, bottom=.4, lowest=.62)
-    for line, i in zip(axes, indices):
-        at = dict(zip(columns, line))
-        _show(at['input'], images[i])
-        if restored is not None: _show(at['restoration'], restored[i])
-        _show_map(at['score map'], detections.maps[i])
-        if masks is not None: _show_mask(at['truth'], masks[i])
-        _paint(at['overlay'], overlay(images[i], detections.maps[i]))
-        if masks is not None: _draw_outline(at['overlay'], masks[i], TRUTH)
-        if claims is not None: _draw_outline(at['overlay'], claims[i], PREDICTION, DASHES)
-        _label_row(line[0], _row_words(detections, i, names, kinds, threshold))
-    for ax, name in zip(axes[0], columns): ax.set_title(name, loc='center', fontsize=10)
-    _colour_bar(fig, axes[0, -1])
-    _outline_legend(fig, masks is not None, claims is not None)
-    return fig
-
 # %% ../nbs/11_plots.ipynb #aa6361ec
 def _row_words(detections: Detections, i: int, names: dict[int, str] | None, kinds: Sequence[str] | None, threshold: float | None) -> list[tuple[str, str]]:
     "Name, score and verdict of one image, each with its colour."
@@ -550,6 +528,45 @@ def _outline_legend(fig: Figure, truth: bool, prediction: bool) -> None:
              ((truth, TRUTH, 'solid', 'truth'), (prediction, PREDICTION, DASHES, 'called defect')) if there]
     across, down = fig.get_size_inches()
     if lines: fig.legend(handles=lines, loc='lower right', bbox_to_anchor=(1 - .6 / across, 0), ncols=2, borderaxespad=.3, columnspacing=1.2)
+
+# %% ../nbs/11_plots.ipynb #05e9b989
+def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Detections, i: int, mask: torch.Tensor | None) -> None:
+    "The pictures of image i into the frames of its row."
+    _show(at['input'], image)
+    if 'restoration' in at: _show(at['restoration'], detections.reconstructions[i])
+    _show_map(at['score map'], detections.maps[i])
+    _paint(at['overlay'], overlay(image, detections.maps[i]))
+    if mask is not None:
+        _show_mask(at['truth'], mask)
+        _draw_outline(at['overlay'], mask, TRUTH)
+    if detections.masks is not None: _draw_outline(at['overlay'], detections.masks[i], PREDICTION, DASHES)
+
+# %% ../nbs/11_plots.ipynb #f7212a6e
+@_styled
+def detection_gallery(
+    images: torch.Tensor,                   # (M, 3, H, W) uint8
+    detections: Detections,                 # of these images: .maps, .scores; .reconstructions, .masks, .is_anomalous or None
+    masks: torch.Tensor | None,             # (M, 1, H, W) bool, the truth; None: not known
+    kinds: Sequence[str] | None,            # M kinds, 'good' for normal images; None: not known
+    indices: Sequence[int],                 # which to show, one row each
+    titles: Sequence[str] | None = None,    # M names for the rows; None: the kinds
+    threshold: float | None = None,         # of the scores, to be named beside them
+    empty: str = 'There is no such case.',  # what to say if there is nothing to show
+) -> Figure:
+    "One row an image: input, restoration, score map, truth, overlay, with the verdict in words."
+    if not len(indices): return _sentence(empty)
+    columns = ['input', *['restoration'] * (detections.reconstructions is not None), 'score map', *['truth'] * (masks is not None), 'overlay']
+    names = kinds if titles is None else titles
+    names = None if names is None else {i: _short(str(names[i]), 32) for i in indices}
+    left = max(1.5, .3 + .085 * max(map(len, names.values()))) if names else 1.5
+    fig, axes = _tiles(len(indices), len(columns), images.shape[-2:], left=left, right=.6, bottom=.4, lowest=.62)
+    for line, i in zip(axes, indices):
+        _gallery_row(dict(zip(columns, line)), images[i], detections, i, None if masks is None else masks[i])
+        _label_row(line[0], _row_words(detections, i, names, kinds, threshold))
+    for ax, name in zip(axes[0], columns): ax.set_title(name, loc='center', fontsize=10)
+    _colour_bar(fig, axes[0, -1])
+    _outline_legend(fig, masks is not None, detections.masks is not None)
+    return fig
 
 # %% ../nbs/11_plots.ipynb #57cd9bfb
 def _kind_table(results: dict) -> pd.DataFrame:

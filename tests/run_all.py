@@ -31,17 +31,18 @@ def run_notebooks() -> tuple[int, int]:
     "Passed and failed notebooks. nbdev_test exits with 0 when it finds no notebook and prints no count, so they are counted here."
     expected = {p.resolve() for p in (ROOT / 'nbs').rglob('*.ipynb') if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts}
     # One after the other: notebooks side by side would fight for the cores that each of them uses all of.
-    process = subprocess.Popen([BIN / 'nbdev_test', '--do_print', '--n_workers', '0', '--timing'], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    completed, started = set(), set()
+    process = subprocess.Popen([BIN / 'nbdev_test', '--do_print', '--n_workers', '0', '--timing'], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+    completed, failed = set(), set()
     for line in process.stdout:
         print(line, end='', flush=True)
-        if found := re.match(r'Starting (.+\.ipynb)', line): started.add(Path(found[1]).resolve())
         if found := re.match(r'- Completed (.+\.ipynb)', line): completed.add(Path(found[1]).resolve())
+        # "Completed" is printed for failures too; their names stand in a list at the end.
+        if found := re.match(r'\t(.+\.ipynb)$', line): failed.add(found[1])
     status = process.wait()
     if missing := sorted(str(p) for p in expected - completed): print('notebooks that did not run:', *missing, sep='\n  ')
-    # "Completed" is printed for failures too: the names of those stand on stderr, the exit status tells that there are any.
-    if status: return len(completed) - 1, max(1, len(expected - completed) + 1)
-    return len(completed), len(expected - completed)
+    n_failed = max(len(failed) + len(missing), int(status != 0))
+    return len(expected) - n_failed, n_failed
 
 
 def run_pytest() -> tuple[int, int]:

@@ -89,16 +89,16 @@ def started(notebook: Path, run_dir: Path, **streams) -> tuple[subprocess.Popen,
     "A report that sleeps, in a process of its own, and the id of its kernel."
     code = f'import sys; from draem_nb import reports; reports.report_notebook = lambda name: reports.Path({str(notebook)!r}); sys.exit(reports.main(["category", "--run-dir", {str(run_dir)!r}]))'
     process = subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (run_dir / 'pid').exists() and time.monotonic() < deadline and process.poll() is None: time.sleep(0.1)
     return process, int((run_dir / 'pid').read_text())
 
 
 SLEEP = ("Path(run_dir, 'pid.tmp').write_text(str(os.getpid())); os.replace(Path(run_dir, 'pid.tmp'), Path(run_dir, 'pid'))\n"
-         "try: time.sleep(60)\nexcept KeyboardInterrupt: Path(run_dir, 'checkpoint').write_text('saved'); raise")
+         "try: time.sleep(600)\nexcept KeyboardInterrupt: Path(run_dir, 'checkpoint').write_text('saved'); raise")
 
 
-def gone(pid: int, seconds: float = 15.) -> bool:
+def gone(pid: int, seconds: float = 60.) -> bool:
     "Whether the process ends within so many seconds."
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -112,7 +112,7 @@ def gone(pid: int, seconds: float = 15.) -> bool:
 def test_a_kernel_killed_from_outside_is_one_sentence(notebook, tmp_path):
     process, kernel = started(notebook(SLEEP), tmp_path / 'run')
     os.kill(kernel, signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and 'Traceback' not in err
     assert err.splitlines()[-2].startswith('draem_nb: the kernel died before the report was finished') and 'report.failed.ipynb' in err.splitlines()[-1]
     assert not (tmp_path / 'run' / 'metrics.json').exists() and (tmp_path / 'run' / 'report.failed.ipynb').exists()
@@ -121,7 +121,7 @@ def test_a_kernel_killed_from_outside_is_one_sentence(notebook, tmp_path):
 def test_ctrl_c_lets_the_notebook_save_and_says_how_to_go_on(notebook, tmp_path):
     process, kernel = started(notebook(SLEEP), tmp_path / 'run')
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and 'the same command goes on' in err and 'Traceback' not in err
     assert (tmp_path / 'run' / 'checkpoint').read_text() == 'saved' and gone(kernel)
     assert not (tmp_path / 'run' / 'metrics.json').exists()
