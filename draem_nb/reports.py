@@ -139,7 +139,7 @@ class Figures:
         os.replace(self.folder / f'{name}.tmp', self.folder / f'{name}.png')
         display(figure)
 
-# %% ../nbs/12_reports.ipynb #b2ef7160
+# %% ../nbs/12_reports.ipynb #22d11210
 class _Kernel(AsyncKernelManager):
     def __init__(self, **kwargs: object) -> None:
         self._sockets = tempfile.mkdtemp(prefix='report-')
@@ -149,6 +149,10 @@ class _Kernel(AsyncKernelManager):
     async def start_kernel(self, **kwargs: object) -> None:
         # What a notebook writes comes as messages; on the bare stderr a kernel only talks of its own comings and goings.
         await super()._async_start_kernel(**kwargs, stderr=subprocess.DEVNULL)
+
+    async def start_kernel(self, **kwargs: object) -> None:
+        env = {**os.environ, **(kwargs.pop('env', None) or {}), 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
+        await super().start_kernel(**kwargs, env=env)
 
     async def cleanup_resources(self, restart: bool = False) -> None:
         await super()._async_cleanup_resources(restart=restart)

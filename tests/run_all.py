@@ -66,5 +66,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    os.environ.setdefault('MPLBACKEND', 'agg')
     sys.exit(main())

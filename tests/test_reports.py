@@ -159,7 +159,8 @@ class Loads(HTMLParser):
         self.found += [value or '' for name, value in attributes if name in ('src', 'srcset', 'data', 'poster') or (name == 'href' and tag != 'a')]
 
 
-def test_the_page_loads_nothing(notebook, tmp_path):
+def test_the_page_loads_nothing_and_has_its_pictures(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv('MPLBACKEND', 'agg')          # as servers do; a report has pictures all the same
     picture = 'import matplotlib.pyplot as plt, pandas as pd\nplt.plot([1, 2])\nplt.show()\nprint("<script src=https://example.org/x.js></script>")\npd.DataFrame({"a": [1]})'
     page = run_report(notebook(picture), {}, tmp_path / 'run').report.read_text()
     loads = Loads()

@@ -1,0 +1,226 @@
+"""Evaluation with stand-ins for detector and class: what is undefined, what is compared with what, many runs in one table."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from draem_nb.data import CategoryData
+from draem_nb.detector import Detections
+from draem_nb.evaluation import (beside_paper, conditions_name, differing_conditions, evaluate, mark_best, paper_table, read_runs, results_table,
+                                 runs_table, summary_table, wilson_interval)
+from draem_nb.metrics import evaluate_maps, evaluate_scores
+from draem_nb.recipes import demo, official
+
+MVTEC = 'bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood zipper'.split()
+
+
+def tiny(kinds: list[str], name: str = 'nuts', size: int = 16, small: str = '') -> CategoryData:
+    "A class of one test image for each of `kinds`; a defect is a block, which the official rule shrinks, and does not see at all on the kind `small`."
+    masks = torch.zeros(2, len(kinds), 1, size, size, dtype=torch.bool)
+    for i, kind in enumerate(kinds):
+        if kind == 'good': continue
+        masks[0, i, :, 4:10, 4:10] = True
+        if kind != small: masks[1, i, :, 5:9, 5:9] = True
+    images = torch.zeros(len(kinds), 3, size, size, dtype=torch.uint8)
+    of = lambda i: SimpleNamespace(relative_to=lambda root: SimpleNamespace(as_posix=lambda: f'test/{i}.png'))
+    return CategoryData(name, '.', (size, size), torch.zeros(20, 3, size, size, dtype=torch.uint8), images, masks[0], masks[1],
+                        torch.tensor([k != 'good' for k in kinds], dtype=torch.bool), list(kinds), [of(i) for i in range(len(kinds))], [])
+
+
+def detections(category: CategoryData, seed: int = 0) -> Detections:
+    maps = 0.5 * category.masks[:, 0] + 0.6 * torch.rand(category.masks[:, 0].shape, generator=torch.Generator().manual_seed(seed))
+    return Detections(maps, maps.flatten(1).mean(1), None, None, None, None)
+
+
+def detector(category: CategoryData, **known: object) -> SimpleNamespace:
+    return SimpleNamespace(**dict(dict(predict=lambda images: detections(category), recipe=demo(), threshold=0.32, pixel_threshold=0.6, quantile=0.995,
+                                       held_out_scores=[0.28, 0.3, 0.31, 0.32]), **known))
+
+
+KINDS = ['good'] * 6 + ['crack'] * 3 + ['hole'] * 2
+
+
+def test_the_numbers_are_those_of_the_metrics():
+    category = tiny(KINDS)
+    found = detections(category)
+    results = evaluate(detector(category), category)
+    assert results == evaluate(detector(category), category, found)
+    assert results['image'] == dict(evaluate_scores(found.scores, category.labels), n=11, n_anomalous=5)
+    assert results['pixel'] == evaluate_maps(found.maps, category.masks)
+    keep = [i for i, kind in enumerate(KINDS) if kind in ('good', 'hole')]
+    assert results['kinds']['hole'] == dict(n=2, image=dict(evaluate_scores(found.scores[keep], category.labels[keep]), n=8, n_anomalous=2),
+                                            pixel=evaluate_maps(found.maps[keep], category.masks[keep]))
+    assert list(results['kinds']) == ['crack', 'hole'] and results['notes'] == []
+    official_rule = evaluate(detector(category), category, mask_rule='official')
+    assert official_rule['pixel'] == evaluate_maps(found.maps, category.masks_official) and official_rule['conditions']['mask_rule'] == 'official'
+
+
+def test_results_survive_json_and_repeat_to_the_byte():
+    category = tiny(KINDS)
+    text = [json.dumps(evaluate(detector(category), category, together=['hole', 'crack']), allow_nan=False) for _ in range(2)]
+    assert text[0] == text[1] and json.loads(text[0]) == evaluate(detector(category), category, together=['hole', 'crack'])
+    assert json.loads(text[0])['together']['kinds'] == ['crack', 'hole']
+
+
+def test_operating_point_by_hand():
+    category = tiny(['good'] * 4 + ['crack'] * 4)
+    scores = torch.tensor([0.1, 0.2, 0.3, 0.9, 0.2, 0.5, 0.6, 0.7])                 # one false alarm, three of four found
+    found = Detections(detections(category).maps, scores, None, None, None, None)
+    point = evaluate(detector(category, threshold=0.3, held_out_scores=[0.1] * 8 + [0.3]), category, found)['operating_point']
+    assert (point['false_alarm_rate'], point['precision'], point['recall'], point['f1']) == (1 / 4, 3 / 4, 3 / 4, 3 / 4)
+    assert (point['n_held_out'], point['n_good'], point['promised_false_alarm_rate']) == (9, 4, 0.1)
+    assert point['false_alarm_interval'] == wilson_interval(1, 4)
+
+
+@pytest.mark.parametrize('hits, n', [(0, 1), (1, 1), (0, 37), (37, 37), (3, 37), (999, 1000)])
+def test_wilson_interval_solves_its_equation(hits, n):
+    "Both limits p fulfil (hits / n - p)^2 = z^2 p (1 - p) / n, and hold the rate between them."
+    low, high = wilson_interval(hits, n)
+    assert 0 <= low <= hits / n <= high <= 1 and isinstance(low, float)
+    for p in (low, high): assert abs((hits / n - p)**2 - 1.959964**2 * p * (1 - p) / n) < 1e-12
+
+
+@pytest.mark.parametrize('kinds, undefined, says', [
+    (['good'] * 3, {'image': ['auroc', 'ap', 'f1_max'], 'pixel': ['auroc', 'ap', 'f1_max', 'aupro']}, 'There are no defects in the test images'),
+    (['crack'] * 3, {'image': ['auroc'], 'pixel': []}, 'There are no good test images'),
+    (['crack'], {'image': ['auroc'], 'pixel': []}, 'There are no good test images'),
+    ([], {'image': ['auroc', 'ap', 'f1_max'], 'pixel': ['auroc', 'ap', 'f1_max', 'aupro']}, 'There are no test images'),
+])
+def test_what_is_undefined_is_none_and_said(kinds, undefined, says):
+    category = tiny(kinds)
+    results = evaluate(detector(category), category)
+    for part, keys in undefined.items(): assert [k for k, v in results[part].items() if v is None] == keys
+    assert any(says in note for note in results['notes'])
+    json.dumps(results, allow_nan=False)
+    assert len(results_table(results)) == 1 + len(set(kinds) - {'good'})
+
+
+def test_a_kind_without_a_pixel_under_the_rule_is_said():
+    category = tiny(KINDS, small='hole')
+    results = evaluate(detector(category), category, mask_rule='official')
+    assert results['kinds']['hole']['pixel'] == dict(auroc=None, ap=None, f1_max=None, aupro=None) and results['kinds']['hole']['image']['auroc'] is not None
+    assert results['notes'] == ["Not one pixel is a defect in the images of kind hole under the mask rule 'official': its pixel metrics are undefined."]
+
+
+def test_all_defect_and_never_called():
+    category = tiny(['crack'] * 2)
+    category.masks[:] = True
+    results = evaluate(detector(category, threshold=9.), category)
+    assert results['pixel'] == dict(auroc=None, ap=1., f1_max=1., aupro=None)
+    assert results['operating_point']['precision'] is None and results['operating_point']['recall'] == 0 and results['operating_point']['false_alarm_rate'] is None
+    assert {'Every pixel is a defect: pixel AUROC and AUPRO are undefined.', 'No image was called anomalous: precision at the threshold is undefined.'} <= set(results['notes'])
+
+
+def test_a_detector_with_nothing_but_predict():
+    category = tiny(KINDS)
+    results = evaluate(SimpleNamespace(predict=lambda images: detections(category)), category)
+    assert results['image'] == evaluate(detector(category), category)['image'] and results['operating_point'] is None
+    assert results['conditions'].keys() == {'category', 'size', 'mask_rule', 'n_train', 'fingerprint'}
+    assert conditions_name(results) == 'no recipe, 16 x 16, masks half' and len(differing_conditions(results)) == 2
+    only_threshold = evaluate(SimpleNamespace(threshold=0.3), category, detections(category))
+    assert only_threshold['operating_point']['promised_false_alarm_rate'] is None and only_threshold['operating_point']['n_held_out'] == 0
+
+
+@pytest.mark.parametrize('change, says', [
+    (dict(mask_rule='three quarters'), "mask_rule is 'three quarters'; choose 'half' or 'official'"),
+    (dict(together=['hole', 'craks']), 'class nuts has no test images of kind craks; there are: crack, good, hole'),
+    (dict(detections=detections(tiny(KINDS[1:]))), 'detections hold 10 scores and 10 maps, but class nuts has 11 test images'),
+    (dict(detections=detections(tiny(KINDS, size=32))), 'maps have shape'),
+    (dict(detections=Detections(detections(tiny(KINDS)).maps * np.nan, torch.zeros(11), None, None, None, None)), 'maps hold'),
+])
+def test_bad_input_is_one_sentence(change, says):
+    category = tiny(KINDS)
+    with pytest.raises(ValueError, match=says): evaluate(detector(category), category, **change)
+
+
+def test_conditions_hold_every_choice_that_matters():
+    category = tiny(KINDS)
+    conditions = lambda recipe: evaluate(detector(category, recipe=recipe), category)['conditions']
+    assert conditions(demo())['changes'] == {} and conditions(official())['changes'] == {}
+    assert conditions(demo().replace(mask_shape='rectangle', opacity=(1., 1.), compile=True, steps=7))['changes'] == dict(mask_shape='rectangle', opacity=[1., 1.])
+    assert conditions(official().replace(name='mine', lr=1e-3))['changes'] == dict(lr=1e-3)
+    assert conditions(official())['epochs'] == 700 and conditions(official())['steps'] == 700 * 16 / 8       # 4 of 20 are held out
+    assert conditions(demo())['epochs'] is None
+
+
+def test_published_tables():
+    for name, rows, columns in (('detection', 16, 7), ('localization', 16, 8), ('ablation', 11, 3), ('cutpaste', 16, 2), ('dagm', 5, 4)):
+        table = paper_table(name)
+        assert table.shape == (rows, columns) and (table.dtypes == float).all() and table.notna().all(axis=None) and table.max(axis=None) <= 100
+    assert sorted(paper_table('detection').index.drop('average')) == sorted(paper_table('localization').index.drop('average')) == MVTEC
+    averages = paper_table('detection').loc['average'].round(1).to_dict() | paper_table('localization').loc['average'].round(1).to_dict()
+    assert averages == {'GANomaly': 78.2, 'DAGAN': 87.3, 'US': 87.7, 'RIAD': 91.7, 'Gaussian-AD': 94.4, 'PaDiM': 95.4, 'DRAEM': 98.0, 'US_auroc': 93.9, 'US_ap': 45.5,
+                        'RIAD_auroc': 94.2, 'RIAD_ap': 48.2, 'PaDiM_auroc': 97.4, 'PaDiM_ap': 55.0, 'DRAEM_auroc': 97.3, 'DRAEM_ap': 68.4}
+    with pytest.raises(ValueError, match="unknown table 'tables'; there are: detection, localization"): paper_table('tables')
+    assert paper_table('detection').DRAEM['bottle'] == 99.2 and paper_table('localization').DRAEM_ap['screw'] == 58.2
+
+
+def run(category: str, seed: int = 0, auroc: float | None = 0.9, **conditions: object) -> dict:
+    made = tiny(KINDS, name=category)
+    results = evaluate(detector(made, recipe=demo().replace(seed=seed)), made)
+    results['image']['auroc'] = auroc
+    results['conditions'] |= conditions
+    return results
+
+
+def test_beside_paper_is_for_the_fifteen_classes():
+    assert beside_paper(run('nuts')) is None
+    for category in MVTEC:
+        table = beside_paper(run(category))
+        assert list(table.index) == ['GANomaly', 'DAGAN', 'US', 'RIAD', 'Gaussian-AD', 'PaDiM', 'DRAEM', 'ours']
+        assert table.loc['DRAEM', 'image AUROC'] == paper_table('detection').DRAEM[category]
+        assert table.loc['RIAD', 'pixel AP'] == paper_table('localization').RIAD_ap[category] and np.isnan(table.loc['DAGAN', 'pixel AP'])
+    assert table.loc['ours', 'image AUROC'] == 90 and np.isnan(beside_paper(run('screw', auroc=None)).loc['ours', 'image AUROC'])
+
+
+def test_the_papers_conditions_do_not_differ():
+    results = run('screw', size=[256, 256], base_width=128, base_channels=64, recipe='paper', steps=700 * 20 // 8, mask_rule='official')
+    results['operating_point'] = None
+    assert differing_conditions(results) == []
+    assert differing_conditions(results | {'conditions': results['conditions'] | {'changes': {'mask_shape': 'rectangle'}}}) == ['mask_shape = rectangle']
+
+
+def test_mean_and_deviation_over_seeds():
+    table = runs_table([run('screw', seed, auroc) for seed, auroc in enumerate((0.8, 0.9, 1.0))] + [run('screw', 2, 1.0), run('nuts')]).set_index('category')
+    assert np.allclose(table.loc['screw', ['image AUROC', 'image AUROC sd', 'seeds']].astype(float), [90, 10, 3])
+    assert table.loc['nuts', 'seeds'] == 1 and np.isnan(table.loc['nuts', 'image AUROC sd'])
+    assert runs_table([]).empty and np.isnan(runs_table([run('screw', auroc=None)])['image AUROC'][0])
+
+
+def test_an_average_needs_all_fifteen():
+    complete, notes = summary_table([run(c, auroc=0.97) for c in MVTEC])
+    assert np.isclose(complete.iloc[:, -1]['average'], 97) and notes == []
+    lacking, notes = summary_table([run(c) for c in MVTEC if c not in ('screw', 'pill')] + [run('nuts')])
+    assert np.isnan(lacking.iloc[:, -1]['average']) and len(notes) == 1 and notes[0].endswith('there is no run of pill, screw')
+    assert 'nuts' not in lacking.index and summary_table([run('nuts')])[0].shape == (16, 7)
+    undefined, notes = summary_table([run(c, auroc=None if c == 'screw' else 0.9) for c in MVTEC])
+    assert np.isnan(undefined.iloc[:, -1]['average']) and 'screw' in notes[0]
+    two, _ = summary_table([run(c, size=[s, s]) for c in MVTEC for s in (16, 32)], 'pixel AP')
+    assert two.shape == (16, 6) and list(two)[:4] == ['US', 'RIAD', 'PaDiM', 'DRAEM']
+    with pytest.raises(ValueError, match="unknown metric 'AUROC'; there are: image AUROC"): summary_table([], 'AUROC')
+
+
+def test_the_best_are_marked_with_their_ties():
+    table = pd.DataFrame(dict(a=[99.96, 50., np.nan], b=[100., 49.94, np.nan], c=[99.94, np.nan, np.nan]), index=list('xyz'))
+    assert mark_best(table).values.tolist() == [['**100.0**', '**100.0**', '99.9'], ['**50.0**', '49.9', ''], ['', '', '']]
+
+
+def test_complete_runs_are_read_and_others_named(tmp_path):
+    def write(name: str, **files: dict) -> None:
+        (tmp_path / name).mkdir(parents=True)
+        for file, content in files.items(): (tmp_path / name / f'{file}.json').write_text(json.dumps(content))
+
+    write('b/screw', run=dict(textures_fingerprint='0123456789abcdef'), metrics=run('screw'))
+    write('a', run={}, metrics=run('pill'))
+    write('c', run={})                                                              # stopped before its end
+    write('summary', metrics=dict(runs=2))                                          # a report on runs is not a run
+    write('d', run={}, metrics=dict(runs=2))
+    runs, incomplete = read_runs(tmp_path)
+    assert [r['conditions']['category'] for r in runs] == ['pill', 'screw'] and incomplete == ['c']
+    assert runs[1]['conditions']['textures'] == '01234567' and 'textures 01234567' in conditions_name(runs[1])
+    assert runs[0] == json.loads(json.dumps(run('pill')))
+    with pytest.raises(FileNotFoundError, match='nowhere'): read_runs(tmp_path / 'nowhere')
