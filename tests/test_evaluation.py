@@ -205,7 +205,7 @@ def test_an_average_needs_all_fifteen():
 
 
 def test_the_best_are_marked_with_their_ties():
-    table = pd.DataFrame(dict(a=[99.96, 50., np.nan], b=[100., 49.94, np.nan], c=[99.94, np.nan, np.nan]), index=list('xyz'))
+    table = pd.DataFrame(dict(a=[99.96, 50., np.nan], b=[99.98, 49.94, np.nan], c=[99.94, np.nan, np.nan]), index=list('xyz'))
     assert mark_best(table).values.tolist() == [['**100.0**', '**100.0**', '99.9'], ['**50.0**', '49.9', ''], ['', '', '']]
 
 

@@ -143,6 +143,12 @@ def test_one_pixel_regions_make_aupro_the_auroc():
     assert abs(evaluate_maps(maps, masks, fpr_limit=1)['aupro'] - evaluate_maps(maps, masks)['auroc']) < 1e-12
 
 
+def test_pixels_touch_at_their_corners_too():
+    assert np.allclose(region_weights(np.eye(4, dtype=bool)[None]), 1 / 4)
+    assert np.allclose(region_weights(np.array([[[1, 0, 1], [0, 0, 0], [1, 0, 0]]], bool)), 1 / 3)
+    assert region_weights(np.zeros((2, 4, 4), bool)).size == 0
+
+
 def test_regions_of_neighbouring_images_do_not_touch():
     masks = np.ones((3, 4, 4), bool)
     masks[:, :, 2:] = False
@@ -166,6 +172,8 @@ def test_all_forms_of_input_agree():
 @pytest.mark.parametrize('scores, labels, says', [
     ([0.1, np.nan, 0.3], [0, 1, 0], 'scores hold 1 values that are NaN or infinite'),
     ([0.1, np.inf, -np.inf], [0, 1, 0], 'scores hold 2 values that are NaN or infinite'),
+    ([0.1, np.inf], [0, 1], 'scores hold 1 values'),
+    ([0.1, -np.inf], [0, 1], 'scores hold 1 values'),
     ([0.1, 0.2], [0, 1, 1], r'scores have shape \(2,\) and labels \(3,\)'),
     ([0.1, 0.2], [0, 2], 'labels must be bool, or 0 and 1'),
     ([0.1, 0.2], [0., np.nan], 'labels must be bool, or 0 and 1'),
