@@ -139,7 +139,7 @@ class Figures:
         os.replace(self.folder / f'{name}.tmp', self.folder / f'{name}.png')
         display(figure)
 
-# %% ../nbs/12_reports.ipynb #22d11210
+# %% ../nbs/12_reports.ipynb #ca86dd9d
 class _Kernel(AsyncKernelManager):
     def __init__(self, **kwargs: object) -> None:
         self._sockets = tempfile.mkdtemp(prefix='report-')
@@ -152,7 +152,7 @@ class _Kernel(AsyncKernelManager):
 
     async def start_kernel(self, **kwargs: object) -> None:
         env = {**os.environ, **(kwargs.pop('env', None) or {}), 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
-        await super().start_kernel(**kwargs, env=env)
+        await super().start_kernel(**kwargs, env=env, stderr=subprocess.DEVNULL)      # what a dying kernel says of itself is no error of the report's
 
     async def cleanup_resources(self, restart: bool = False) -> None:
         await super()._async_cleanup_resources(restart=restart)
