@@ -1,6 +1,7 @@
 # make report    train and test a detector on one class; without more words on the built-in class `brick`
 # make inspect   RUN=runs/... IMAGES=folder: a trained detector on a folder of new images
 # make summary   the paper's two tables with the classes of RUNS beside them
+# make bench     each fast path against the plain one; runs/bench.json and runs/bench.ipynb
 # make test      everything that is checked
 # make readme    README.md from nbs/index.ipynb
 # Each makes .venv first, if it is missing or older than what it is made from.
@@ -24,7 +25,7 @@ made := .venv/made
 # $(call option,--name,value): the option where there is a value, else nothing
 option = $(if $(2),$(1) '$(2)')
 
-.PHONY: report inspect summary test readme
+.PHONY: report inspect summary bench test readme
 report: $(made)
 	$(bin)/draem_nb category --category '$(CATEGORY)' --recipe '$(RECIPE)' --seed $(SEED) $(call option,--data-root,$(DATA)) \
 	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--kinds,$(KINDS)) $(call option,--device,$(DEVICE)) $(call option,--run-dir,$(RUN))
@@ -34,6 +35,11 @@ inspect: $(made)
 
 summary: $(made)
 	$(bin)/draem_nb summary --runs-dir '$(RUNS)'
+
+bench: $(made)
+	mkdir -p runs
+	$(bin)/papermill nbs/30_benchmarks.ipynb runs/bench.ipynb
+	@$(bin)/python -c 'import json, pandas; print(pandas.DataFrame(json.load(open("runs/bench.json"))["rows"]).round(2).to_string(index=False))'
 
 test: $(made)
 	$(bin)/python tests/run_all.py
