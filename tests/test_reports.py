@@ -88,7 +88,9 @@ def test_what_ends_early_is_a_failure(notebook, tmp_path, work, says):
 def started(notebook: Path, run_dir: Path, **streams) -> tuple[subprocess.Popen, int]:
     "A report that sleeps, in a process of its own, and the id of its kernel."
     code = f'import sys; from draem_nb import reports; reports.report_notebook = lambda name: reports.Path({str(notebook)!r}); sys.exit(reports.main(["category", "--run-dir", {str(run_dir)!r}]))'
-    process = subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A shell's background job ignores Ctrl-C and hands that on; the report is started as at a terminal, wherever the tests run.
+    process = subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 300
     while not (run_dir / 'pid').exists() and time.monotonic() < deadline and process.poll() is None: time.sleep(0.1)
     return process, int((run_dir / 'pid').read_text())
