@@ -12,7 +12,7 @@ from dataclasses import dataclass
 # %% auto #0
 __all__ = ['Recipe', 'official', 'paper', 'demo', 'by_name']
 
-# %% ../nbs/06_recipes.ipynb #7de2cab6
+# %% ../nbs/06_recipes.ipynb #8351510f
 _CHOICES = dict(color=('rgb', 'bgr'), mask_shape=('perlin', 'rectangle'), texture_source=('images', 'color'),
                 augmentation=('official', 'paper', 'none'), reconstruction_map=('ssim', 'msgms'),
                 precision=('auto', 'float32', 'bfloat16', 'float16'), memory_format=('channels_last', 'contiguous'))
@@ -44,6 +44,7 @@ class Recipe:
     n_textures: int | None = None                   # use only the first n source textures (ablation); None: all
     augmentation: str = 'official'                  # set of texture augmentations: 'official', 'paper' or 'none'
     n_augmentations: int = 3                        # different ones per sample
+    match_gray: bool = False                        # where no normal image has colour, anomalies get none (not in the paper)
     opacity: tuple[float, float] = (0.2, 1.0)       # weight of the texture under the mask, uniform; (1, 1): opaque (ablation)
     # --- losses
     ssim_weight: float = 1.
@@ -118,10 +119,10 @@ def paper() -> Recipe:
     return Recipe(name='paper', rotation_degrees=45., rotation_probability=1., opacity=(0.1, 1.0), augmentation='paper',
                   replacement=False, lr_milestones=(400 / 700, 600 / 700), lr_decay=0.1)
 
-# %% ../nbs/06_recipes.ipynb #ac0692f7
+# %% ../nbs/06_recipes.ipynb #9700b6c8
 def demo() -> Recipe:
     "Small and quick, for two CPU cores: 128 px, widths 16 and 8, 1,000 steps of 8 images."
-    return Recipe(name='demo', size=128, base_width=16, base_channels=8, steps=1000, lr=3e-4, score_window=11,
+    return Recipe(name='demo', size=128, base_width=16, base_channels=8, steps=1000, lr=3e-4, score_window=11, match_gray=True,
                   checkpoint_every=250)
 
 def by_name(name: str) -> Recipe:

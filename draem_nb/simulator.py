@@ -16,7 +16,7 @@ from .recipes import Recipe
 from .textures import Augmentation, augment, draw_augmentation
 
 # %% auto #0
-__all__ = ['Plan', 'Simulated', 'draw_plan', 'AnomalySimulator']
+__all__ = ['Plan', 'Simulated', 'draw_plan', 'AnomalySimulator', 'has_color']
 
 # %% ../nbs/03_simulator.ipynb #b65ae171
 @dataclass
@@ -89,13 +89,15 @@ def draw_plan(
         augmentation=draw_augmentation(recipe.augmentation, n, g, recipe.n_augmentations),
         opacity=_uniform(*recipe.opacity, n, g))
 
-# %% ../nbs/03_simulator.ipynb #3b022ffb
+# %% ../nbs/03_simulator.ipynb #8bad3ab9
 class AnomalySimulator:
     "Paints simulated anomalies (paper, section 3.3) with `textures` (N, 3, H, W) uint8; works on the device where they lie."
-    def __init__(self, textures: Tensor, recipe: Recipe):
+    def __init__(self, textures: Tensor, recipe: Recipe, normal: Tensor | None = None):
+        "`normal`: the images (N, 3, H, W) that will be painted on; `recipe.match_gray` looks at them, nothing else does."
         if recipe.n_textures is not None: textures = textures[:recipe.n_textures]
         if not len(textures): raise ValueError('the simulator needs at least one texture as anomaly source')
         self.textures, self.recipe = textures, recipe
+        self.gray = recipe.match_gray and normal is not None and not has_color(normal)
 
     def plan(self, n_images: int, batch: int, seed: int, step: int) -> Plan:
         "See `draw_plan`."
@@ -108,8 +110,14 @@ class AnomalySimulator:
 
     def source(self, plan: Plan, size: tuple[int, int], device: torch.device) -> Tensor:
         "(A, 3, H, W) float in 0..1: the augmented textures, or plain colours."
-        if self.recipe.texture_source == 'color': return plan.color.to(device)[:, :, None, None].expand(-1, -1, *size)
-        return augment(self.textures[plan.texture.to(device)], plan.augmentation).float().div_(255)
+        if self.recipe.texture_source == 'color': return self._shown(plan.color.to(device)[:, :, None, None]).expand(-1, -1, *size)
+        return self._shown(augment(self.textures[plan.texture.to(device)], plan.augmentation).float().div_(255))
+
+    def _shown(self, x: Tensor) -> Tensor:
+        "x, or its luminance (ITU-R 601) in all three channels where the normal images are gray."
+        if not self.gray: return x
+        red, green, blue = x.unbind(1)
+        return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None].expand_as(x)
 
     def __call__(self, images: Tensor, plan: Plan) -> Simulated:
         "Batch of the plan from normal `images` (N, 3, H, W) uint8, on their device, with no device-to-host copy."
@@ -126,6 +134,11 @@ class AnomalySimulator:
             weight = mask[where] * plan.opacity.to(device)[:, None, None, None]          # beta on the mask, 0 elsewhere
             augmented[where] = torch.lerp(target[where], self.source(plan, size, device), weight)
         return Simulated(target, augmented, mask, mask.flatten(1).any(1))
+
+# %% ../nbs/03_simulator.ipynb #be2dd199
+def has_color(images: Tensor) -> bool:
+    "Whether any pixel of (N, 3, H, W) differs between its channels. Waits for the device."
+    return bool((images[:, 0] != images[:, 1]).any() or (images[:, 0] != images[:, 2]).any())
 
 # %% ../nbs/03_simulator.ipynb #740b1621
 def _draw_rectangles(rectangle: Tensor, size: tuple[int, int]) -> Tensor:

@@ -62,13 +62,13 @@ def memory_format_of(recipe: Recipe) -> torch.memory_format:
     "The recipe's memory format as PyTorch names it."
     return {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}[recipe.memory_format]
 
-# %% ../nbs/07_training.ipynb #f0e04298
+# %% ../nbs/07_training.ipynb #7b0b6186
 class Trainer:
     "The state of a run: networks, optimiser, schedule, and the losses of all steps so far."
     def __init__(self, images: Tensor, textures: Tensor, recipe: Recipe, device: torch.device):
         self.recipe, self.device, self.done = recipe, device, 0
         self.total = recipe.total_steps(len(images))
-        self.images, self.simulator = images.to(device), AnomalySimulator(textures.to(device), recipe)
+        self.images, self.simulator = images.to(device), AnomalySimulator(textures.to(device), recipe, images)
         self.dtype, self.memory_format = pick_precision(recipe, device), memory_format_of(recipe)
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
         self.net = initialise(net, torch.Generator().manual_seed(recipe.seed)).to(device, memory_format=self.memory_format)
