@@ -119,10 +119,10 @@ def paper() -> Recipe:
     return Recipe(name='paper', rotation_degrees=45., rotation_probability=1., opacity=(0.1, 1.0), augmentation='paper',
                   replacement=False, lr_milestones=(400 / 700, 600 / 700), lr_decay=0.1)
 
-# %% ../nbs/06_recipes.ipynb #72e15609
+# %% ../nbs/06_recipes.ipynb #9700b6c8
 def demo() -> Recipe:
     "Small and quick, for two CPU cores: 128 px, widths 16 and 8, 1,000 steps of 8 images."
-    return Recipe(name='demo', size=128, base_width=16, base_channels=8, steps=1000, lr=2e-3, score_window=11, match_gray=True,
+    return Recipe(name='demo', size=128, base_width=16, base_channels=8, steps=1000, lr=3e-4, score_window=11, match_gray=True,
                   checkpoint_every=250)
 
 def by_name(name: str) -> Recipe:
