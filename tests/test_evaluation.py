@@ -10,9 +10,9 @@ import torch
 
 from draem_nb.data import CategoryData
 from draem_nb.detector import Detections
-from draem_nb.evaluation import (beside_paper, conditions_name, differing_conditions, evaluate, mark_best, paper_table, read_runs, results_table,
+from draem_nb.evaluation import (beside_paper, conditions_name, differing_conditions, evaluate, intervals, mark_best, paper_table, read_runs, results_table,
                                  runs_table, summary_table, wilson_interval)
-from draem_nb.metrics import evaluate_maps, evaluate_scores
+from draem_nb.metrics import bootstrap_interval, evaluate_maps, evaluate_scores
 from draem_nb.recipes import demo, official
 
 MVTEC = 'bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood zipper'.split()
@@ -64,6 +64,37 @@ def test_results_survive_json_and_repeat_to_the_byte():
     text = [json.dumps(evaluate(detector(category), category, together=['hole', 'crack']), allow_nan=False) for _ in range(2)]
     assert text[0] == text[1] and json.loads(text[0]) == evaluate(detector(category), category, together=['hole', 'crack'])
     assert json.loads(text[0])['together']['kinds'] == ['crack', 'hole']
+
+
+def test_the_other_mask_rule_stands_beside():
+    category = tiny(KINDS)
+    found = detections(category)
+    half, other = (evaluate(detector(category), category, found, mask_rule=rule) for rule in ('half', 'official'))
+    assert half['other_mask_rule'] == dict(mask_rule='official', pixel=other['pixel'])
+    assert other['other_mask_rule'] == dict(mask_rule='half', pixel=half['pixel']) and half['pixel'] != other['pixel']
+
+
+def test_intervals_are_those_of_a_plain_bootstrap():
+    "Against drawing the images one by one and computing every metric anew: the same distribution, so limits that agree within its noise."
+    category = tiny(['good'] * 20 + ['crack'] * 15)
+    found = detections(category)
+    found.scores[:] = torch.randn(35, generator=torch.Generator().manual_seed(1)) + category.labels
+    got = intervals(found, category.masks[:, 0], category.labels)
+    assert got == intervals(found, category.masks[:, 0], category.labels) and got != intervals(found, category.masks[:, 0], category.labels, seed=1)
+    plain = dict(image=lambda i: evaluate_scores(found.scores[i], category.labels[i]), pixel=lambda i: evaluate_maps(found.maps[i], category.masks[i]))
+    for part, names in dict(image=('auroc', 'ap'), pixel=('auroc', 'ap', 'aupro')).items():
+        assert tuple(got[part]) == names
+        for name in names:
+            low, high = bootstrap_interval(lambda i: plain[part](i)[name], category.labels, draws=400)
+            assert got[part][name] == pytest.approx([low, high], abs=0.15 * (high - low) + 1e-4), (part, name)
+
+
+@pytest.mark.parametrize('kinds', [['good'] * 3, ['crack'] * 3, []])
+def test_intervals_of_what_is_undefined_are_none(kinds):
+    category = tiny(kinds)
+    got = intervals(detections(category), category.masks[:, 0], category.labels)
+    assert got['image'] == dict(auroc=None, ap=None)
+    if kinds != ['crack'] * 3: assert got['pixel'] == dict(auroc=None, ap=None, aupro=None)
 
 
 def test_operating_point_by_hand():
