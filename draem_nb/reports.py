@@ -148,11 +148,8 @@ class _Kernel(AsyncKernelManager):
 
     async def start_kernel(self, **kwargs: object) -> None:
         # What a notebook writes comes as messages; on the bare stderr a kernel only talks of its own comings and goings.
-        await super()._async_start_kernel(**kwargs, stderr=subprocess.DEVNULL)
-
-    async def start_kernel(self, **kwargs: object) -> None:
         env = {**os.environ, **(kwargs.pop('env', None) or {}), 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
-        await super().start_kernel(**kwargs, env=env, stderr=subprocess.DEVNULL)      # what a dying kernel says of itself is no error of the report's
+        await super()._async_start_kernel(**kwargs, env=env, stderr=subprocess.DEVNULL)
 
     async def cleanup_resources(self, restart: bool = False) -> None:
         await super()._async_cleanup_resources(restart=restart)

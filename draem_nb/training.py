@@ -68,6 +68,7 @@ class Trainer:
     def __init__(self, images: Tensor, textures: Tensor, recipe: Recipe, device: torch.device):
         self.recipe, self.device, self.done = recipe, device, 0
         self.total = recipe.total_steps(len(images))
+        if recipe.color == 'bgr': images, textures = images.flip(1), textures.flip(1)      # what comes in is RGB, everywhere
         self.images, self.simulator = images.to(device), AnomalySimulator(textures.to(device), recipe, images)
         self.dtype, self.memory_format = pick_precision(recipe, device), memory_format_of(recipe)
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)

@@ -1,5 +1,6 @@
 """What a notebook cell cannot show: runs that are killed, bad folders, and the same bits after all of it."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from draem_nb.data import demo_category, load_category
+from draem_nb.detector import Detector
 from draem_nb.recipes import demo
 from draem_nb.textures import load_textures
 from draem_nb.training import load_checkpoint, split_held_out, train
@@ -80,6 +82,19 @@ def test_same_seed_same_bits_in_the_processors_fast_precision(category, textures
     assert torch.equal(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
     train(category, textures, recipe.replace(seed=1), tmp_path / 'c', 'cpu')
     assert not torch.equal(weights(tmp_path / 'a'), weights(tmp_path / 'c'))
+
+
+def test_bgr_is_rgb_with_every_channel_turned_round(category, textures, tmp_path):
+    "Images come in as RGB everywhere; a BGR run trains and predicts as an RGB run does on turned images and textures."
+    tint = torch.tensor([1., .8, .5])[:, None, None]
+    category = dataclasses.replace(category, train=(category.train * tint).to(torch.uint8), test=(category.test * tint).to(torch.uint8))
+    turned = dataclasses.replace(category, train=category.train.flip(1), test=category.test.flip(1))
+    recipe = demo().replace(**{**TINY, 'steps': 6, 'augmentation': 'none'})          # augmentation knows what is red
+    bgr = Detector.load(train(category, textures, recipe.replace(color='bgr'), tmp_path / 'bgr', 'cpu'), 'cpu')
+    rgb = Detector.load(train(turned, textures.flip(1), recipe, tmp_path / 'rgb', 'cpu'), 'cpu')
+    assert not torch.equal(category.test, turned.test) and torch.equal(weights(tmp_path / 'bgr'), weights(tmp_path / 'rgb'))
+    a, b = bgr.predict(category.test, reconstructions=True), rgb.predict(turned.test, reconstructions=True)
+    assert torch.equal(a.maps, b.maps) and torch.equal(a.reconstructions, b.reconstructions.flip(1))
 
 
 def test_resume_false_starts_anew(category, textures, tmp_path):
