@@ -23,8 +23,9 @@ from .metrics import evaluate_maps, evaluate_scores
 from .recipes import Recipe, by_name, official
 
 # %% auto #0
-__all__ = ['wilson_interval', 'intervals', 'evaluate', 'results_table', 'paper_table', 'beside_paper', 'differing_conditions',
-           'read_runs', 'conditions_name', 'runs_table', 'summary_table', 'mark_best']
+__all__ = ['wilson_interval', 'intervals', 'evaluate', 'results_table', 'compare', 'paper_table', 'beside_paper',
+           'differing_conditions', 'ablation_table', 'read_runs', 'conditions_name', 'runs_table', 'summary_table',
+           'mark_best']
 
 # %% ../nbs/10_evaluation.ipynb #8f86e026
 def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray) -> dict[str, dict]:
@@ -92,7 +93,7 @@ def _area_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     x, y = np.append(x[inside], limit), np.append(y[inside], np.interp(limit, x, y))
     return np.trapezoid(y, x) / limit
 
-# %% ../nbs/10_evaluation.ipynb #4dc9800f
+# %% ../nbs/10_evaluation.ipynb #382beeab
 def intervals(
     detections: Detections,
     masks: torch.Tensor,    # (N, H, W) bool
@@ -101,15 +102,10 @@ def intervals(
     seed: int = 0,
 ) -> dict[str, dict[str, list[float] | None]]: # {'image': {'auroc': [low, high], 'ap': ...}, 'pixel': {..., 'aupro': ...}}
     "95 % percentile bootstrap over images, good and defective ones drawn apart. None where a metric is undefined. Pixel scores are cut into some 2,000 bins."
-    labels, rng = np.asarray(labels, bool), np.random.default_rng(seed)
-    weights = np.zeros((draws, labels.size))
-    for of in (np.flatnonzero(~labels), np.flatnonzero(labels)):
-        if of.size: weights[:, of] = rng.multinomial(of.size, np.full(of.size, 1 / of.size), draws)
-    image = _image_counts(np.asarray(detections.scores, np.float64), labels)
-    pixel = _pixel_counts(np.asarray(detections.maps), np.asarray(masks, bool)) if labels.size else None
-    return dict(image=_percentiles(weights, image, ('auroc', 'ap')), pixel=_percentiles(weights, pixel, ('auroc', 'ap', 'aupro')))
+    drawn = _drawn(detections, np.asarray(masks, bool), _weights(labels, draws, seed), np.asarray(labels, bool))
+    return {part: {name: _limits(values) for name, values in found.items()} for part, found in drawn.items()}
 
-# %% ../nbs/10_evaluation.ipynb #1fc4b4ce
+# %% ../nbs/10_evaluation.ipynb #611972d6
 def _image_counts(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
     "(N, K) sums from the highest score down, a column for each distinct score."
     reached = scores[:, None] >= np.unique(scores)[::-1]
@@ -126,16 +122,32 @@ def _pixel_counts(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.n
         for row, weight in zip(counts, (~flat, flat, shares * flat)): row[i] = _histograms(bins, edges.size, weight)
     return counts[0], counts[1], (counts[2], regions)
 
-def _percentiles(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> dict[str, list[float] | None]:
+# %% ../nbs/10_evaluation.ipynb #dab3d9c0
+def _weights(labels: torch.Tensor, draws: int, seed: int) -> np.ndarray:
+    "(draws, N): how often each image is drawn."
+    labels, rng = np.asarray(labels, bool), np.random.default_rng(seed)
+    weights = np.zeros((draws, labels.size))
+    for of in (np.flatnonzero(~labels), np.flatnonzero(labels)):
+        if of.size: weights[:, of] = rng.multinomial(of.size, np.full(of.size, 1 / of.size), draws)
+    return weights
+
+def _drawn(found: Detections, masks: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray | None]]:
+    "Every metric in every draw, (draws,)."
+    counts = dict(image=_image_counts(np.asarray(found.scores, np.float64), labels), pixel=_pixel_counts(np.asarray(found.maps), masks)) if labels.size else {}
+    return {part: _values(weights, counts.get(part), names) for part, names in dict(image=('auroc', 'ap'), pixel=('auroc', 'ap', 'aupro')).items()}
+
+def _values(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> dict[str, np.ndarray | None]:
     if counts is None or not counts[0].any() or not counts[1].any(): return dict.fromkeys(names)
     normal, defect, regions = counts
-    drawn = []
+    parts = []
     for w in np.array_split(weights, max(1, len(weights) // 100)):             # a hundred draws at a time: bounded memory
         covered = w @ regions[0] / np.maximum(w @ regions[1], 1)[:, None] if regions else None
-        with np.errstate(invalid='ignore', divide='ignore'): drawn.append(_from_counts(w @ normal, w @ defect, covered))
-    values = {name: np.concatenate([d[name] for d in drawn]) for name in names}
+        with np.errstate(invalid='ignore', divide='ignore'): parts.append(_from_counts(w @ normal, w @ defect, covered))
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+def _limits(values: np.ndarray | None) -> list[float] | None:
     # A draw without a single defect pixel has no value: the interval is over those that have one.
-    return {name: [min(float(q), 1.) for q in np.nanquantile(v, (0.025, 0.975))] for name, v in values.items()}
+    return None if values is None else [min(float(q), 1.) for q in np.nanquantile(values, (0.025, 0.975))]
 
 # %% ../nbs/10_evaluation.ipynb #c72af87c
 def evaluate(
@@ -195,6 +207,29 @@ def results_table(results: dict) -> pd.DataFrame:
     table = pd.DataFrame({name: {('', 'defects'): row['image']['n_anomalous'], **{c: row[part][key] for c, (part, key) in columns.items()}} for name, row in rows.items()}).T
     return table.astype(float).astype({('', 'defects'): int})
 
+# %% ../nbs/10_evaluation.ipynb #4b076614
+def compare(
+    first: Detections,
+    second: Detections,     # of the same images, maps of the same size
+    masks: torch.Tensor,    # (N, H, W) bool
+    labels: torch.Tensor,   # (N,) bool
+    draws: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:          # a row a metric: first, second, difference (second - first), low, high; fractions, nan where undefined
+    "Paired bootstrap over images: 95 % interval of the difference of each metric. `ValueError` if the two did not look at the same number of pixels."
+    if first.maps.shape != second.maps.shape or tuple(first.maps.shape) != tuple(masks.shape):
+        raise ValueError(f'the two detectors and the masks must be of the same images: maps {tuple(first.maps.shape)} and {tuple(second.maps.shape)}, masks {tuple(masks.shape)}')
+    weights, bools = _weights(labels, draws, seed), (np.asarray(masks, bool), np.asarray(labels, bool))
+    drawn = [_drawn(found, bools[0], weights, bools[1]) for found in (first, second)]
+    exact = [dict(image=evaluate_scores(found.scores, labels), pixel=evaluate_maps(found.maps, masks)) for found in (first, second)]
+    rows = {}
+    for part, names in drawn[0].items():
+        for name in names:
+            a, b = (np.nan if e[part][name] is None else e[part][name] for e in exact)
+            spread = (np.nan, np.nan) if drawn[0][part][name] is None else np.nanquantile(drawn[1][part][name] - drawn[0][part][name], (0.025, 0.975))
+            rows['AUPRO' if name == 'aupro' else f'{part} {name.upper()}'] = dict(first=a, second=b, difference=b - a, low=spread[0], high=spread[1])
+    return pd.DataFrame(rows).T
+
 # %% ../nbs/10_evaluation.ipynb #8dc1984e
 _TABLES = ('detection', 'localization', 'ablation', 'cutpaste', 'dagm')
 
@@ -207,8 +242,9 @@ def paper_table(name: str) -> pd.DataFrame:
     if 'category' == table.index.name: table.loc['average'] = table.mean()
     return table
 
-# %% ../nbs/10_evaluation.ipynb #f5a41aab
-_METRICS = {'image AUROC': ('image', 'auroc'), 'pixel AUROC': ('pixel', 'auroc'), 'pixel AP': ('pixel', 'ap')}
+# %% ../nbs/10_evaluation.ipynb #e513a397
+_METRICS = {'image AUROC': ('image', 'auroc'), 'pixel AUROC': ('pixel', 'auroc'), 'pixel AP': ('pixel', 'ap')}        # published
+_OURS = {**_METRICS, 'image AP': ('image', 'ap'), 'image F1-max': ('image', 'f1_max'), 'pixel F1-max': ('pixel', 'f1_max'), 'AUPRO': ('pixel', 'aupro')}
 
 def beside_paper(results: dict) -> pd.DataFrame | None:
     "Our numbers and the published ones for one of MVTec AD's classes, percent; None for any other class."
@@ -236,11 +272,19 @@ def differing_conditions(results: dict) -> list[str]:
     if (results['operating_point'] or {}).get('n_held_out'): words.append(f'{results["operating_point"]["n_held_out"]} of {c["n_train"]} normal images held out for the threshold')
     return words
 
-# %% ../nbs/10_evaluation.ipynb #a8ce1e84
+# %% ../nbs/10_evaluation.ipynb #6287d4f6
+def ablation_table(rows: dict[str, dict]) -> pd.DataFrame:
+    "Percent; `rows`: results of `evaluate` by the names in `paper_table('ablation')`. Rows that were not run keep the published value alone, other names ours alone."
+    published = paper_table('ablation').rename(columns=dict(zip(('image_auroc', 'pixel_auroc', 'pixel_ap'), _METRICS)))
+    ours = pd.DataFrame({name: {m: np.nan if r[part][key] is None else 100 * r[part][key] for m, (part, key) in _METRICS.items()} for name, r in rows.items()}).T.reindex(columns=list(_METRICS))
+    names = [*published.index, *(name for name in rows if name not in published.index)]
+    return pd.concat({'ours': ours.reindex(names), 'published': published.reindex(names)}, axis=1)
+
+# %% ../nbs/10_evaluation.ipynb #6b15072e
 def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
     """The metrics of all complete runs below a folder, by path, and the names of the runs that are not complete.
 
-    The conditions get `textures`, the start of the anomaly source's fingerprint, from run.json."""
+    The conditions get `textures`, the start of the anomaly source's fingerprint, and `device` from run.json."""
     runs_dir = Path(runs_dir)
     if not runs_dir.is_dir(): raise FileNotFoundError(f'there is no folder of runs {runs_dir}; make a run first, or name another folder')
     runs, incomplete = [], []
@@ -248,7 +292,9 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
         if not (run / 'metrics.json').exists(): incomplete.append(str(run.relative_to(runs_dir))); continue
         results = json.loads((run / 'metrics.json').read_text())
         if 'conditions' not in results: continue                                    # the run of another kind of report
-        if textures := json.loads((run / 'run.json').read_text()).get('textures_fingerprint'): results['conditions']['textures'] = textures[:8]
+        about = json.loads((run / 'run.json').read_text())
+        if 'textures_fingerprint' in about: results['conditions']['textures'] = about['textures_fingerprint'][:8]
+        if 'device' in about: results['conditions']['device'] = about['device']
         runs.append(results)
     return runs, incomplete
 
@@ -266,23 +312,24 @@ def conditions_name(results: dict) -> str:
     return ', '.join(words + [f'{field} = {value}' for field, value in c.get('changes', {}).items()])
 
 def runs_table(runs: Sequence[dict]) -> pd.DataFrame:
-    "A row for each class and set of conditions: mean and standard deviation over seeds, percent, and how many seeds."
+    "A row for each class and set of conditions: mean and standard deviation over seeds, percent; how many seeds, on which devices."
     if not runs: return pd.DataFrame()
-    columns = {**_METRICS, 'AUPRO': ('pixel', 'aupro')}
     percent = lambda value: np.nan if value is None else 100 * value
     table = pd.DataFrame([dict(category=r['conditions']['category'], conditions=conditions_name(r), seed=r['conditions'].get('seed'), data=r['conditions'].get('fingerprint', ''),
-                               **{m: percent(r[part][key]) for m, (part, key) in columns.items()}) for r in runs])
+                               devices=r['conditions'].get('device', ''), **{m: percent(r[part].get(key)) for m, (part, key) in _OURS.items()}) for r in runs])
     several = table.groupby(['category', 'conditions']).data.transform('nunique') > 1       # classes of one name, but not of one content
     table.loc[several, 'conditions'] += ', data ' + table.data[several].str[:8]
     # one row a seed: a run that was copied or repeated is not another seed
     groups = table.drop_duplicates(['category', 'conditions', 'seed']).groupby(['category', 'conditions'])
-    return pd.concat([groups[[*columns]].mean(), groups[[*columns]].std().add_suffix(' sd'), groups.size().rename('seeds')], axis=1).reset_index()
+    devices = groups.devices.agg(lambda names: ', '.join(sorted(set(names) - {''})))
+    return pd.concat([groups[[*_OURS]].mean(), groups[[*_OURS]].std().add_suffix(' sd'), groups.size().rename('seeds'), devices], axis=1).reset_index()
 
-# %% ../nbs/10_evaluation.ipynb #d9cc4637
+# %% ../nbs/10_evaluation.ipynb #08f43a3f
 def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd.DataFrame, list[str]]:
-    "The paper's table for 'image AUROC', 'pixel AUROC' or 'pixel AP' with one column of ours for each set of conditions; and what is missing, in words."
-    if metric not in _METRICS: raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(_METRICS)}")
+    "The paper's table for 'image AUROC', 'pixel AUROC' or 'pixel AP' (any other metric: none published) with one column of ours for each set of conditions; and what is missing, in words."
+    if metric not in _OURS: raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(_OURS)}")
     if metric == 'image AUROC': table = paper_table('detection')
+    elif metric not in _METRICS: table = paper_table('detection')[[]]
     else:
         suffix = '_auroc' if metric == 'pixel AUROC' else '_ap'
         table = paper_table('localization').filter(regex=f'{suffix}$').rename(columns=lambda name: name.removesuffix(suffix))

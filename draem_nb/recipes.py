@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 # %% auto #0
-__all__ = ['Recipe', 'official', 'paper', 'demo', 'by_name']
+__all__ = ['Recipe', 'official', 'paper', 'demo', 'by_name', 'ablations']
 
 # %% ../nbs/06_recipes.ipynb #8351510f
 _CHOICES = dict(color=('rgb', 'bgr'), mask_shape=('perlin', 'rectangle'), texture_source=('images', 'color'),
@@ -130,3 +130,18 @@ def by_name(name: str) -> Recipe:
     recipes = dict(official=official, paper=paper, demo=demo)
     if name not in recipes: raise ValueError(f"unknown recipe {name!r}; there are: {', '.join(recipes)}")
     return recipes[name]()
+
+# %% ../nbs/06_recipes.ipynb #b6de308f
+def ablations() -> dict[str, dict[str, object]]:
+    "Rows of the paper's ablation table, by their names in `paper_table('ablation')`: the recipe fields that make each; DRAEM itself is the last."
+    return {
+        'Disc. only': dict(reconstructive=False),
+        'Recon.-AE (SSIM map)': dict(discriminative=False),
+        'Recon.-AE (MSGMS map)': dict(discriminative=False, reconstruction_map='msgms'),
+        'colour anomaly source': dict(texture_source='color'),
+        'rectangular masks': dict(mask_shape='rectangle'),
+        'no texture augmentation and no opacity': dict(augmentation='none', opacity=(1., 1.)),
+        'texture augmentation only': dict(opacity=(1., 1.)),
+        'opacity only': dict(augmentation='none'),
+        'DRAEM': {},
+    }

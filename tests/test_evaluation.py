@@ -10,10 +10,10 @@ import torch
 
 from draem_nb.data import CategoryData
 from draem_nb.detector import Detections
-from draem_nb.evaluation import (beside_paper, conditions_name, differing_conditions, evaluate, intervals, mark_best, paper_table, read_runs, results_table,
+from draem_nb.evaluation import (ablation_table, beside_paper, compare, conditions_name, differing_conditions, evaluate, intervals, mark_best, paper_table, read_runs, results_table,
                                  runs_table, summary_table, wilson_interval)
 from draem_nb.metrics import bootstrap_interval, evaluate_maps, evaluate_scores
-from draem_nb.recipes import demo, official
+from draem_nb.recipes import ablations, demo, official
 
 MVTEC = 'bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood zipper'.split()
 
@@ -95,6 +95,32 @@ def test_intervals_of_what_is_undefined_are_none(kinds):
     got = intervals(detections(category), category.masks[:, 0], category.labels)
     assert got['image'] == dict(auroc=None, ap=None)
     if kinds != ['crack'] * 3: assert got['pixel'] == dict(auroc=None, ap=None, aupro=None)
+
+
+def test_compare_is_the_paired_bootstrap():
+    category = tiny(['good'] * 20 + ['crack'] * 15)
+    a, b = detections(category, 0), detections(category, 1)
+    table = compare(a, b, category.masks[:, 0], category.labels)
+    assert list(table.index) == ['image AUROC', 'image AP', 'pixel AUROC', 'pixel AP', 'AUPRO']
+    assert table.loc['pixel AP', 'first'] == evaluate_maps(a.maps, category.masks)['ap'] and table.loc['image AUROC', 'second'] == evaluate_scores(b.scores, category.labels)['auroc']
+    assert np.allclose(table.difference, table.second - table['first'])
+    plain = lambda i: evaluate_maps(b.maps[i], category.masks[i])['ap'] - evaluate_maps(a.maps[i], category.masks[i])['ap']
+    low, high = bootstrap_interval(plain, category.labels, draws=400)
+    assert table.loc['pixel AP', ['low', 'high']].tolist() == pytest.approx([low, high], abs=0.15 * (high - low) + 1e-4)
+    turned = compare(b, a, category.masks[:, 0], category.labels)
+    assert np.allclose(turned.low, -table.high) and np.allclose(turned.difference, -table.difference)
+    good = tiny(['good'] * 3)
+    assert compare(detections(good), detections(good, 1), good.masks[:, 0], good.labels).isna().all(axis=None)
+    with pytest.raises(ValueError, match='must be of the same images'): compare(a, detections(good), category.masks[:, 0], category.labels)
+
+
+def test_ablation_rows_are_those_of_the_paper():
+    assert set(ablations()) <= set(ablation_table({}).index) and list(ablations())[-1] == 'DRAEM'
+    category = tiny(KINDS)
+    results = evaluate(detector(category), category)
+    table = ablation_table({'rectangular masks': results, '10 source textures': results})
+    assert table.loc['rectangular masks', ('ours', 'pixel AP')] == 100 * results['pixel']['ap'] and table.loc['rectangular masks', ('published', 'pixel AP')] == 65.1
+    assert table.loc['DRAEM', 'ours'].isna().all() and table.loc['10 source textures', 'published'].isna().all() and list(table.index)[-1] == '10 source textures'
 
 
 def test_operating_point_by_hand():
