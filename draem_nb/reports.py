@@ -82,15 +82,20 @@ def default_folder(
 ) -> Path:
     "The folder of a report when none is named: `runs/brick-demo-seed0`, `runs/brick-demo-seed0/inspect-photos`, `runs/summary`."
     p = check_parameters(name, params)
-    if Path(name).stem == 'inspect':
+    report = Path(name).stem
+    if report == 'inspect':
         if not (p['run_dir'] and p['images']): raise ValueError('an inspection needs run_dir, the folder of a trained run, and images, a folder of images to look at')
         return Path(p['run_dir']) / f"inspect-{Path(p['images']).resolve().name}"
-    if Path(name).stem == 'summary': return Path(p['runs_dir']) / 'summary'
+    if report == 'compare':
+        if not (p['first'] and p['second']): raise ValueError('a comparison needs first and second, the folders of two trained runs of one class')
+        return Path(p['first']) / f"compare-{Path(p['second']).resolve().name}"
+    if report == 'summary': return Path(p['runs_dir']) / 'summary'
+    if report == 'official': return Path(runs_dir) / 'official'
     # Where the data lie and what computes them do not make another run of it.
     named = {'category', 'recipe', 'seed', 'data_root', 'textures_root', 'device'}
     rest = {key: value for key, value in params.items() if key not in named and value}
     code = f"-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]}" if rest else ''
-    return Path(runs_dir) / f"{p['category']}-{p['recipe']}-seed{p['seed']}{code}"
+    return Path(runs_dir) / f"{'ablation-' if report == 'ablation' else ''}{p['category']}-{p['recipe']}-seed{p['seed']}{code}"
 
 # %% ../nbs/12_reports.ipynb #da3cb6ad
 def _write(path: Path, text: str) -> None:
@@ -282,7 +287,8 @@ def run_report(
     run_dir: str | Path,   # the report's folder; made if it is missing
 ) -> RunResult:
     "Run a report to the end. `ValueError` for a bad name, parameter or folder; `RunFailed` when the notebook failed."
-    params = {key: str(value) if isinstance(value, Path) else value for key, value in params.items()}
+    # A notebook gets what JSON has: lists, not tuples, of which papermill would make text.
+    params = json.loads(_json({key: str(value) if isinstance(value, Path) else value for key, value in params.items()}))
     asked = json.loads(_json(dict(report=Path(name).stem) | check_parameters(name, params)))
     run_dir = Path(run_dir)
     folder = _folder_parameter(name)
