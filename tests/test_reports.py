@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,3 +210,80 @@ def test_command_line_help_and_bad_options(capsys):
         with pytest.raises(SystemExit) as caught: main(arguments)
         assert caught.value.code == 2 and says in capsys.readouterr().err
     assert main(['inspect']) == 1 and 'an inspection needs run_dir' in capsys.readouterr().err
+
+
+def made_up_run(folder: Path, category: str, seed: int, auroc: float) -> None:
+    conditions = dict(category=category, recipe='made up', size=[64, 64], base_width=8, base_channels=4, steps=20, batch=4, seed=seed, mask_rule='half')
+    folder.mkdir(parents=True)
+    (folder / 'run.json').write_text('{"device": "cpu"}')
+    (folder / 'metrics.json').write_text(json.dumps(dict(image=dict(auroc=auroc, f1_max=.9), pixel=dict(auroc=.9, ap=.5, f1_max=None, aupro=.7), conditions=conditions)))
+
+
+def test_summary_writes_every_table_in_three_forms(tmp_path):
+    for category, seed, auroc in (('metal_nut', 0, .9), ('metal_nut', 1, 1.), ('brick', 0, .8)): made_up_run(tmp_path / f'{category}-{seed}', category, seed, auroc)
+    result = run_report('summary', dict(runs_dir=str(tmp_path)), tmp_path / 'summary')
+    assert result.metrics['runs'] == 3 and result.metrics['classes'] == ['brick', 'metal_nut']
+    for name in ('detection', 'pixel_auroc', 'pixel_ap', 'image_f1_max', 'pixel_f1_max', 'aupro'):
+        assert {p.suffix for p in (tmp_path / 'summary').glob(f'{name}.*')} == {'.csv', '.html', '.tex'}
+    tex, page = ((tmp_path / 'summary' / f'detection.{end}').read_text() for end in ('tex', 'html'))
+    assert r'metal\_nut & 67' not in tex and re.search(r'metal\\_nut & .*95\.0 \$\\pm\$ 7\.1', tex) and r'\textbf{' in tex and '**' not in tex
+    assert '95.0 ± 7.1' in page and '**' not in page
+    assert 'no average, because there is no run of bottle' in result.report.read_text() and not list(tmp_path.rglob('*.tmp'))
+
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory) -> Path:
+    "A small class in MVTec's layout, called as one of MVTec's."
+    from draem_nb.data import demo_category
+    root = tmp_path_factory.mktemp('parts')
+    shutil.copytree(demo_category('brick'), root / 'screw')
+    for path in (root / 'screw' / 'test').rglob('*.png'):
+        if int(path.stem) > 1: path.unlink()
+    return root
+
+
+def test_official_reads_pairs_in_the_released_form(parts, tmp_path):
+    import torch
+
+    from draem_nb.data import load_category
+    from draem_nb.detector import Detector
+    from draem_nb.evaluation import evaluate
+    from draem_nb.networks import Draem
+    torch.manual_seed(0)
+    net = Draem(4, 4)
+    ask = dict(checkpoints=str(tmp_path), data_root=str(parts))
+    with pytest.raises(RunFailed, match=r'no class in .* \(screw\) has a file'): run_report('official', ask, tmp_path / 'run')
+    torch.save(net.reconstructive.state_dict(), tmp_path / 'r_screw_.pckl')
+    with pytest.raises(RunFailed, match='but has 1 and 0'): run_report('official', ask, tmp_path / 'run')
+    torch.save(net.discriminative.state_dict(), tmp_path / 'r_screw__seg.pckl')
+    found = run_report('official', ask, tmp_path / 'run').metrics
+    detector = Detector.from_official(tmp_path / 'r_screw_.pckl', tmp_path / 'r_screw__seg.pckl', 'cpu')
+    by_hand = evaluate(detector, load_category(parts, 'screw', 256), mask_rule='official')
+    assert found['classes'] == {'screw': json.loads(json.dumps(by_hand))} and by_hand['conditions']['mask_rule'] == 'official'
+    assert found['mean_image_AUROC'] is None                       # one class is no average over fifteen
+
+
+def test_compare_needs_two_runs_of_one_class(parts, tmp_path):
+    from draem_nb.data import load_category
+    from draem_nb.recipes import demo
+    from draem_nb.textures import load_textures
+    from draem_nb.training import train
+    tiny = demo().replace(size=32, base_width=4, base_channels=4, steps=2, perlin_scales=(0, 2), precision='float32')
+    for seed in (0, 1): train(load_category(parts, 'screw', 32), load_textures(size=32), tiny.replace(seed=seed), tmp_path / f's{seed}', 'cpu')
+    first, second = str(tmp_path / 's0'), str(tmp_path / 's1')
+    result = run_report('compare', dict(first=first, second=second, data_root=str(parts)), tmp_path / 'compare')
+    assert result.metrics['recipe_fields_that_differ'] == ['seed'] and result.metrics['same_training_images'] is True
+    row = result.metrics['metrics']['pixel AP']
+    assert row['difference'] == pytest.approx(row['second'] - row['first']) and row['low'] <= row['high']
+    with pytest.raises(RunFailed, match='is not the folder of a run'): run_report('compare', dict(first=first, second=str(tmp_path / 'none'), data_root=str(parts)), tmp_path / 'c2')
+    with pytest.raises(ValueError, match='a comparison needs first and second'): reports.default_folder('compare', {})
+
+
+def test_ablation_rows_are_runs_of_their_own(parts, tmp_path):
+    ask = dict(category='screw', data_root=str(parts), rows=['no texture augmentation and no opacity', 'DRAEM'], n_textures=[2],
+               overrides=dict(size=32, base_width=4, base_channels=4, steps=2, batch=2, perlin_scales=[0, 2], precision='float32'))
+    result = run_report('ablation', ask, tmp_path / 'ablation')
+    assert list(result.metrics['rows']) == ['no texture augmentation and no opacity', 'DRAEM', '2 source textures']
+    recipes = [json.loads(p.read_text())['recipe'] for p in (tmp_path / 'ablation').glob('*/run.json')]
+    assert sorted((r['augmentation'], tuple(r['opacity']), r['n_textures'] or 0) for r in recipes) == [('none', (1., 1.), 0), ('official', (.2, 1.), 0), ('official', (.2, 1.), 2)]
+    with pytest.raises(RunFailed, match='unknown rows Disc; there are: Disc. only'): run_report('ablation', dict(ask, rows=['Disc']), tmp_path / 'other')
