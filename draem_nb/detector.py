@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .recipes import Recipe, official
 from .training import load_checkpoint, memory_format_of, pick_device, write_json
 
 # %% auto #0
-__all__ = ['image_score', 'upper_quantile', 'Detections', 'as_images', 'Detector']
+__all__ = ['image_score', 'upper_quantile', 'Detections', 'as_images', 'AnomalyDetector', 'Detector']
 
 # %% ../nbs/08_detector.ipynb #524530cf
 def image_score(maps: Tensor, window: int = 21) -> Tensor:
@@ -79,20 +80,67 @@ def _as_batch(images: np.ndarray | Tensor) -> Tensor:
         raise ValueError(f'images must be uint8, or float in 0..1; got {batch.dtype} in {batch.min()} .. {batch.max()}')
     return (batch * 255).round().to(torch.uint8)
 
-# %% ../nbs/08_detector.ipynb #973060d4
-class Detector:
-    "A trained DRAEM: `Detector.load(run_dir)`, then `predict`."
-    def __init__(self, net: Draem, recipe: Recipe, device: str | torch.device | None = None):
-        self.recipe, self.device, self.size = recipe, pick_device(device), check_size(recipe.size)
-        self.memory_format = memory_format_of(recipe)
-        self.net = fold_batchnorm(net).to(self.device, memory_format=self.memory_format)
-        self.threshold: float | None = None            # of the score
-        self.pixel_threshold: float | None = None      # of the map
-        self.quantile: float | None = None             # that both are
-        self.held_out_scores: list[float] = []         # of the normal images that both come from
+# %% ../nbs/08_detector.ipynb #752081c6
+class AnomalyDetector:
+    "What all methods share: a method has `size`, `device`, `quantile` and `_look`, and gets `predict` and `calibrate`."
+    size: tuple[int, int]               # (H, W) of what it looks at, in pixels
+    device: torch.device
+    color: str = 'rgb'                  # channel order of what it looks at
+    quantile: float = 0.995             # of held-out normal scores and pixels: the thresholds
+    pixel_floor: float = -math.inf      # the pixel threshold is at least this
+    threshold: float | None = None      # of the score
+    pixel_threshold: float | None = None                # of the map
+    held_out_scores: Sequence[float] = ()               # of the normal images that both come from
 
     @property
     def n_held_out(self) -> int: return len(self.held_out_scores)
+
+    def _look(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        "(B, 3, H, W) uint8 on the device -> restoration (B, 3, H, W) in 0..1 or None, maps (B, 1, H, W), scores (B,)."
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
+        "Maps, scores and, with thresholds, masks and verdicts for images of any form and size (see `as_images`)."
+        images, paths = as_images(images, self.size, self.color)
+        maps, scores, restored = [torch.zeros(0, *self.size)], [torch.zeros(0)], []
+        for part in tqdm(images.split(batch) if len(images) else (), 'predicting', unit='batch', mininterval=0.5, delay=2):
+            restoration, part_maps, part_scores = self._look(part.to(self.device))
+            maps.append(part_maps[:, 0].cpu()); scores.append(part_scores.cpu())
+            if reconstructions and restoration is not None: restored.append((restoration.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        maps, scores, restored = torch.cat(maps), torch.cat(scores), torch.cat(restored) if restored else None
+        return Detections(maps, scores, None if self.pixel_threshold is None else maps > self.pixel_threshold,
+                          None if self.threshold is None else scores > self.threshold,
+                          restored.flip(1) if restored is not None and self.color == 'bgr' else restored, paths)
+
+    def calibrate(self, normal_images: object, quantile: float | None = None) -> AnomalyDetector:
+        "Set both thresholds from normal images that were not trained on; gives the detector itself."
+        self.quantile = self.quantile if quantile is None else quantile
+        seen = self.predict(normal_images)
+        if not len(seen): raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
+        self.held_out_scores = seen.scores.tolist()
+        self.threshold = upper_quantile(seen.scores.numpy(), self.quantile)
+        self.pixel_threshold = max(self.pixel_floor, upper_quantile(seen.maps.numpy().ravel(), self.quantile))
+        return self
+
+    def save_calibration(self, run_dir: str | Path) -> None:
+        "Write threshold.json into the folder, where `load_calibration` finds it."
+        names = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
+        write_json({name: getattr(self, name) for name in names}, Path(run_dir) / 'threshold.json')
+
+    def load_calibration(self, run_dir: str | Path) -> None:
+        "Take the thresholds of threshold.json, if the folder holds one."
+        if (known := Path(run_dir) / 'threshold.json').exists():
+            for name, value in json.loads(known.read_text()).items(): setattr(self, name, value)
+
+# %% ../nbs/08_detector.ipynb #973060d4
+class Detector(AnomalyDetector):
+    "A trained DRAEM: `Detector.load(run_dir)`, then `predict`."
+    def __init__(self, net: Draem, recipe: Recipe, device: str | torch.device | None = None):
+        self.recipe, self.device, self.size, self.color = recipe, pick_device(device), check_size(recipe.size), recipe.color
+        self.quantile, self.pixel_floor = recipe.quantile, 0.5 if recipe.discriminative else -math.inf
+        self.memory_format = memory_format_of(recipe)
+        self.net = fold_batchnorm(net).to(self.device, memory_format=self.memory_format)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> Detector:
@@ -101,8 +149,7 @@ class Detector:
         checkpoint = path / 'checkpoint.pt' if path.is_dir() else path
         state = load_checkpoint(checkpoint)
         detector = cls(_filled(Recipe(**state['recipe']), state['net']), Recipe(**state['recipe']), device)
-        if (known := checkpoint.with_name('threshold.json')).exists():
-            for name, value in json.loads(known.read_text()).items(): setattr(detector, name, value)
+        detector.load_calibration(checkpoint.parent)
         return detector
 
     @classmethod
@@ -114,41 +161,10 @@ class Detector:
         recipe = official().replace(name='released checkpoint', color='bgr', base_width=widths[0], base_channels=widths[1])
         return cls(_filled(recipe, {f'{net}.{k}': v for net, state in nets.items() for k, v in state.items()}), recipe, device)
 
-    @torch.inference_mode()
-    def _forward(self, batch: Tensor) -> tuple[Tensor | None, Tensor]:
-        "(B, 3, H, W) uint8 -> restoration or None, and maps (B, 1, H, W)."
-        x = batch.to(self.device).float().div_(255).contiguous(memory_format=self.memory_format)
-        return _restoration_and_map(self.net, x, self.recipe.reconstruction_map)
-
-    def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
-        "Maps, scores and, with thresholds, masks and verdicts for images of any form and size (see `as_images`)."
-        images, paths = as_images(images, self.size, self.recipe.color)
-        maps, scores, restored = [], [], []
-        for part in tqdm(images.split(batch), 'predicting', unit='batch', mininterval=0.5, delay=2):
-            restoration, part_maps = self._forward(part)
-            maps.append(part_maps[:, 0].cpu())
-            scores.append(image_score(part_maps, self.recipe.score_window).cpu())
-            if reconstructions and restoration is not None: restored.append((restoration.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-        maps, scores = (torch.cat(maps), torch.cat(scores)) if len(images) else (torch.zeros(0, *self.size), torch.zeros(0))
-        restored = torch.cat(restored) if restored else None
-        return Detections(maps, scores, None if self.pixel_threshold is None else maps > self.pixel_threshold,
-                          None if self.threshold is None else scores > self.threshold,
-                          restored.flip(1) if restored is not None and self.recipe.color == 'bgr' else restored, paths)
-
-    def calibrate(self, normal_images: object, quantile: float | None = None) -> Detector:
-        "Set both thresholds from normal images that were not trained on; `quantile` defaults to the recipe's."
-        self.quantile = self.recipe.quantile if quantile is None else quantile
-        seen = self.predict(normal_images)
-        if not len(seen): raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
-        self.held_out_scores = seen.scores.tolist()
-        self.threshold = upper_quantile(seen.scores.numpy(), self.quantile)
-        self.pixel_threshold = max(0.5, upper_quantile(seen.maps.numpy().ravel(), self.quantile))
-        return self
-
-    def save_calibration(self, run_dir: str | Path) -> None:
-        "Write threshold.json beside the checkpoint, where `load` finds it."
-        names = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
-        write_json({name: getattr(self, name) for name in names}, Path(run_dir) / 'threshold.json')
+    def _look(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        x = batch.float().div_(255).contiguous(memory_format=self.memory_format)
+        restoration, maps = _restoration_and_map(self.net, x, self.recipe.reconstruction_map)
+        return restoration, maps, image_score(maps, self.recipe.score_window)
 
     def export_onnx(self, path: str | Path) -> Path:
         "ONNX model: `image` (B, 3, H, W) float in 0..1 -> `map` (B, 1, H, W) and `score` (B,); any batch. Needs the package onnx."
