@@ -107,8 +107,10 @@ class Draem(nn.Module):
 
 # %% ../nbs/04_networks.ipynb #7d29388a
 @torch.no_grad()
-def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
-    "Draw all weights of `net` anew, in place (on the CPU, where the generator lives), as the released code does."
+def initialise(net: nn.Module, generator: torch.Generator, anomaly_prior: float | None = None) -> nn.Module:
+    """Draw all weights of `net` anew, in place (on the CPU, where the generator lives), as the released code does.
+
+    `anomaly_prior`, 0 to 1: the probability at which every pixel starts (Lin et al., ICCV 2017, section 4.1); None: as released, about 1/2."""
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             bound = 1 / math.sqrt(m.weight[0].numel())
@@ -118,6 +120,9 @@ def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
             m.reset_running_stats()
             m.weight.normal_(1, 0.02, generator=generator)
             m.bias.zero_()
+    if anomaly_prior is not None and getattr(net, 'discriminative', None) is not None:
+        log_odds = math.log(anomaly_prior / (1 - anomaly_prior))
+        net.discriminative.decoder_segment.fin_out[0].bias.copy_(torch.tensor([-log_odds / 2, log_odds / 2]))
     return net
 
 # %% ../nbs/04_networks.ipynb #ce595d33

@@ -570,15 +570,15 @@ def tree(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p
 def test_demo_classes(tmp_path, name):
     folder = demo_category(name, tmp_path)
     assert folder == tmp_path / name and find_categories(tmp_path) == [name] and names(tmp_path) == [name]
-    part = load_category(tmp_path, name, 160)
-    assert len(part.train) == 80 and part.kinds.count('good') == 24 and len(set(part.kinds)) == 7 and len(part.kinds) == 72
+    part = load_category(tmp_path, name, 128)
+    assert len(part.train) == 200 and part.kinds.count('good') == 24 and len(set(part.kinds)) == 7 and len(part.kinds) == 72
     assert torch.equal(part.masks, part.masks_official)   # at their own size
     for path in find_images(folder):
         with Image.open(path) as image:
-            assert image.mode == 'L' and image.size == (160, 160) and path.suffix == '.png'
+            assert image.mode == 'L' and image.size == (128, 128) and path.suffix == '.png'
             if 'ground_truth' in path.parts: assert set(np.unique(np.asarray(image))) == {0, 255}
     shares = part.masks[part.labels].float().mean((1, 2, 3))
-    assert shares.min() > 0.003 and shares.max() < 0.15
+    assert shares.min() > 0.003 and shares.max() < 0.2
     again = demo_category(name, tmp_path / 'again')
     assert tree(again) == tree(folder)
     other = demo_category(name, tmp_path / 'other', seed=1)
@@ -588,15 +588,15 @@ def test_demo_classes(tmp_path, name):
 def test_train_and_test_crops_share_no_pixel(tmp_path, monkeypatch):
     "In a photograph whose left part is black and whose right part is white, so are the crops."
     photo = np.zeros((512, 512), np.uint8)
-    photo[:, data._SPLIT:] = 200
+    photo[:, slice(*data._TEST)] = 200
     monkeypatch.setattr(data.skimage.data, 'brick', lambda: photo)
-    part = load_category(demo_category('brick', tmp_path).parent, 'brick', 160)
+    part = load_category(demo_category('brick', tmp_path).parent, 'brick', 128)
     good = [i for i, kind in enumerate(part.kinds) if kind == 'good']
     assert part.train.max() == 0 and part.test[good].min() >= 180
 
 
 def test_demo_defects_change_the_picture_where_the_mask_says():
-    photo = np.full((160, 160), 110.)
+    photo = np.full((128, 128), 110.)
     for defect in data._DEFECTS.values():
         for seed in range(20):
             paint, cover = defect(photo.copy(), np.random.default_rng(seed))
@@ -652,7 +652,7 @@ def test_several_processes_may_ask_for_one_demo_class(tmp_path):
     code = f"from draem_nb.data import demo_category; demo_category('gravel', {str(tmp_path)!r})"
     processes = [subprocess.Popen([sys.executable, '-c', code]) for _ in range(2)]
     assert [p.wait() for p in processes] == [0, 0]
-    assert names(tmp_path) == ['gravel'] and len(find_images(tmp_path)) == 200
+    assert names(tmp_path) == ['gravel'] and len(find_images(tmp_path)) == 320
 
 
 # --- real images
