@@ -593,6 +593,7 @@ def test_licence_is_shown_before_anything_is_asked_for(site, tmp_path, monkeypat
 def test_proxy_that_is_down(site, tmp_path, monkeypatch):
     for name in ('http_proxy', 'HTTP_PROXY'): monkeypatch.setenv(name, 'http://127.0.0.1:9')
     for name in ('no_proxy', 'NO_PROXY'): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(data.urllib.request, '_opener', None)      # it asks for the proxies once a process
     with pytest.raises(ConnectionError, match='Connection refused.*check the network, the proxy or the address.*put it at .*mvtec_anomaly_detection.tar.xz'):
         download_mvtec(tmp_path, 'http://nowhere.invalid/mvtec.tar.xz')
 
