@@ -33,15 +33,15 @@ def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep:
     image = evaluate_scores(found.scores[keep], labels[keep])
     return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())), pixel=evaluate_maps(found.maps[keep], masks[keep]))
 
-def _notes(results: dict) -> list[str]:
-    "A sentence for every metric without a value."
+def _notes(results: dict, category: CategoryData) -> list[str]:
+    "What the class wants to be said, and a sentence for every metric without a value."
     image, rule, point = results['image'], results['conditions']['mask_rule'], results['operating_point']
-    if not image['n']: return ['There are no test images: no metric is defined.']
-    notes = [] if image['n_anomalous'] else ['There are no defects in the test images: AUROC, AP, F1-max and AUPRO are undefined.']
+    if not image['n']: return [*category.notes, 'There are no test images: no metric is defined.']
+    notes = [*category.notes] if image['n_anomalous'] else [*category.notes, 'There are no defects in the test images: AUROC, AP, F1-max and AUPRO are undefined.']
     if image['n_anomalous'] == image['n']: notes.append('There are no good test images: image AUROC is undefined, AP and F1-max are 1 whatever the detector does.')
-    for kind, of in results['kinds'].items():
+    for kind, of in results['kinds'].items() if category.masks_known else ():        # else the class has said so
         if of['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect in the images of kind {kind} under the mask rule '{rule}': its pixel metrics are undefined.")
-    if image['n_anomalous'] and results['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect under the mask rule '{rule}': the pixel metrics are undefined.")
+    if image['n_anomalous'] and category.masks_known and results['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect under the mask rule '{rule}': the pixel metrics are undefined.")
     if results['pixel']['ap'] is not None and results['pixel']['auroc'] is None: notes.append('Every pixel is a defect: pixel AUROC and AUPRO are undefined.')
     if point is None: notes.append('The detector has no threshold: there is no operating point.')
     elif point['precision'] is None: notes.append('No image was called anomalous: precision at the threshold is undefined.')
@@ -173,7 +173,7 @@ def evaluate(
     other = dict(half=category.masks_official, official=category.masks)[mask_rule][:, 0]
     results |= dict(intervals=intervals(found, masks, category.labels), other_mask_rule=dict(mask_rule='official' if mask_rule == 'half' else 'half', pixel=evaluate_maps(found.maps, other)),
                     operating_point=_operating_point(detector, found, category.labels), conditions=_conditions(detector, category, mask_rule))
-    return dict(results, notes=_notes(results))
+    return dict(results, notes=_notes(results, category))
 
 # %% ../nbs/10_evaluation.ipynb #f0bf0889
 _NAMED = ('base_width', 'base_channels', 'batch', 'seed', 'texture_source', 'n_textures')       # conditions that go by a name of their own,

@@ -29,6 +29,19 @@ def _axis_basis(size: int, exponent: int, points: int) -> tuple[Tensor, Tensor]:
     return A.float(), B.float()
 
 # %% ../nbs/01_perlin.ipynb #8262e95e
+@lru_cache(maxsize=64)
+def _axis_factors(size: int, exponent: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Of one axis: `A` and `B` (size, points), `[B A]` (size, 2 points), and `[A B]` transposed (2 points, size)."
+    A, B = _axis_basis(size, exponent, 2**exponent + 1)
+    return A, B, torch.cat([B, A], 1), torch.cat([A, B], 1).T.contiguous()
+
+def _one_noise(cos: Tensor, sin: Tensor, rows: int, cols: int, out: Tensor) -> None:
+    "Noise (H, W) of one sample from the cosines and sines (L, L) of its lattice angles."
+    (Ar, Br, left, _), (Ac, Bc, _, right) = _axis_factors(out.shape[0], rows), _axis_factors(out.shape[1], cols)
+    cos, sin = (t[:2**rows + 1, :2**cols + 1] for t in (cos, sin))
+    if rows <= cols: torch.mm(left, torch.cat([cos @ Ac.mT, sin @ Bc.mT]), out=out)
+    else: torch.mm(torch.cat([Br @ cos, Ar @ sin], 1), right, out=out)
+
 @lru_cache(maxsize=32)
 def _bases(size: int, exponents: int, device: torch.device) -> tuple[Tensor, Tensor]:
     "`A` and `B` for exponents 0 .. exponents-1, each (exponents, size, 2^(exponents-1) + 1)."
@@ -36,6 +49,16 @@ def _bases(size: int, exponents: int, device: torch.device) -> tuple[Tensor, Ten
     A, B = zip(*(_axis_basis(size, k, points) for k in range(exponents)))
     return torch.stack(A).to(device), torch.stack(B).to(device)
 
+def _padded_noise(cos: Tensor, sin: Tensor, scales: Tensor, size: tuple[int, int]) -> Tensor:
+    "Noise (B, H, W) of the whole batch at once."
+    exponents = (cos.shape[-1] - 1).bit_length()
+    (Ar, Br), (Ac, Bc) = (_bases(s, exponents, cos.device) for s in size)
+    rows, cols = scales.to(cos.device, torch.long).unbind(1)
+    points = Ar.shape[-1]
+    cos, sin = cos[:, :points, :points], sin[:, :points, :points]
+    return torch.cat([Br[rows], Ar[rows]], 2) @ torch.cat([cos @ Ac[cols].mT, sin @ Bc[cols].mT], 1)     # (B, H, 2L) @ (B, 2L, W)
+
+# %% ../nbs/01_perlin.ipynb #908dcfb7
 def perlin_noise(
     scales: Tensor,                             # (B, 2) whole numbers k: 2^k cells down the rows and along the columns
     size: int | tuple[int, int],                # S or (H, W) in pixels, any
@@ -47,14 +70,11 @@ def perlin_noise(
     if scales.ndim != 2 or scales.shape[1] != 2: raise ValueError(f'scales must be (B, 2), got {tuple(scales.shape)}')
     if angles is None:
         angles = random_angles(len(scales), int(scales.max()), generator)
-    exponents = (angles.shape[-1] - 1).bit_length()
-    (Ar, Br), (Ac, Bc) = _bases(H, exponents, angles.device), _bases(W, exponents, angles.device)
-    rows, cols = scales.to(angles.device, torch.long).unbind(1)
-    points = Ar.shape[-1]
-    angles = angles[:, :points, :points]
-    left = torch.cat([Br[rows], Ar[rows]], dim=2)                                              # (B, H, 2L)
-    right = torch.cat([angles.cos() @ Ac[cols].mT, angles.sin() @ Bc[cols].mT], dim=1)         # (B, 2L, W)
-    return (left @ right).mul_(math.sqrt(2))[:, None]
+    cos, sin = angles.cos().mul_(math.sqrt(2)), angles.sin().mul_(math.sqrt(2))
+    if angles.device.type != 'cpu': return _padded_noise(cos, sin, scales, (H, W))[:, None]
+    noise = cos.new_empty(len(scales), 1, H, W)
+    for c, s, (rows, cols), out in zip(cos, sin, scales.tolist(), noise[:, 0]): _one_noise(c, s, rows, cols, out)
+    return noise
 
 def random_angles(n: int, exponent: int, generator: torch.Generator | None = None) -> Tensor:
     "(n, 2^exponent + 1, 2^exponent + 1) lattice angles, uniform in 0 .. 2 pi, from `generator`."
@@ -64,12 +84,15 @@ def random_angles(n: int, exponent: int, generator: torch.Generator | None = Non
 # %% ../nbs/01_perlin.ipynb #4daa2450
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     "Turn each of (B, C, H, W) float images counter-clockwise by its own angle in degrees (B,); bilinear, zeros outside."
-    H, W = images.shape[-2:]
-    radians = degrees.to(images.device, images.dtype).mul(math.pi / 180)
-    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    # affine_grid works in -1 .. 1 on both axes: the ratio of the sides undoes its stretching.
-    theta = torch.stack([torch.stack([cos, -sin * (H / W), zero], 1), torch.stack([sin * (W / H), cos, zero], 1)], 1)
-    return F.grid_sample(images, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False)
+    (n, _, H, W), device = images.shape, images.device
+    radians = degrees.to(device, images.dtype).mul(math.pi / 180)
+    cos, sin = radians.cos(), radians.sin()
+    y, x = ((torch.arange(s, device=device) * 2 + 1) / s - 1 for s in (H, W))         # the pixels' centres in -1 .. 1
+    # A position (x cos - y sin, x sin + y cos) is a function of x plus one of y; the ratio of the sides undoes the stretching to -1 .. 1.
+    across = (torch.stack([cos, sin * (W / H)], 1)[:, None] * x[:, None]).view(n, 1, 2 * W)
+    down = torch.stack([sin * (-H / W), cos], 1).repeat(1, W)[:, None]
+    grid = (y[:, None] * down).add_(across)     # not `addcmul`: it rounds once or twice as the processor likes
+    return F.grid_sample(images, grid.view(n, H, W, 2), align_corners=False)
 
 # %% ../nbs/01_perlin.ipynb #421ba3bd
 def perlin_mask(

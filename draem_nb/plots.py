@@ -250,7 +250,8 @@ def _samples(category: CategoryData) -> list[tuple[str, torch.Tensor, torch.Tens
     good = [i for i, kind in enumerate(category.kinds) if kind == 'good']
     samples = [('train, good', category.train[0], None)] if len(category.train) else []
     samples += [('test, good', category.test[good[0]], None)] if good else []
-    return samples + [(kind, category.test[i], category.masks[i]) for kind in _kinds(category.kinds) for i in [_typical(category, kind)]]
+    drawn = getattr(category, 'outlines', category.masks)          # None where nobody drew the defects
+    return samples + [(kind, category.test[i], torch.zeros_like(category.masks[i]) if drawn is None else drawn[i]) for kind in _kinds(category.kinds) for i in [_typical(category, kind)]]
 
 def _data_words(name: str, n_train: int, n_good: int, n_defect: int) -> str:
     "The numbers in one sentence, and what there is none of."

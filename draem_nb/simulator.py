@@ -132,7 +132,7 @@ class AnomalySimulator:
             where = plan.anomalous.to(device)
             mask[where] = self.masks(plan, size, device).float()
             weight = mask[where] * plan.opacity.to(device)[:, None, None, None]          # beta on the mask, 0 elsewhere
-            augmented[where] = torch.lerp(target[where], self.source(plan, size, device), weight)
+            augmented[where] += (self.source(plan, size, device) - target[where]).mul_(weight)
         return Simulated(target, augmented, mask, mask.flatten(1).any(1))
 
 # %% ../nbs/03_simulator.ipynb #be2dd199

@@ -366,6 +366,31 @@ def test_cache_is_used_and_renewed(root, cache, monkeypatch):
     assert len(list(cache.iterdir())) == 4 and all(p.suffix == '.npy' for p in cache.iterdir())
 
 
+def test_cache_knows_images_by_their_content(root, tmp_path, monkeypatch):
+    train = find_images(root / 'part/train')
+    first = load_images(train, 64, cache=True).clone()
+    shutil.copytree(root, tmp_path / 'moved')
+    decoded = count_decodes(monkeypatch)
+    assert torch.equal(load_images(find_images(tmp_path / 'moved/part/train'), 64, cache=True), first) and not decoded
+    before = train[0].stat()
+    other = bytearray(train[0].read_bytes())
+    save(Image.fromarray(255 - np.asarray(picture(0))), train[0])
+    train[0].write_bytes(train[0].read_bytes().ljust(len(other), b'\0'))
+    os.utime(train[0], ns=(before.st_atime_ns, before.st_mtime_ns))      # same time; and, as the bytes are noise, about the same length
+    assert not torch.equal(load_images(train, 64, cache=True)[0], first[0]) and len(decoded) == 3
+
+
+def test_two_processes_make_one_cache(root, cache):
+    for i in range(40): save(picture(i, (300, 300)), root / 'part/train/good' / f'{i:02}.png')
+    code = ("import sys; from draem_nb.data import load_category; sys.stdin.readline(); "
+            f"print(load_category({str(root)!r}, 'part', 256).fingerprint)")
+    processes = [subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes: process.stdin.write('go\n'); process.stdin.flush()
+    found = {process.communicate()[0].strip() for process in processes}
+    assert found == {load_category(root, 'part', 256).fingerprint}
+    assert sorted(p.suffix for p in cache.iterdir()) == ['.npy', '.npy']      # train and test, whole, and nothing else
+
+
 def test_images_that_are_read_once_are_not_cached(root, cache):
     load_images(find_images(root / 'part/train'), 64)
     assert not cache.exists()
@@ -412,21 +437,31 @@ def test_interrupted_cache_leaves_nothing(root, cache, monkeypatch):
 # --- downloads
 
 class Site(BaseHTTPRequestHandler):
-    "Serves `body`: `ranges` or not; cuts the connection after `cut` bytes of a reply, as often as `cuts` says."
+    "Serves `body`: `ranges` or not; cuts the connection after `cut` bytes of a reply, or falls silent there, as often as `cuts` says."
     body, ranges, cut, cuts, status, asked = b'', True, 0, 0, 200, []
+    stalls, shift, away = False, 0, None    # silence instead of a cut; bytes by which a range is off; where /moved is redirected to
 
     def do_GET(self):
         site = type(self)
         site.asked.append(self.headers.get('Range'))
         if site.status != 200: return self.send_error(site.status)
+        if self.path == '/moved':
+            self.send_response(302)
+            self.send_header('Location', site.away)
+            self.send_header('Content-Length', '0')
+            return self.end_headers()
         start = int(self.headers['Range'][6:-1]) if site.ranges and self.headers.get('Range') else 0
         if start and start >= len(site.body): return self.send_error(416)
         self.send_response(206 if start else 200)
+        if start:
+            start = max(0, start - site.shift)
+            self.send_header('Content-Range', f'bytes {start}-{len(site.body) - 1}/{len(site.body)}')
         self.send_header('Content-Length', str(len(site.body) - start))
         self.end_headers()
         end = len(site.body)
         if site.cuts: end, site.cuts = start + site.cut, site.cuts - 1
         self.wfile.write(site.body[start:end])
+        if end < len(site.body) and site.stalls: self.wfile.flush(); site.over.wait(10)
 
     def log_message(self, *_): pass
 
@@ -458,7 +493,7 @@ DTD = {'dtd/images/banded/banded_0002.png': png(), 'dtd/labels/x.txt': b'1'}
 def site(monkeypatch):
     for name in ('http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'): monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(data, '_PAUSE', 0.01)
-    handler = type('Handler', (Site,), dict(asked=[]))
+    handler = type('Handler', (Site,), dict(asked=[], over=threading.Event()))
     server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
     handler.url = f'http://127.0.0.1:{server.server_port}/archive'
@@ -468,6 +503,7 @@ def site(monkeypatch):
         for key, value in how.items(): setattr(handler, key, value)
         return handler
     yield serve
+    handler.over.set()
     server.shutdown()
     server.server_close()
 
@@ -517,6 +553,49 @@ def test_download_that_had_all_but_the_unpacking(site, tmp_path):
     handler = site()
     (tmp_path / 'mvtec_anomaly_detection.tar.xz.part').write_bytes(handler.body)
     assert download_mvtec(tmp_path, handler.url).is_dir()
+
+
+def test_server_that_falls_silent(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, '_STALL', 0.2)
+    handler = site(cut=1000, cuts=2, stalls=True)
+    assert find_categories(download_mvtec(tmp_path, handler.url)) == ['bottle'] and handler.asked == [None, 'bytes=1000-', 'bytes=2000-']
+    handler.cut, handler.cuts = 0, 99
+    shutil.rmtree(tmp_path / 'mvtec')
+    with pytest.raises(ConnectionError, match='timed out.*put it at'): download_mvtec(tmp_path, handler.url)
+
+
+def test_server_that_sends_another_range(site, tmp_path):
+    handler = site(cut=1000, cuts=1, shift=10)
+    assert find_categories(download_mvtec(tmp_path, handler.url)) == ['bottle'] and handler.asked == [None, 'bytes=1000-', None]
+
+
+def test_redirects_are_followed(site, tmp_path):
+    handler = site(cut=1000, cuts=1)
+    handler.away = handler.url
+    assert find_categories(download_mvtec(tmp_path, handler.url.replace('archive', 'moved'))) == ['bottle']
+    assert handler.asked == [None, None, 'bytes=1000-', 'bytes=1000-']      # the range is asked for at the new address too
+    handler.away = 'file:///etc/passwd'
+    with pytest.raises(ConnectionError, match='cannot download'): download_mvtec(tmp_path / 'other', handler.url.replace('archive', 'moved'))
+    handler.away = handler.url.replace('archive', 'moved')                  # to itself
+    with pytest.raises(ConnectionError, match='redirect'): download_mvtec(tmp_path / 'third', handler.away)
+    assert names(tmp_path / 'other') == names(tmp_path / 'third') == []
+
+
+def test_licence_is_shown_before_anything_is_asked_for(site, tmp_path, monkeypatch, capsys):
+    shown = []
+    def fetch(*_): shown.append(capsys.readouterr().out); raise ConnectionError('stop')
+    monkeypatch.setattr(data, '_fetch', fetch)
+    for download in (download_mvtec, download_dtd):
+        with pytest.raises(ConnectionError, match='stop'): download(tmp_path)
+    assert 'CC BY-NC-SA 4.0' in shown[0] and 'for research use' in shown[1]
+
+
+def test_proxy_that_is_down(site, tmp_path, monkeypatch):
+    for name in ('http_proxy', 'HTTP_PROXY'): monkeypatch.setenv(name, 'http://127.0.0.1:9')
+    for name in ('no_proxy', 'NO_PROXY'): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(data.urllib.request, '_opener', None)      # it asks for the proxies once a process
+    with pytest.raises(ConnectionError, match='Connection refused.*check the network, the proxy or the address.*put it at .*mvtec_anomaly_detection.tar.xz'):
+        download_mvtec(tmp_path, 'http://nowhere.invalid/mvtec.tar.xz')
 
 
 def test_server_that_always_cuts(site, tmp_path):
@@ -570,15 +649,15 @@ def tree(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p
 def test_demo_classes(tmp_path, name):
     folder = demo_category(name, tmp_path)
     assert folder == tmp_path / name and find_categories(tmp_path) == [name] and names(tmp_path) == [name]
-    part = load_category(tmp_path, name, 160)
-    assert len(part.train) == 80 and part.kinds.count('good') == 24 and len(set(part.kinds)) == 7 and len(part.kinds) == 72
+    part = load_category(tmp_path, name, 128)
+    assert len(part.train) == 200 and part.kinds.count('good') == 24 and len(set(part.kinds)) == 7 and len(part.kinds) == 72
     assert torch.equal(part.masks, part.masks_official)   # at their own size
     for path in find_images(folder):
         with Image.open(path) as image:
-            assert image.mode == 'L' and image.size == (160, 160) and path.suffix == '.png'
+            assert image.mode == 'L' and image.size == (128, 128) and path.suffix == '.png'
             if 'ground_truth' in path.parts: assert set(np.unique(np.asarray(image))) == {0, 255}
     shares = part.masks[part.labels].float().mean((1, 2, 3))
-    assert shares.min() > 0.003 and shares.max() < 0.15
+    assert shares.min() > 0.003 and shares.max() < 0.2
     again = demo_category(name, tmp_path / 'again')
     assert tree(again) == tree(folder)
     other = demo_category(name, tmp_path / 'other', seed=1)
@@ -588,15 +667,15 @@ def test_demo_classes(tmp_path, name):
 def test_train_and_test_crops_share_no_pixel(tmp_path, monkeypatch):
     "In a photograph whose left part is black and whose right part is white, so are the crops."
     photo = np.zeros((512, 512), np.uint8)
-    photo[:, data._SPLIT:] = 200
+    photo[:, slice(*data._TEST)] = 200
     monkeypatch.setattr(data.skimage.data, 'brick', lambda: photo)
-    part = load_category(demo_category('brick', tmp_path).parent, 'brick', 160)
+    part = load_category(demo_category('brick', tmp_path).parent, 'brick', 128)
     good = [i for i, kind in enumerate(part.kinds) if kind == 'good']
     assert part.train.max() == 0 and part.test[good].min() >= 180
 
 
 def test_demo_defects_change_the_picture_where_the_mask_says():
-    photo = np.full((160, 160), 110.)
+    photo = np.full((128, 128), 110.)
     for defect in data._DEFECTS.values():
         for seed in range(20):
             paint, cover = defect(photo.copy(), np.random.default_rng(seed))
@@ -652,7 +731,7 @@ def test_several_processes_may_ask_for_one_demo_class(tmp_path):
     code = f"from draem_nb.data import demo_category; demo_category('gravel', {str(tmp_path)!r})"
     processes = [subprocess.Popen([sys.executable, '-c', code]) for _ in range(2)]
     assert [p.wait() for p in processes] == [0, 0]
-    assert names(tmp_path) == ['gravel'] and len(find_images(tmp_path)) == 200
+    assert names(tmp_path) == ['gravel'] and len(find_images(tmp_path)) == 320
 
 
 # --- real images
