@@ -42,7 +42,7 @@ class CutPasteRecipe:
     scar_degrees: float = 45.                       # a scar turns by U(-d, d)
     jitter: float = 0.1                             # colour jitter of what is pasted: brightness, contrast, saturation +-10 %, hue +-0.1 turns
     # --- optimisation, of each of the two networks
-    steps: int = 256 * 256                          # optimiser steps: 256 epochs of 256
+    steps: int = 256 * 256                          # optimiser steps: 256 epochs of 256; 0 leaves the networks random
     batch: int = 32                                 # normal images a step; each comes once more with each kind of paste
     lr: float = 0.03                                # SGD; falls to 0 along one cosine
     momentum: float = 0.9
@@ -80,8 +80,9 @@ def _check_ranges(r: CutPasteRecipe) -> None:
         if not ok: raise ValueError(f'recipe field {field} is {getattr(r, field)!r}; it must be {rule}')
     size = check_size(r.size)
     need(r.task in ('cutpaste', 'scar', '3way'), 'task', "'cutpaste', 'scar' or '3way'")
-    for field in ('width', 'steps', 'batch', 'patch', 'stride'):
+    for field in ('width', 'batch', 'patch', 'stride'):
         need(isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field, 'a whole number of at least 1')
+    need(isinstance(r.steps, int) and r.steps >= 0, 'steps', 'a whole number of at least 0')
     for field in ('area', 'scar_width', 'scar_length'):
         low, high = getattr(r, field)
         need(0 < low <= high, field, 'a pair (low, high) with 0 < low <= high')
@@ -244,7 +245,7 @@ def train_network(
     "Train a ResNet-18 to tell normal windows from pasted ones. The same seed gives the same bits on a CPU."
     net = _initialise(ResNet18(recipe.width, 1 + len(recipe.kinds)), _generator(recipe.seed, 4, *window)).to(images.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.steps))
     losses = torch.zeros(recipe.steps, device=images.device)
     for step in tqdm(range(recipe.steps), f'CutPaste, {name}', unit='step', mininterval=1, delay=2):
         batch, classes = make_batch(images, draw_plan(recipe, len(images), window, step), window)
