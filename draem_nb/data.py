@@ -38,8 +38,24 @@ from tqdm import tqdm
 from .layouts import ClassFiles, find_classes, find_images, list_files
 
 # %% auto #0
-__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_categories', 'read_image', 'load_images',
-           'CategoryData', 'load_category', 'demo_category', 'check', 'download_mvtec', 'download_dtd']
+__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'replacing', 'write_json', 'check_size', 'find_categories', 'read_image',
+           'load_images', 'CategoryData', 'load_category', 'demo_category', 'check', 'download_mvtec', 'download_dtd']
+
+# %% ../nbs/00_data.ipynb #d57d55e2
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    "Gives a temporary path beside `path`; what was written there replaces `path` at the end, or vanishes on an error."
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.tmp') # two writers, of two machines even, never meet
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
+
+def write_json(value: object, path: str | Path) -> None:
+    "`value` as indented JSON, atomically; nan and infinity are refused (`ValueError`)."
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + '\n'
+    with replacing(path) as temporary: temporary.write_text(text, encoding='utf-8')
 
 # %% ../nbs/00_data.ipynb #70255cf4
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -110,19 +126,13 @@ def _cache_file(paths: list[Path], size: tuple[int, int]) -> Path:
 
 def _write_cache(file: Path, images: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix='.tmp', delete=False) as temp:
-        try:
-            np.lib.format.write_array_header_1_0(temp, dict(descr='|u1', fortran_order=False, shape=shape))
-            crc = 0
-            for image in images:
-                crc = zlib.crc32(data := image.tobytes(), crc)
-                temp.write(data)
-            temp.write(crc.to_bytes(4, 'little'))
-            temp.flush()
-            os.replace(temp.name, file)
-        except BaseException: # Ctrl-C too: nothing half-written stays
-            os.unlink(temp.name)
-            raise
+    with replacing(file) as temporary, open(temporary, 'wb') as temp:
+        np.lib.format.write_array_header_1_0(temp, dict(descr='|u1', fortran_order=False, shape=shape))
+        crc = 0
+        for image in images:
+            crc = zlib.crc32(data := image.tobytes(), crc)
+            temp.write(data)
+        temp.write(crc.to_bytes(4, 'little'))
 
 # %% ../nbs/00_data.ipynb #0f3744c6
 def _is_whole_cache(file: Path, shape: tuple[int, ...]) -> bool:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import check_size, find_images, load_images
+from .data import check_size, find_images, load_images, write_json
 from .losses import reconstruction_error
 from .networks import Draem, fold_batchnorm, winograd
 from .recipes import Recipe, official
-from .training import load_checkpoint, memory_format_of, pick_device, write_json
+from .training import load_checkpoint, memory_format_of, pick_device
 
 # %% auto #0
 __all__ = ['image_score', 'upper_quantile', 'Detections', 'as_images', 'AnomalyDetector', 'Detector']

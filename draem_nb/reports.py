@@ -36,6 +36,7 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from papermill.exceptions import PapermillExecutionError
 
 import draem_nb
+from .data import replacing, write_json
 
 # %% auto #0
 __all__ = ['report_names', 'report_notebook', 'report_parameters', 'check_parameters', 'default_folder', 'timing', 'finish',
@@ -97,15 +98,6 @@ def default_folder(
     code = f"-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]}" if rest else ''
     return Path(runs_dir) / f"{'ablation-' if report == 'ablation' else ''}{p['category']}-{p['recipe']}-seed{p['seed']}{code}"
 
-# %% ../nbs/12_reports.ipynb #da3cb6ad
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + '\n'
-
 # %% ../nbs/12_reports.ipynb #475fb697
 _started = time.monotonic()   # a report imports this module in its first cell
 
@@ -125,12 +117,11 @@ def finish(
     complete: bool = True, # False: `run_report` is in charge and makes the run complete itself
 ) -> None:
     "Write `timing.json` and `results.json`; where `complete`, `results.json` becomes `metrics.json`."
-    try: text = _json(results)
-    except (TypeError, ValueError) as e: raise ValueError(f"the results of a report must be plain JSON without nan: {e}") from None
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir / 'timing.json', _json(timing()))
-    _write(run_dir / 'results.json', text)
+    write_json(timing(), run_dir / 'timing.json')
+    try: write_json(results, run_dir / 'results.json')
+    except (TypeError, ValueError) as e: raise ValueError(f"the results of a report must be plain JSON without nan: {e}") from None
     if complete: os.replace(run_dir / 'results.json', run_dir / 'metrics.json')
 
 # %% ../nbs/12_reports.ipynb #8aa0f422
@@ -140,8 +131,7 @@ class Figures:
 
     def __call__(self, name: str, figure: Figure) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / f'{name}.tmp', format='png', bbox_inches='tight')
-        os.replace(self.folder / f'{name}.tmp', self.folder / f'{name}.png')
+        with replacing(self.folder / f'{name}.png') as temporary: figure.savefig(temporary, format='png', bbox_inches='tight')
         display(figure)
 
 # %% ../nbs/12_reports.ipynb #ca86dd9d
@@ -245,7 +235,7 @@ def to_html(notebook: str | Path, html: str | Path, title: str) -> Path:
     # Stable: the title, then the headline, then the rest in its order.
     nb.cells[1:] = sorted(nb.cells[1:], key=lambda cell: 'headline' not in cell.metadata.get('tags', []))
     page, _ = exporter.from_notebook_node(nb, resources={'metadata': {'path': str(Path(notebook).parent)}})
-    _write(Path(html), page)
+    with replacing(html) as temporary: temporary.write_text(page, encoding='utf-8')
     return Path(html)
 
 # %% ../nbs/12_reports.ipynb #8021ad10
@@ -272,12 +262,14 @@ def _already(run_dir: Path, asked: dict) -> bool:
                      f"{', '.join(f'{key}={asked[key]!r}' for key in differ)}; choose another folder, or remove that one to run anew")
 
 # %% ../nbs/12_reports.ipynb #eb15d8dc
+def _plain(values: dict) -> dict: return json.loads(json.dumps(values, allow_nan=False))
+
 def _begin(run_dir: Path, asked: dict) -> None:
     "Make the folder, note what was asked for, and take away what would make an old run look like this one."
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in ('metrics.json', 'results.json', 'report.html', 'report.ipynb', 'report.failed.ipynb'): (run_dir / name).unlink(missing_ok=True)
-        _write(run_dir / 'parameters.json', _json(asked))
+        write_json(asked, run_dir / 'parameters.json')
     except OSError as e: raise ValueError(f'cannot write to run folder {run_dir} ({e.strerror}); choose another one') from None
 
 # %% ../nbs/12_reports.ipynb #dd28390f
@@ -288,8 +280,8 @@ def run_report(
 ) -> RunResult:
     "Run a report to the end. `ValueError` for a bad name, parameter or folder; `RunFailed` when the notebook failed."
     # A notebook gets what JSON has: lists, not tuples, of which papermill would make text.
-    params = json.loads(_json({key: str(value) if isinstance(value, Path) else value for key, value in params.items()}))
-    asked = json.loads(_json(dict(report=Path(name).stem) | check_parameters(name, params)))
+    params = _plain({key: str(value) if isinstance(value, Path) else value for key, value in params.items()})
+    asked = _plain(dict(report=Path(name).stem) | check_parameters(name, params))
     run_dir = Path(run_dir)
     folder = _folder_parameter(name)
     if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir)

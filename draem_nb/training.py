@@ -23,15 +23,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import draem_nb
-from .data import CategoryData
+from .data import CategoryData, replacing, write_json
 from .losses import draem_loss
 from .networks import Draem, initialise
 from .recipes import Recipe
 from .simulator import AnomalySimulator
 
 # %% auto #0
-__all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'Trainer', 'versions', 'replacing',
-           'write_json', 'train', 'load_checkpoint']
+__all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'Trainer', 'versions', 'train',
+           'load_checkpoint']
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 def split_held_out(n_images: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -119,21 +119,6 @@ def versions() -> dict[str, str]:
     return dict(draem_nb=draem_nb.__version__, python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 # %% ../nbs/07_training.ipynb #1bcaa2c5
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    "Gives a temporary path beside `path`; what was written there replaces `path` at the end, or vanishes on an error."
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-def write_json(value: object, path: str | Path) -> None:
-    "`value` as indented JSON, atomically; nan and infinity are refused (`ValueError`)."
-    with replacing(path) as temporary: temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + '\n')
-
 def _save(trainer: Trainer, run_dir: Path) -> None:
     with replacing(run_dir / 'checkpoint.pt') as temporary:
         with open(temporary, 'wb') as f:
