@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, check_size
+from .data import CategoryData, check_size, replacing
 from .detector import AnomalyDetector
 from .simulator import _generator, _uniform
-from .training import load_checkpoint, pick_device, replacing, split_held_out
+from .training import load_checkpoint, pick_device, split_held_out
 
 # %% auto #0
 __all__ = ['CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw_patches', 'draw_scars', 'paste', 'CutPastePlan',

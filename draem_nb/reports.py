@@ -96,7 +96,7 @@ def default_folder(
     named = {'category', 'recipe', 'seed', 'data_root', 'textures_root', 'device'}
     rest = {key: value for key, value in params.items() if key not in named and value}
     code = f"-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]}" if rest else ''
-    return Path(runs_dir) / f"{'ablation-' if report == 'ablation' else ''}{p['category']}-{p['recipe']}-seed{p['seed']}{code}"
+    return Path(runs_dir) / f"{f'{report}-' if report in ('ablation', 'cutpaste') else ''}{p['category']}-{p['recipe']}-seed{p['seed']}{code}"
 
 # %% ../nbs/12_reports.ipynb #475fb697
 _started = time.monotonic()   # a report imports this module in its first cell
