@@ -39,7 +39,8 @@ summary: $(made)
 bench: $(made)
 	mkdir -p runs
 	$(bin)/papermill nbs/30_benchmarks.ipynb runs/bench.ipynb
-	@$(bin)/python -c 'import json, pandas; print(pandas.DataFrame(json.load(open("runs/bench.json"))["rows"]).round(2).to_string(index=False))'
+	@$(bin)/python -c 'import json, pandas; bench = json.load(open("runs/bench.json")); \
+	  print(pandas.Series(bench["memory_mib"], name="MiB").round().to_string(), pandas.DataFrame(bench["rows"]).round(2).to_string(index=False), sep="\n\n")'
 
 test: $(made)
 	$(bin)/python tests/run_all.py
