@@ -16,12 +16,12 @@ import urllib.error
 import urllib.request
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from http.client import HTTPException
 from numbers import Integral
 from pathlib import Path, PurePosixPath
@@ -111,8 +111,12 @@ def _resized(path: Path, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 def _decoded(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarray]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from tqdm(pool.map(partial(_resized, size=size), paths), 'reading images', len(paths), mininterval=0.5, delay=2)
+    waiting, threads = deque(), os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        for path in tqdm(paths, 'reading images', mininterval=0.5, delay=2):
+            waiting.append(pool.submit(_resized, path, size))
+            if len(waiting) > threads: yield waiting.popleft().result() # no more than that is decoded ahead, and held
+        while waiting: yield waiting.popleft().result()
 
 # %% ../nbs/00_data.ipynb #09af87b4
 def _content(path: Path) -> str:

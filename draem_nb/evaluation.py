@@ -73,7 +73,9 @@ def _operating_point(detector: object, found: Detections, labels: torch.Tensor) 
 def _bins(scores: np.ndarray, defect: np.ndarray, n: int = 1024) -> np.ndarray:
     "Rising edges: quantiles of the scores of defects and of normals, so that both are cut finely where they are many."
     shares = np.linspace(0, 1, n + 1)
-    return np.unique(np.concatenate([np.quantile(part, shares) for part in (scores[defect], scores[~defect]) if part.size]))
+    every = -(-scores.size // 2**24)                     # where there are very many normals, some of them tell where to cut; the lowest score must be in
+    parts = scores[defect], scores[::every][~defect[::every]]
+    return np.unique(np.concatenate([np.quantile(part, shares) for part in parts if part.size] + [scores.min(keepdims=True)]))
 
 def _histograms(bins: np.ndarray, n_bins: int, weights: np.ndarray) -> np.ndarray:
     "(n_bins,) sums of `weights` from the highest bin down."

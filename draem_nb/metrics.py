@@ -42,13 +42,16 @@ def _count_into(counts: np.ndarray, part: np.ndarray, at: np.ndarray, lock: Lock
         below = np.searchsorted(part, at, side)
         with lock: row += part.size; row -= below                       # in place: there may be many
 
+_PART = 1 << 24     # scores that are sorted at once, so that maps that lie in a file stay there but for 64 MiB a thread
+
 def _counts(scores: np.ndarray, at: np.ndarray) -> np.ndarray:
     counts, lock = np.zeros((2, at.size), np.int64), Lock()
     threads = min(torch.get_num_threads(), scores.size // 100_000)      # a smaller part is sorted sooner than a thread starts
-    if threads < 2: _count_into(counts, scores, at, lock)
+    parts = np.array_split(scores, max(threads, -(-scores.size // _PART), 1))
+    if threads < 2:
+        for part in parts: _count_into(counts, part, at, lock)
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda part: _count_into(counts, part, at, lock), np.array_split(scores, threads)))
+        with ThreadPoolExecutor(threads) as pool: list(pool.map(lambda part: _count_into(counts, part, at, lock), parts))
     return counts
 
 # %% ../nbs/09_metrics.ipynb #8c3648cd
@@ -126,7 +129,8 @@ def region_weights(
 ) -> np.ndarray: # (n,) float64 that sum to 1
     "For each of the n defect pixels, in the order of `masks[masks]`: 1 / (number of regions x pixels of its region)."
     weights, regions = [np.zeros(0)], 0
-    for mask in masks[masks.any(axis=(1, 2))]:
+    for mask in masks:
+        if not mask.any(): continue
         label, count = ndimage.label(mask, structure=np.ones((3, 3)))
         label = label[mask]
         weights.append(1 / np.bincount(label)[label])

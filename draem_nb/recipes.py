@@ -23,6 +23,7 @@ class Recipe:
     name: str = 'official'                          # what the report calls it
     # --- input
     size: int | tuple[int, int] = 256               # network input, S or (H, W) in pixels; multiples of 32
+    image_size: int | tuple[int, int] | None = None # images are brought to this, learned from in random crops of `size`, tested in tiles; None: to `size`
     color: str = 'rgb'                              # channel order of the network input; the authors' checkpoints want 'bgr'
     # --- networks
     base_width: int = 128                           # channels of the reconstructive net's first block
@@ -76,7 +77,7 @@ class Recipe:
             if getattr(self, field) not in choices:
                 raise ValueError(f"recipe field {field} is {getattr(self, field)!r}; choose one of {', '.join(map(repr, choices))}")
         # JSON and papermill turn tuples into lists: accept them, so that a recipe survives the round trip.
-        for field in ('size', 'perlin_scales', 'opacity', 'lr_milestones'):
+        for field in ('size', 'image_size', 'perlin_scales', 'opacity', 'lr_milestones'):
             if isinstance(getattr(self, field), list): object.__setattr__(self, field, tuple(getattr(self, field)))
         _check_ranges(self)
 
@@ -106,6 +107,8 @@ def _check_ranges(r: Recipe) -> None:
     for field in ('ssim_weight', 'l2_weight', 'focal_weight', 'focal_gamma'): need(getattr(r, field) >= 0, field, 'at least 0')
     need(len(r.opacity) == 2 and 0 <= r.opacity[0] <= r.opacity[1] <= 1, 'opacity', 'a pair (low, high) with 0 <= low <= high <= 1')
     need(len(r.perlin_scales) == 2 and 0 <= r.perlin_scales[0] <= r.perlin_scales[1] <= 8, 'perlin_scales', 'a pair of exponents (low, high) with 0 <= low <= high <= 8')
+    both = lambda size: size if isinstance(size, tuple) else (size, size)
+    need(r.image_size is None or all(big >= small for big, small in zip(both(r.image_size), both(r.size))), 'image_size', 'None, or at least `size` on both sides')
     need(all(0 < m < 1 for m in r.lr_milestones), 'lr_milestones', 'fractions of the run between 0 and 1')
     need(r.holdout < 1, 'holdout', 'less than 1, so that images are left to train on')
     need(r.score_window % 2 == 1, 'score_window', 'odd, so that it has a centre')

@@ -23,14 +23,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import draem_nb
-from .data import CategoryData, replacing, write_json
+from .data import CategoryData, check_size, replacing, write_json
 from .losses import draem_loss
 from .networks import Draem, initialise
 from .recipes import Recipe
-from .simulator import AnomalySimulator
+from .simulator import AnomalySimulator, Plan
 
 # %% auto #0
-__all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'Trainer', 'versions', 'train',
+__all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'Trainer', 'versions', 'train',
            'load_checkpoint']
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
@@ -62,14 +62,39 @@ def memory_format_of(recipe: Recipe) -> torch.memory_format:
     "The recipe's memory format as PyTorch names it."
     return {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}[recipe.memory_format]
 
+# %% ../nbs/07_training.ipynb #8004a3c3
+class RandomCrops:
+    "Normal images (N, 3, H, W) uint8 of which each step sees crops of the recipe's `size`."
+    def __init__(self, images: Tensor, recipe: Recipe, indices: Tensor | None = None):
+        self.images, self.recipe, self.size = images, recipe, check_size(recipe.size)
+        self.indices, self.device, self.flipped = torch.arange(len(images)) if indices is None else indices, torch.device('cpu'), False
+
+    def __len__(self) -> int: return len(self.indices)
+
+    def flip(self, _: int) -> RandomCrops: # as a tensor's flip(1)
+        self.flipped = not self.flipped
+        return self
+
+    def to(self, device: torch.device) -> RandomCrops: # the crops will be there, not the images
+        self.device = device
+        return self
+
+    def draw(self, plan: Plan, step: int) -> tuple[Tensor, Plan]:
+        "The crops of a step, (B, 3, h, w) on the device, and its plan, which now counts them."
+        (h, w), (height, width) = self.size, self.images.shape[-2:]
+        rng = np.random.default_rng([self.recipe.seed, 3, step])
+        corners = rng.integers(0, (height - h + 1, width - w + 1), (len(plan.image), 2)).tolist()
+        crops = torch.stack([self.images[i, :, y:y + h, x:x + w] for i, (y, x) in zip(self.indices[plan.image].tolist(), corners)])
+        return (crops.flip(1) if self.flipped else crops).to(self.device), dataclasses.replace(plan, image=torch.arange(len(crops)))
+
 # %% ../nbs/07_training.ipynb #7b0b6186
 class Trainer:
     "The state of a run: networks, optimiser, schedule, and the losses of all steps so far."
-    def __init__(self, images: Tensor, textures: Tensor, recipe: Recipe, device: torch.device):
+    def __init__(self, images: Tensor | RandomCrops, textures: Tensor, recipe: Recipe, device: torch.device):
         self.recipe, self.device, self.done = recipe, device, 0
         self.total = recipe.total_steps(len(images))
         if recipe.color == 'bgr': images, textures = images.flip(1), textures.flip(1)      # what comes in is RGB, everywhere
-        self.images, self.simulator = images.to(device), AnomalySimulator(textures.to(device), recipe, images)
+        self.images, self.simulator = images.to(device), AnomalySimulator(textures.to(device), recipe, getattr(images, 'images', images))
         self.dtype, self.memory_format = pick_precision(recipe, device), memory_format_of(recipe)
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
         self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior).to(device, memory_format=self.memory_format)
@@ -83,7 +108,8 @@ class Trainer:
     def step(self) -> None:
         "One optimiser step on one simulated batch; no device-to-host copy."
         plan = self.simulator.plan(len(self.images), self.recipe.batch, self.recipe.seed, self.done)
-        batch = self.simulator(self.images, plan)
+        images, plan = self.images.draw(plan, self.done) if isinstance(self.images, RandomCrops) else (self.images, plan)
+        batch = self.simulator(images, plan)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             restoration, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
         losses = draem_loss(restoration, logits, batch.target, batch.mask, self.recipe)
@@ -176,7 +202,9 @@ def train(
     "Train both networks (paper, section 3); see `Recipe` for all choices. A finished run returns at once."
     device, run_dir = pick_device(device), Path(run_dir)
     fit, held_out = split_held_out(len(category.train), recipe)
-    trainer = Trainer(category.train[fit], textures, recipe, device)
+    if recipe.image_size is not None and category.size != check_size(recipe.image_size):
+        raise ValueError(f'recipe field image_size is {recipe.image_size}, but the class was loaded at {category.size}; load it at the image_size')
+    trainer = Trainer(category.train[fit] if recipe.image_size is None else RandomCrops(category.train, recipe, fit), textures, recipe, device)
     checkpoint = run_dir / 'checkpoint.pt'
     _claim(run_dir, _describe(category, textures, trainer, held_out), resume)
     if checkpoint.exists(): trainer.load_state_dict(load_checkpoint(checkpoint, device))
