@@ -37,6 +37,7 @@ class AutoencoderRecipe:
     loss: str = 'l2'                    # 'l2' or 'ssim': of the training and of the map
     steps: int = 2000                   # optimiser steps
     batch: int = 8                      # images a step, drawn with replacement
+    flips: bool = False                 # mirror them at random, where up and left do not matter
     lr: float = 2e-4                    # Adam
     weight_decay: float = 1e-5
     seed: int = 0                       # every random choice follows from it
@@ -75,14 +76,17 @@ class Autoencoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(self.encoder(x))
 
-# %% ../nbs/20_autoencoder.ipynb #d0c42796
+# %% ../nbs/20_autoencoder.ipynb #f04ef2a6
 @torch.no_grad()
 def _initialise(net: Autoencoder, generator: torch.Generator) -> Autoencoder:
-    "PyTorch's own initial weights, U(-1, 1) / sqrt(fan in), from a generator."
+    "He's uniform initial weights for leaky ReLU (0.2), from a generator; no biases."
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            bound = 1 / math.sqrt(m.weight[0].numel())
-            for p in (m.weight, m.bias): p.uniform_(-bound, bound, generator=generator)
+            inputs = m.in_channels * math.prod(m.kernel_size) / (math.prod(m.stride) if isinstance(m, nn.ConvTranspose2d) else 1)
+            if m is net.decoder[0]: inputs = m.in_channels          # each of its values sees the vector once
+            bound = math.sqrt(6 / ((1 + 0.2**2) * inputs))
+            m.weight.uniform_(-bound, bound, generator=generator)
+            m.bias.zero_()
     return net
 
 # %% ../nbs/20_autoencoder.ipynb #4967b305
@@ -107,6 +111,7 @@ def _train(net: Autoencoder, images: Tensor, recipe: AutoencoderRecipe, generato
     losses = torch.zeros(recipe.steps, device=images.device)
     for step in tqdm(range(recipe.steps), name, unit='step', mininterval=1, delay=2):
         x = images[torch.randint(len(images), (recipe.batch,), generator=generator).to(images.device)].float().div_(255)
+        if recipe.flips: x = x.flip([axis for axis in (2, 3) if torch.rand((), generator=generator) < 0.5])      # the whole batch alike
         loss = _LOSSES[recipe.loss](net(x), x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -35,7 +35,7 @@ __all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of'
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 def split_held_out(n_images: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    "Indices of the normal images that are trained on and of those held out for the threshold, both ascending."
+    "Indices of the normal images that are trained on and of those held out for the threshold, both ascending; by holdout and seed of any recipe."
     n_held_out = max(1, round(recipe.holdout * n_images)) if recipe.holdout else 0
     if n_images <= n_held_out:
         raise ValueError(f'{n_images} normal image in train/good is not enough: one is held out for the threshold, so at least 2 are '

@@ -235,7 +235,7 @@ def test_beside_paper_is_for_the_fifteen_classes():
 
 
 def test_the_papers_conditions_do_not_differ():
-    results = run('screw', size=[256, 256], base_width=128, base_channels=64, recipe='paper', steps=700 * 20 // 8, mask_rule='official')
+    results = run('screw', size=[256, 256], base_width=128, base_channels=64, batch=8, recipe='paper', steps=700 * 20 // 8, mask_rule='official')
     results['operating_point'] = None
     assert differing_conditions(results) == []
     assert differing_conditions(results | {'conditions': results['conditions'] | {'changes': {'mask_shape': 'rectangle'}}}) == ['mask_shape = rectangle']
