@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .perlin import perlin_mask, random_angles, rotate
 from .recipes import Recipe
-from .textures import Augmentation, augment, draw_augmentation
+from .textures import Augmentation, augment, augment_pixels, draw_augmentation
 
 # %% auto #0
 __all__ = ['Plan', 'Simulated', 'draw_plan', 'AnomalySimulator', 'has_color']
@@ -103,15 +103,20 @@ class AnomalySimulator:
         "See `draw_plan`."
         return draw_plan(self.recipe, n_images, len(self.textures), batch, seed, step)
 
-    def masks(self, plan: Plan, size: tuple[int, int], device: torch.device) -> Tensor:
-        "(A, 1, H, W) bool masks of the plan's anomalies."
-        if self.recipe.mask_shape == 'rectangle': return _draw_rectangles(plan.rectangle.to(device), size)
-        return perlin_mask(plan.scales, size, plan.angles.to(device), plan.mask_degrees, self.recipe.perlin_threshold)
+    def masks(self, plan: Plan, size: tuple[int, int], device: torch.device, which: slice = slice(None)) -> Tensor:
+        "(A, 1, H, W) bool masks of the plan's anomalies, or of some of them."
+        if self.recipe.mask_shape == 'rectangle': return _draw_rectangles(plan.rectangle[which].to(device), size)
+        return perlin_mask(plan.scales[which], size, plan.angles[which].to(device), plan.mask_degrees[which], self.recipe.perlin_threshold)
 
     def source(self, plan: Plan, size: tuple[int, int], device: torch.device) -> Tensor:
         "(A, 3, H, W) float in 0..1: the augmented textures, or plain colours."
         if self.recipe.texture_source == 'color': return self._shown(plan.color.to(device)[:, :, None, None]).expand(-1, -1, *size)
         return self._shown(augment(self.textures[plan.texture.to(device)], plan.augmentation).float().div_(255))
+
+    def _source_at(self, plan: Plan, a: int, pixels: Tensor) -> Tensor:
+        "(3, p or 1) float in 0..1: the source of anomaly `a` at some pixels, indices into H * W."
+        if self.recipe.texture_source == 'color': return self._shown(plan.color[a:a + 1, :, None])[0]
+        return self._shown(augment_pixels(self.textures[plan.texture[a]], plan.augmentation, a, pixels)[None].float().div_(255))[0]
 
     def _shown(self, x: Tensor) -> Tensor:
         "x, or its luminance (ITU-R 601) in all three channels where the normal images are gray."
@@ -119,21 +124,17 @@ class AnomalySimulator:
         red, green, blue = x.unbind(1)
         return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None].expand_as(x)
 
-    def __call__(self, images: Tensor, plan: Plan) -> Simulated:
-        "Batch of the plan from normal `images` (N, 3, H, W) uint8, on their device, with no device-to-host copy."
+    def __call__(self, images: Tensor, plan: Plan, out: Simulated | None = None) -> Simulated:
+        """Batch of the plan from normal `images` (N, 3, H, W) uint8, on their device, with no device-to-host copy.
+
+        `out`: a batch that nobody needs any more; where that pays, the new one takes its memory."""
         _check(images, self.textures)
-        device, size = images.device, tuple(images.shape[-2:])
-        target = images[plan.image.to(device)].float().div_(255)
-        if len(plan.turned):
-            turned = plan.turned.to(device)
-            target[turned] = rotate(target[turned], plan.degrees)
-        augmented, mask = target.clone(), target.new_zeros(len(target), 1, *size)
-        if len(plan.anomalous):
-            where = plan.anomalous.to(device)
-            mask[where] = self.masks(plan, size, device).float()
-            weight = mask[where] * plan.opacity.to(device)[:, None, None, None]          # beta on the mask, 0 elsewhere
-            augmented[where] += (self.source(plan, size, device) - target[where]).mul_(weight)
-        return Simulated(target, augmented, mask, mask.flatten(1).any(1))
+        if images.device.type != 'cpu': return _at_once(self, images, plan)
+        shape = (len(plan.image), *images.shape[1:])
+        if out is None or out.target.shape != shape:
+            out = Simulated(torch.empty(shape), torch.empty(shape), torch.empty(shape[0], 1, *shape[2:]), torch.empty(shape[0], dtype=torch.bool))
+        _one_by_one(self, images, plan, out)
+        return out
 
 # %% ../nbs/03_simulator.ipynb #be2dd199
 def has_color(images: Tensor) -> bool:
@@ -155,3 +156,45 @@ def _check(images: Tensor, textures: Tensor) -> None:
     if images.shape[-2:] != textures.shape[-2:] or images.device != textures.device:
         raise ValueError(f'images and textures must agree in size and device: {tuple(images.shape[-2:])} on {images.device}, '
                          f'{tuple(textures.shape[-2:])} on {textures.device}')
+
+# %% ../nbs/03_simulator.ipynb #3a0363d2
+def _at_once(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Simulated:
+    "The whole batch at once, on any device."
+    device, size = images.device, tuple(images.shape[-2:])
+    target = images[plan.image.to(device)].float().div_(255)
+    if len(plan.turned):
+        turned = plan.turned.to(device)
+        target[turned] = rotate(target[turned], plan.degrees)
+    augmented, mask = target.clone(), target.new_zeros(len(target), 1, *size)
+    if len(plan.anomalous):
+        where = plan.anomalous.to(device)
+        mask[where] = simulator.masks(plan, size, device).float()
+        weight = mask[where] * plan.opacity.to(device)[:, None, None, None]          # beta on the mask, 0 elsewhere
+        augmented[where] += (simulator.source(plan, size, device) - target[where]).mul_(weight)
+    return Simulated(target, augmented, mask, mask.flatten(1).any(1))
+
+# %% ../nbs/03_simulator.ipynb #8039c681
+def _one_by_one(simulator: AnomalySimulator, images: Tensor, plan: Plan, out: Simulated) -> None:
+    "Sample by sample into `out`, on a CPU: the same bits as `_at_once`."
+    turn, anomaly = ({b: i for i, b in enumerate(some.tolist())} for some in (plan.turned, plan.anomalous))
+
+    def make(b: int, index: int) -> bool:
+        target = torch.div(images[index], 255, out=out.target[b])
+        if b in turn: target.copy_(rotate(target[None], plan.degrees[turn[b]:turn[b] + 1])[0])
+        out.augmented[b].copy_(target)
+        if b in anomaly: return _paint(simulator, plan, anomaly[b], target, out.augmented[b], out.mask[b])
+        out.mask[b].zero_()
+        return False
+
+    out.is_anomalous.copy_(torch.tensor([make(b, index) for b, index in enumerate(plan.image.tolist())]))
+
+def _paint(simulator: AnomalySimulator, plan: Plan, a: int, target: Tensor, augmented: Tensor, mask: Tensor) -> bool:
+    "Put anomaly `a` on a picture (3, H, W) and its mask (1, H, W); returns whether there is any."
+    hit = simulator.masks(plan, tuple(target.shape[1:]), target.device, slice(a, a + 1))[0]
+    mask.copy_(hit)
+    pixels = hit.flatten().nonzero()[:, 0]
+    if not len(pixels): return False
+    normal = target.flatten(1).index_select(1, pixels)
+    painted = (simulator._source_at(plan, a, pixels) - normal).mul_(plan.opacity[a]).add_(normal)
+    augmented.flatten(1).index_copy_(1, pixels, painted)
+    return True

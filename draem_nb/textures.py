@@ -22,7 +22,7 @@ from .data import check_size, find_images, load_images
 # %% auto #0
 __all__ = ['OPERATIONS', 'load_textures', 'apply_tables', 'posterize', 'solarize', 'invert', 'brightness', 'gamma_contrast',
            'multiply_add', 'equalize', 'autocontrast', 'sharpness', 'color', 'add_hue_saturation', 'rotate',
-           'Augmentation', 'draw_augmentation', 'augment']
+           'Augmentation', 'draw_augmentation', 'augment', 'augment_pixels']
 
 # %% ../nbs/02_textures.ipynb #9796c986
 _PHOTOGRAPHS = ('coffee', 'chelsea', 'retina', 'astronaut', 'rocket', 'hubble_deep_field')
@@ -148,6 +148,9 @@ def _histograms(x: Tensor) -> Tensor: # (n, 3, 256) int64
         counts.scatter_add_(1, channels.long(), torch.ones_like(channels, dtype=torch.int64))
     return counts.view(len(x), 3, 256)
 
+def _counts_after(tables: Tensor, counts: Tensor) -> Tensor: # histograms of images that have gone through their tables
+    return torch.zeros_like(counts).scatter_add_(2, tables.long(), counts)
+
 # %% ../nbs/02_textures.ipynb #ce371bea
 def _equalize_tables(counts: Tensor) -> Tensor:
     levels = _LEVELS.to(counts.device, non_blocking=True)
@@ -262,16 +265,18 @@ def _fixed_point_affine(degrees: float | Tensor, h: int, w: int) -> Tensor: # (n
         rows.append([cos, sin, x0 + (cos + sin) / 2, -sin, cos, y0 + (cos - sin) / 2])
     return (torch.tensor(rows, dtype=torch.float64).reshape(-1, 6) * 65536 + 0.5).floor().int()
 
+def _before_turn(affine: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]: # row and column in the source, int32, perhaps outside
+    xx, xy, x0, yx, yy, y0 = affine.unbind(1)
+    return (yx * j + y0 + yy * i).bitwise_right_shift_(16), (xx * j + x0 + xy * i).bitwise_right_shift_(16)
+
 def rotate(x: Tensor, degrees: float | Tensor) -> Tensor:
     "Counter-clockwise about the centre, nearest pixel, black outside; `PIL.Image.rotate`."
     _check(x)
     h, w = x.shape[-2:]
-    xx, xy, x0, yx, yy, y0 = _fixed_point_affine(degrees, h, w).to(x.device, non_blocking=True)[:, :, None, None].unbind(1)
+    affine = _fixed_point_affine(degrees, h, w).to(x.device, non_blocking=True)[:, :, None, None]
     i, j = (torch.arange(n, dtype=torch.int32, device=x.device) for n in (h, w))
-    i = i[:, None]
-    column = (xx * j + x0 + xy * i).bitwise_right_shift_(16).clamp_(-1, w)
-    row = (yx * j + y0 + yy * i).bitwise_right_shift_(16).clamp_(-1, h)
-    source = row.mul_(w + 2).add_(column).add_(w + 3).flatten(1).long()[:, None] # in the image with a black frame of one pixel
+    row, column = _before_turn(affine, i[:, None], j)
+    source = row.clamp_(-1, h).mul_(w + 2).add_(column.clamp_(-1, w)).add_(w + 3).flatten(1).long()[:, None] # in the image with a black frame of one pixel
     return F.pad(x, (1, 1, 1, 1)).flatten(2).gather(2, source.expand(len(x), 3, -1)).view(x.shape)
 
 # %% ../nbs/02_textures.ipynb #1c7a739e
@@ -346,8 +351,7 @@ class _Chains:
 
     def histograms(self, rows: list[int]) -> Tensor: # (len(rows), 3, 256) int64
         "Of the images as they would be if no table waited."
-        counts = torch.cat(_together(_histograms, [self.images[i] for i in rows]))
-        return torch.zeros_like(counts).scatter_add_(2, self.waiting(rows).long(), counts)
+        return _counts_after(self.waiting(rows), torch.cat(_together(_histograms, [self.images[i] for i in rows])))
 
     def change(self, rows: list[int], operation: Callable, *arguments: Tensor) -> None:
         "The waiting tables first, then an operation on pixels."
@@ -382,3 +386,56 @@ def augment(
             else: chains.change(rows, _PIXELS[name], *arguments)
     chains.settle(everyone)
     return torch.cat([textures[:0], *chains.images]) # a copy, also of none
+
+# %% ../nbs/02_textures.ipynb #dbf567f6
+def _at(image: Tensor, steps: list, pixels: Tensor) -> Tensor: # image (3, H, W) uint8, pixels (...) int64 -> (3, ...) uint8
+    "What the steps (name, arguments) make of the image at `pixels`, indices into H * W."
+    if not steps: return image.flatten(1).index_select(1, pixels.flatten()).view(3, *pixels.shape)
+    *before, (name, arguments) = steps
+    if name == 'sharpness': return _sharpened_at(image, before, pixels, *arguments)
+    if name == 'rotate': return _turned_at(image, before, pixels, *arguments)
+    values = _at(image, before, pixels)
+    if name == 'table': return _look_up(arguments, values.view(1, 3, -1)).view_as(values)
+    return _PIXELS[name](values.view(1, 3, 1, -1), *arguments).view_as(values)
+
+def _turned_at(image: Tensor, before: list, pixels: Tensor, degrees: Tensor) -> Tensor:
+    h, w = image.shape[1:]
+    row, column = _before_turn(_fixed_point_affine(degrees, h, w), (pixels // w).int(), (pixels % w).int())
+    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    return _at(image, before, torch.where(inside, row * w + column, 0).long()) * inside
+
+def _sharpened_at(image: Tensor, before: list, pixels: Tensor, factor: Tensor) -> Tensor:
+    h, w = image.shape[1:]
+    neighbours = (torch.tensor([[-w], [0], [w]]) + torch.tensor([-1, 0, 1])).view(9, *[1] * pixels.ndim)
+    values = _at(image, before, (pixels + neighbours).clamp_(0, h * w - 1)).to(torch.int16)
+    centre, row, column = values[:, 4], pixels // w, pixels % w
+    dull = values.sum(1, dtype=torch.int16).add_(centre, alpha=4).float().mul_(1 / 13).round_()
+    border = (row == 0) | (row == h - 1) | (column == 0) | (column == w - 1)
+    return torch.where(border, centre.to(torch.uint8), _enhance(dull, centre.float(), factor))
+
+# %% ../nbs/02_textures.ipynb #44d37626
+def augment_pixels(
+    texture: Tensor,             # (3, H, W) uint8 on the CPU
+    augmentation: Augmentation,  # of several textures
+    i: int,                      # this one's place among them
+    pixels: Tensor,              # (p,) int64, indices into H * W
+) -> Tensor: # (3, p) uint8
+    "The bytes of `augment` at some pixels."
+    steps, operations = [], OPERATIONS[augmentation.kind]
+    for index, strengths in zip(augmentation.operations[i].tolist(), augmentation.strengths[i]):
+        name = operations[index]
+        arguments = strengths[:len(_STRENGTHS[augmentation.kind][name])].unbind()
+        if name in _PIXELS: steps.append((name, arguments)); continue
+        if name in _HISTOGRAM_TABLES: texture, steps, tables = _histogram_tables(name, arguments, texture, steps)
+        else: tables = _TABLES[name](*arguments).expand(1, 3, 256)
+        if steps and steps[-1][0] == 'table': tables = tables.gather(2, steps.pop()[1].long())
+        steps.append(('table', tables))
+    return _at(texture, steps, pixels)
+
+def _histogram_tables(name: str, arguments: tuple, texture: Tensor, steps: list) -> tuple[Tensor, list, Tensor]: # and the texture and steps to go on with
+    if any(step != 'table' for step, _ in steps):
+        for step, a in steps: texture = (apply_tables(texture[None], a) if step == 'table' else _PIXELS[step](texture[None], *a))[0]
+        steps = []
+    counts = _histograms(texture[None])
+    for _, tables in steps: counts = _counts_after(tables, counts)     # one at most
+    return texture, steps, _HISTOGRAM_TABLES[name](counts, *arguments)
