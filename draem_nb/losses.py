@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .recipes import Recipe
@@ -38,9 +39,68 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
     covariance, variances = _blur(x * y) - product, _blur(x * x + y * y) - squares
     return ((2 * product + C1) * (2 * covariance + C2)) / ((squares + C1) * (variances + C2))
 
+# %% ../nbs/05_losses.ipynb #515a2980
+@lru_cache(maxsize=32)
+def _strips(size: int, device: torch.device) -> list[tuple[slice, slice, Tensor]]:
+    "Inputs, outputs and the piece of the band between them, (outputs, inputs), for every 32 outputs."
+    starts = range(0, size, 32)
+    strips = [(slice(max(0, i - 5), min(size, i + 37)), slice(i, min(size, i + 32))) for i in starts]
+    return [(inputs, outputs, _band(size, device)[outputs, inputs].contiguous()) for inputs, outputs in strips]
+
+def _blur_strips(maps: Tensor) -> Tensor:
+    "Blur n maps (H, n, W) that lie row by row."
+    H, n, W = maps.shape
+    down, out = torch.empty_like(maps), torch.empty_like(maps)
+    for inputs, outputs, band in _strips(H, maps.device): torch.mm(band, maps.view(H, -1)[inputs], out=down.view(H, -1)[outputs])
+    for inputs, outputs, band in _strips(W, maps.device): torch.mm(down.view(-1, W)[:, inputs], band.mT, out=out.view(-1, W)[:, outputs])
+    return out
+
+# %% ../nbs/05_losses.ipynb #a245da3d
+def _ssim_sum(x: Tensor, y: Tensor, gradient: Tensor | None) -> Tensor:
+    "Sum of the SSIM map of (B, C, H, W); its derivative by y is written into `gradient`."
+    (B, C, H, W), C1, C2 = x.shape, 0.01**2, 0.03**2
+    maps = x.new_empty(H, 4, B * C, W)
+    x_, y_, product, squares = maps.unbind(1)
+    for rows, image in ((x_, x), (y_, y)): rows.view(H, B, C, W).copy_(image.permute(2, 0, 1, 3))
+    torch.mul(x_, y_, out=product)
+    torch.mul(x_, x_, out=squares).addcmul_(y_, y_)
+    mx, my, P, Q = _blur_strips(maps.flatten(1, 2)).view_as(maps).unbind(1)
+    p, s = mx * my, (mx * mx).addcmul_(my, my)
+    N2, D2 = (P - p).mul_(2).add_(C2), (Q - s).add_(C2)
+    N1, D1 = p.mul_(2).add_(C1), s.add_(C1)
+    inverse = (D1 * D2).reciprocal_()
+    S = (N1 * N2).mul_(inverse)
+    if gradient is not None:
+        d = x.new_empty(H, 3, B * C, W)
+        d_my, d_P, d_Q = d.unbind(1)
+        torch.mul(N1, inverse, out=d_P).mul_(2)
+        torch.div(S, D2, out=d_Q).neg_()
+        torch.sub(N2, N1, out=d_my).mul_(inverse).mul_(mx).sub_((S / D1).add_(d_Q).mul_(my)).mul_(2)
+        d_my, d_P, d_Q = _blur_strips(d.flatten(1, 2)).view_as(d).unbind(1)
+        gradient.copy_(d_my.addcmul_(x_, d_P).addcmul_(y_, d_Q, value=2).view(H, B, C, W).permute(1, 2, 0, 3))
+    return S.sum()
+
+# %% ../nbs/05_losses.ipynb #6a9698b1
+class _MeanSSIM(torch.autograd.Function):
+    "Mean SSIM of x and y, with a gradient for y only, which is made on the way forward."
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        gradient = torch.empty_like(y) if ctx.needs_input_grad[1] else None
+        size = 1 if x.device.type == 'cpu' else len(x)
+        parts = zip(x.split(size), y.split(size), [None] * len(x) if gradient is None else gradient.split(size))
+        total = torch.stack([_ssim_sum(*part) for part in parts]).sum()
+        if gradient is not None: ctx.save_for_backward(gradient.div_(x.numel()))
+        return total / x.numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[None, Tensor]:
+        return None, upstream * ctx.saved_tensors[0]
+
 def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
-    "1 - SSIM, the mean over batch, channels and pixels; a scalar in 0..2."
-    return 1 - ssim_map(x, y).mean()
+    "1 - SSIM, the mean over batch, channels and pixels; a scalar in 0..2. Where only one of the two wants a gradient, it is cheap."
+    if x.shape != y.shape or x.requires_grad and y.requires_grad: return 1 - ssim_map(x, y).mean()
+    return 1 - (_MeanSSIM.apply(y, x) if x.requires_grad else _MeanSSIM.apply(x, y))
 
 # %% ../nbs/05_losses.ipynb #bc7923d5
 _EPSILON = 1e-5

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['perlin_noise', 'random_angles', 'rotate', 'perlin_mask']
+__all__ = ['perlin_noise', 'random_angles', 'Turns', 'rotate', 'perlin_mask', 'one_perlin_mask']
 
 # %% ../nbs/01_perlin.ipynb #b55fc6a3
 def _axis_basis(size: int, exponent: int, points: int) -> tuple[Tensor, Tensor]:
@@ -70,11 +71,15 @@ def perlin_noise(
     if scales.ndim != 2 or scales.shape[1] != 2: raise ValueError(f'scales must be (B, 2), got {tuple(scales.shape)}')
     if angles is None:
         angles = random_angles(len(scales), int(scales.max()), generator)
-    cos, sin = angles.cos().mul_(math.sqrt(2)), angles.sin().mul_(math.sqrt(2))
+    cos, sin = _vectors(angles)
     if angles.device.type != 'cpu': return _padded_noise(cos, sin, scales, (H, W))[:, None]
     noise = cos.new_empty(len(scales), 1, H, W)
     for c, s, (rows, cols), out in zip(cos, sin, scales.tolist(), noise[:, 0]): _one_noise(c, s, rows, cols, out)
     return noise
+
+def _vectors(angles: Tensor) -> tuple[Tensor, Tensor]:
+    "Both parts of the lattice vectors, with the factor that brings the noise to about -1 .. 1."
+    return angles.cos().mul_(math.sqrt(2)), angles.sin().mul_(math.sqrt(2))
 
 def random_angles(n: int, exponent: int, generator: torch.Generator | None = None) -> Tensor:
     "(n, 2^exponent + 1, 2^exponent + 1) lattice angles, uniform in 0 .. 2 pi, from `generator`."
@@ -82,17 +87,25 @@ def random_angles(n: int, exponent: int, generator: torch.Generator | None = Non
     return torch.rand(n, 2**exponent + 1, 2**exponent + 1, generator=generator) * (2 * math.pi)
 
 # %% ../nbs/01_perlin.ipynb #4daa2450
+class Turns:
+    "What n turns of pictures of one size have in common, prepared once: call it with pictures and which of the turns they take."
+    def __init__(self, size: tuple[int, int], degrees: Tensor, device: torch.device):
+        self.size, (H, W) = size, size
+        radians = degrees.to(device, torch.float32).mul(math.pi / 180)
+        cos, sin = radians.cos(), radians.sin()
+        y, x = ((torch.arange(s, device=device) * 2 + 1) / s - 1 for s in size)         # the pixels' centres in -1 .. 1
+        # A position (x cos - y sin, x sin + y cos) is a function of x plus one of y; the ratio of the sides undoes the stretching to -1 .. 1.
+        self.across = (torch.stack([cos, sin * (W / H)], 1)[:, None] * x[:, None]).view(-1, 1, 2 * W)
+        self.down, self.y = torch.stack([sin * (-H / W), cos], 1).repeat(1, W)[:, None], y[:, None]
+
+    def __call__(self, images: Tensor, which: slice = slice(None)) -> Tensor:
+        "(n, C, H, W) float -> the same, turned counter-clockwise; bilinear, zeros outside."
+        grid = (self.y * self.down[which]).add_(self.across[which])     # not `addcmul`: it rounds once or twice as the processor likes
+        return F.grid_sample(images, grid.view(-1, *self.size, 2), align_corners=False)
+
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     "Turn each of (B, C, H, W) float images counter-clockwise by its own angle in degrees (B,); bilinear, zeros outside."
-    (n, _, H, W), device = images.shape, images.device
-    radians = degrees.to(device, images.dtype).mul(math.pi / 180)
-    cos, sin = radians.cos(), radians.sin()
-    y, x = ((torch.arange(s, device=device) * 2 + 1) / s - 1 for s in (H, W))         # the pixels' centres in -1 .. 1
-    # A position (x cos - y sin, x sin + y cos) is a function of x plus one of y; the ratio of the sides undoes the stretching to -1 .. 1.
-    across = (torch.stack([cos, sin * (W / H)], 1)[:, None] * x[:, None]).view(n, 1, 2 * W)
-    down = torch.stack([sin * (-H / W), cos], 1).repeat(1, W)[:, None]
-    grid = (y[:, None] * down).add_(across)     # not `addcmul`: it rounds once or twice as the processor likes
-    return F.grid_sample(images, grid.view(n, H, W, 2), align_corners=False)
+    return Turns(tuple(images.shape[-2:]), degrees, images.device)(images)
 
 # %% ../nbs/01_perlin.ipynb #421ba3bd
 def perlin_mask(
@@ -104,3 +117,12 @@ def perlin_mask(
 ) -> Tensor:                     # (B, 1, H, W) bool
     "Where the turned Perlin noise exceeds the threshold: the anomaly masks of the paper. A mask may be empty."
     return rotate(perlin_noise(scales, size, angles=angles), degrees) > threshold
+
+def one_perlin_mask(scales: Tensor, size: tuple[int, int], angles: Tensor, degrees: Tensor, threshold: float = 0.5) -> Callable[[int], Tensor]:
+    "The same for a CPU, where one sample at a time stays in the cache: a function of a sample's index that gives its mask (1, H, W)."
+    cos, sin, exponents, turns = *_vectors(angles), scales.tolist(), Turns(size, degrees, angles.device)
+    def mask(b: int) -> Tensor:
+        noise = torch.empty(1, 1, *size)
+        _one_noise(cos[b], sin[b], *exponents[b], noise[0, 0])
+        return (turns(noise, slice(b, b + 1)) > threshold)[0]
+    return mask

@@ -22,7 +22,7 @@ from .data import check_size, find_images, load_images
 # %% auto #0
 __all__ = ['OPERATIONS', 'load_textures', 'apply_tables', 'posterize', 'solarize', 'invert', 'brightness', 'gamma_contrast',
            'multiply_add', 'equalize', 'autocontrast', 'sharpness', 'color', 'add_hue_saturation', 'rotate',
-           'Augmentation', 'draw_augmentation', 'augment', 'augment_pixels']
+           'Augmentation', 'draw_augmentation', 'augment', 'augment_pixels', 'fixed_tables']
 
 # %% ../nbs/02_textures.ipynb #9796c986
 _PHOTOGRAPHS = ('coffee', 'chelsea', 'retina', 'astronaut', 'rocket', 'hubble_deep_field')
@@ -76,8 +76,12 @@ def _has_small_cache(x: Tensor) -> bool:
 def _look_up(tables: Tensor, levels: Tensor) -> Tensor: # tables (n, c, 256), levels (n, c or 1, pixels) uint8
     n, c = tables.shape[:2]
     index = levels.int() # 32 bits: half the memory traffic of gather, and that is what counts
-    if n * c > 1: index = index + torch.arange(0, n * c * 256, 256, dtype=torch.int32, device=index.device).view(n, c, 1)
+    if n * c > 1: index = index + _starts(n * c, index.device).view(n, c, 1)
     return tables.flatten().index_select(0, index.flatten()).view(index.shape)
+
+@cache
+def _starts(n: int, device: torch.device) -> Tensor: # of n tables that lie one behind the other
+    return torch.arange(0, n * 256, 256, dtype=torch.int32, device=device)
 
 def _check(x: Tensor) -> None:
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
@@ -390,7 +394,7 @@ def augment(
 # %% ../nbs/02_textures.ipynb #dbf567f6
 def _at(image: Tensor, steps: list, pixels: Tensor) -> Tensor: # image (3, H, W) uint8, pixels (...) int64 -> (3, ...) uint8
     "What the steps (name, arguments) make of the image at `pixels`, indices into H * W."
-    if not steps: return image.flatten(1).index_select(1, pixels.flatten()).view(3, *pixels.shape)
+    if not steps: return torch.stack([channel.index_select(0, pixels.flatten()).view(pixels.shape) for channel in image.flatten(1)])
     *before, (name, arguments) = steps
     if name == 'sharpness': return _sharpened_at(image, before, pixels, *arguments)
     if name == 'rotate': return _turned_at(image, before, pixels, *arguments)
@@ -419,23 +423,34 @@ def augment_pixels(
     augmentation: Augmentation,  # of several textures
     i: int,                      # this one's place among them
     pixels: Tensor,              # (p,) int64, indices into H * W
+    tables: dict | None = None,  # `fixed_tables(augmentation)`, where it has been made for all of them
 ) -> Tensor: # (3, p) uint8
     "The bytes of `augment` at some pixels."
-    steps, operations = [], OPERATIONS[augmentation.kind]
-    for index, strengths in zip(augmentation.operations[i].tolist(), augmentation.strengths[i]):
+    steps, operations, tables = [], OPERATIONS[augmentation.kind], fixed_tables(augmentation) if tables is None else tables
+    for k, index in enumerate(augmentation.operations[i].tolist()):
         name = operations[index]
-        arguments = strengths[:len(_STRENGTHS[augmentation.kind][name])].unbind()
+        arguments = augmentation.strengths[i, k, :len(_STRENGTHS[augmentation.kind][name])].unbind()
         if name in _PIXELS: steps.append((name, arguments)); continue
-        if name in _HISTOGRAM_TABLES: texture, steps, tables = _histogram_tables(name, arguments, texture, steps)
-        else: tables = _TABLES[name](*arguments).expand(1, 3, 256)
-        if steps and steps[-1][0] == 'table': tables = tables.gather(2, steps.pop()[1].long())
-        steps.append(('table', tables))
+        if name in _TABLES: table = tables[i, k]
+        else: texture, steps, table = _histogram_table(name, arguments, texture, steps)
+        if steps and steps[-1][0] == 'table': table = table.gather(2, steps.pop()[1].long())
+        steps.append(('table', table))
     return _at(texture, steps, pixels)
 
-def _histogram_tables(name: str, arguments: tuple, texture: Tensor, steps: list) -> tuple[Tensor, list, Tensor]: # and the texture and steps to go on with
+def fixed_tables(augmentation: Augmentation) -> dict[tuple[int, int], Tensor]:
+    "The tables (1, 3, 256) that do not depend on an image, by texture and place in its chain; those of one kind are made together."
+    tables = {}
+    for index, name in enumerate(OPERATIONS[augmentation.kind]):
+        if name not in _TABLES or not len(where := (augmentation.operations == index).nonzero()): continue
+        strengths = augmentation.strengths[where[:, 0], where[:, 1], :len(_STRENGTHS[augmentation.kind][name])]
+        made = _TABLES[name](*strengths.unbind(1)).expand(len(where), 3, 256)
+        tables.update(zip(map(tuple, where.tolist()), made.split(1)))
+    return tables
+
+def _histogram_table(name: str, arguments: tuple, texture: Tensor, steps: list) -> tuple[Tensor, list, Tensor]: # and the texture and steps to go on with
     if any(step != 'table' for step, _ in steps):
         for step, a in steps: texture = (apply_tables(texture[None], a) if step == 'table' else _PIXELS[step](texture[None], *a))[0]
         steps = []
     counts = _histograms(texture[None])
-    for _, tables in steps: counts = _counts_after(tables, counts)     # one at most
+    for _, table in steps: counts = _counts_after(table, counts)     # one at most
     return texture, steps, _HISTOGRAM_TABLES[name](counts, *arguments)
