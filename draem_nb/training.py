@@ -91,7 +91,7 @@ class RandomCrops:
 class Trainer:
     "The state of a run: networks, optimiser, schedule, and the losses of all steps so far."
     def __init__(self, images: Tensor | RandomCrops, textures: Tensor, recipe: Recipe, device: torch.device):
-        self.recipe, self.device, self.done = recipe, device, 0
+        self.recipe, self.device, self.done, self.batch = recipe, device, 0, None
         self.total = recipe.total_steps(len(images))
         if recipe.color == 'bgr': images, textures = images.flip(1), textures.flip(1)      # what comes in is RGB, everywhere
         self.images, self.simulator = images.to(device), AnomalySimulator(textures.to(device), recipe, getattr(images, 'images', images))
@@ -109,7 +109,7 @@ class Trainer:
         "One optimiser step on one simulated batch; no device-to-host copy."
         plan = self.simulator.plan(len(self.images), self.recipe.batch, self.recipe.seed, self.done)
         images, plan = self.images.draw(plan, self.done) if isinstance(self.images, RandomCrops) else (self.images, plan)
-        batch = self.simulator(images, plan)
+        batch = self.batch = self.simulator(images, plan, self.batch)      # into the memory of the last one
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             restoration, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
         losses = draem_loss(restoration, logits, batch.target, batch.mask, self.recipe)
