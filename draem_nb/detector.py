@@ -92,6 +92,7 @@ class AnomalyDetector:
     threshold: float | None = None      # of the score
     pixel_threshold: float | None = None                # of the map
     held_out_scores: Sequence[float] = ()               # of the normal images that both come from
+    mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
 
     @property
     def n_held_out(self) -> int: return len(self.held_out_scores)
@@ -155,12 +156,14 @@ class Detector(AnomalyDetector):
 
     @classmethod
     def from_official(cls, path: str | Path, seg_path: str | Path, device: str | torch.device | None = None) -> Detector:
-        "From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px, no threshold until `calibrate`."
+        "From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px, their scoring and mask rule; no threshold until `calibrate`."
         nets = {'reconstructive': load_checkpoint(path), 'discriminative': load_checkpoint(seg_path)}
         try: widths = nets['reconstructive']['encoder.block1.0.weight'].shape[0], nets['discriminative']['encoder_segment.block1.0.weight'].shape[0]
         except KeyError as e: raise ValueError(f'{path} and {seg_path} are not a pair of released DRAEM checkpoints: {e} is missing') from None
         recipe = official().replace(name='released checkpoint', color='bgr', base_width=widths[0], base_channels=widths[1])
-        return cls(_filled(recipe, {f'{net}.{k}': v for net, state in nets.items() for k, v in state.items()}), recipe, device)
+        detector = cls(_filled(recipe, {f'{net}.{k}': v for net, state in nets.items() for k, v in state.items()}), recipe, device)
+        detector.mask_rule = 'official'
+        return detector
 
     @cached_property
     def fast_net(self) -> Draem:

@@ -21,11 +21,12 @@ from .data import CategoryData
 from .detector import Detections
 from .metrics import evaluate_maps, evaluate_scores
 from .recipes import Recipe, by_name, official
+from .simulator import AnomalySimulator
 
 # %% auto #0
-__all__ = ['wilson_interval', 'intervals', 'evaluate', 'results_table', 'compare', 'paper_table', 'beside_paper',
-           'differing_conditions', 'ablation_table', 'read_runs', 'conditions_name', 'runs_table', 'summary_table',
-           'mark_best']
+__all__ = ['wilson_interval', 'intervals', 'evaluate', 'results_table', 'evaluate_simulated', 'compare', 'paper_table',
+           'beside_paper', 'differing_conditions', 'ablation_table', 'read_runs', 'conditions_name', 'runs_table',
+           'summary_table', 'mark_best', 'differences']
 
 # %% ../nbs/10_evaluation.ipynb #8f86e026
 def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray) -> dict[str, dict]:
@@ -43,6 +44,10 @@ def _notes(results: dict, category: CategoryData) -> list[str]:
         if of['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect in the images of kind {kind} under the mask rule '{rule}': its pixel metrics are undefined.")
     if image['n_anomalous'] and category.masks_known and results['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect under the mask rule '{rule}': the pixel metrics are undefined.")
     if results['pixel']['ap'] is not None and results['pixel']['auroc'] is None: notes.append('Every pixel is a defect: pixel AUROC and AUPRO are undefined.')
+    for n, what in ((image['n'] - image['n_anomalous'], 'good'), (image['n_anomalous'], 'defective')):
+        if n == 1: notes.append(f'There is one {what} test image: a bootstrap has nothing to draw from, so there are no intervals.')
+    if (sure := results['intervals']['image']['auroc']) and sure[0] == sure[1]:
+        notes.append(f'Image AUROC is {sure[0]:g} in every draw of these test images; an interval without width does not make it certain.')
     if point is None: notes.append('The detector has no threshold: there is no operating point.')
     elif point['precision'] is None: notes.append('No image was called anomalous: precision at the threshold is undefined.')
     return notes
@@ -66,8 +71,8 @@ def _operating_point(detector: object, found: Detections, labels: torch.Tensor) 
     return dict(threshold=threshold, pixel_threshold=getattr(detector, 'pixel_threshold', None), quantile=getattr(detector, 'quantile', None),
                 n_held_out=len(held_out), promised_false_alarm_rate=(above + 1) / (len(held_out) + 1) if held_out else None,
                 false_alarm_rate=alarms / good if good else None, false_alarm_interval=wilson_interval(alarms, good), n_good=good,
-                precision=hits / (hits + alarms) if hits + alarms else None, recall=hits / bad if bad else None,
-                f1=2 * hits / (2 * hits + alarms + bad - hits) if bad else None)
+                precision=hits / (hits + alarms) if hits + alarms else None, recall=hits / bad if bad else None, recall_interval=wilson_interval(hits, bad),
+                f1=2 * hits / (2 * hits + alarms + bad - hits) if bad else None, **_called_intervals(np.asarray(called), np.asarray(labels, bool)))
 
 # %% ../nbs/10_evaluation.ipynb #d5b91856
 def _bins(scores: np.ndarray, defect: np.ndarray, n: int = 1024) -> np.ndarray:
@@ -103,7 +108,7 @@ def intervals(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict[str, list[float] | None]]: # {'image': {'auroc': [low, high], 'ap': ...}, 'pixel': {..., 'aupro': ...}}
-    "95 % percentile bootstrap over images, good and defective ones drawn apart. None where a metric is undefined. Pixel scores are cut into some 2,000 bins."
+    "95 % percentile bootstrap over images, good and defective ones drawn apart. None where a metric is undefined, or where there is one good or one defective image. Pixel scores are cut into some 2,000 bins."
     drawn = _drawn(detections, np.asarray(masks, bool), _weights(labels, draws, seed), np.asarray(labels, bool))
     return {part: {name: _limits(values) for name, values in found.items()} for part, found in drawn.items()}
 
@@ -135,7 +140,8 @@ def _weights(labels: torch.Tensor, draws: int, seed: int) -> np.ndarray:
 
 def _drawn(found: Detections, masks: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray | None]]:
     "Every metric in every draw, (draws,)."
-    counts = dict(image=_image_counts(np.asarray(found.scores, np.float64), labels), pixel=_pixel_counts(np.asarray(found.maps), masks)) if labels.size else {}
+    drawable = labels.size and 1 not in (labels.sum(), (~labels).sum())
+    counts = dict(image=_image_counts(np.asarray(found.scores, np.float64), labels), pixel=_pixel_counts(np.asarray(found.maps), masks)) if drawable else {}
     return {part: _values(weights, counts.get(part), names) for part, names in dict(image=('auroc', 'ap'), pixel=('auroc', 'ap', 'aupro')).items()}
 
 def _values(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> dict[str, np.ndarray | None]:
@@ -151,15 +157,23 @@ def _limits(values: np.ndarray | None) -> list[float] | None:
     # A draw without a single defect pixel has no value: the interval is over those that have one.
     return None if values is None else [min(float(q), 1.) for q in np.nanquantile(values, (0.025, 0.975))]
 
+def _called_intervals(called: np.ndarray, labels: np.ndarray) -> dict[str, list[float] | None]:
+    "Of precision and F1 at a threshold; None where they are undefined or there is one image of a sort."
+    names, weights = ('precision_interval', 'f1_interval'), _weights(labels, 1000, 0)
+    hits, alarms = weights @ (called & labels), weights @ (called & ~labels)
+    if 1 in (labels.sum(), (~labels).sum()) or not labels.any() or not called.any(): return dict.fromkeys(names)
+    with np.errstate(invalid='ignore'): return dict(zip(names, map(_limits, (hits / (hits + alarms), 2 * hits / (hits + alarms + labels.sum())))))
+
 # %% ../nbs/10_evaluation.ipynb #c72af87c
 def evaluate(
     detector: object,                       # with .predict; and .threshold, .pixel_threshold, .quantile, .held_out_scores, .recipe, where it has them
     category: CategoryData,
     detections: Detections | None = None,   # of category.test; None: made here
-    mask_rule: str = 'half',                # 'half' or 'official', see above
+    mask_rule: str | None = None,           # 'half' or 'official', see above; None: the detector's own, which is 'official' for the authors' checkpoints, else 'half'
     together: Sequence[str] = (),           # kinds of defect to evaluate together as well, against all good images
 ) -> dict:                                  # plain JSON: image, pixel, kinds, together, intervals, other_mask_rule, operating_point, conditions, notes
     "All metrics of a detector on the test images of a class, as fractions; None where a metric is undefined."
+    mask_rule = mask_rule or getattr(detector, 'mask_rule', 'half')
     if mask_rule not in ('half', 'official'): raise ValueError(f"mask_rule is {mask_rule!r}; choose 'half' or 'official'")
     if unknown := sorted(set(together) - set(category.kinds)):
         raise ValueError(f"class {category.name} has no test images of kind {', '.join(unknown)}; there are: {', '.join(sorted(set(category.kinds)))}")
@@ -208,6 +222,19 @@ def results_table(results: dict) -> pd.DataFrame:
                ('pixels', 'AUROC'): ('pixel', 'auroc'), ('pixels', 'AP'): ('pixel', 'ap'), ('pixels', 'F1-max'): ('pixel', 'f1_max'), ('pixels', 'AUPRO'): ('pixel', 'aupro')}
     table = pd.DataFrame({name: {('', 'defects'): row['image']['n_anomalous'], **{c: row[part][key] for c, (part, key) in columns.items()}} for name, row in rows.items()}).T
     return table.astype(float).astype({('', 'defects'): int})
+
+# %% ../nbs/10_evaluation.ipynb #313ff2f7
+def evaluate_simulated(
+    detector: object,       # with .predict and .recipe
+    normal_images: torch.Tensor,    # (N, 3, H, W) uint8, held out from the training
+    textures: torch.Tensor, # (M, 3, H, W) uint8: the anomaly source of the training
+    samples: int = 64,
+) -> dict[str, float | None]:       # auroc, ap, f1_max, aupro
+    "Pixel metrics on `samples` simulated samples of held-out normal images, the same ones for every detector of one recipe and seed."
+    simulator, recipe = AnomalySimulator(textures, detector.recipe, normal_images), detector.recipe
+    # Steps that no training reaches, so that these anomalies have never been painted before.
+    parts = [simulator(normal_images, simulator.plan(len(normal_images), min(16, samples - at), recipe.seed, 2**31 + at)) for at in range(0, samples, 16)]
+    return evaluate_maps(detector.predict(torch.cat([p.augmented for p in parts])).maps, torch.cat([p.mask for p in parts]) > 0.5)
 
 # %% ../nbs/10_evaluation.ipynb #4b076614
 def compare(
@@ -313,39 +340,68 @@ def conditions_name(results: dict) -> str:
     if 'textures' in c: words.append(f'textures {c["textures"]}')
     return ', '.join(words + [f'{field} = {value}' for field, value in c.get('changes', {}).items()])
 
+
+# %% ../nbs/10_evaluation.ipynb #b5ab5c49
+def _percent(value: float | None) -> float: return np.nan if value is None else 100 * value
+
+def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
+    "A row a run: class, conditions, seed, device, and in percent every metric and the limits of its interval. One row a seed: a run that was copied or repeated is not another one."
+    about = lambda r: dict(category=r['conditions']['category'], conditions=conditions_name(r), seed=r['conditions'].get('seed'),
+                           data=r['conditions'].get('fingerprint', ''), devices=r['conditions'].get('device', ''))
+    limits = lambda r, m, part, key: dict(zip((f'{m} low', f'{m} high'), map(_percent, r.get('intervals', {}).get(part, {}).get(key) or (None, None))))
+    rows = pd.DataFrame([about(r) | {m: _percent(r[part].get(key)) for m, (part, key) in _OURS.items()}
+                         | {k: v for m, (part, key) in _METRICS.items() for k, v in limits(r, m, part, key).items()} for r in runs])
+    several = rows.groupby(['category', 'conditions']).data.transform('nunique') > 1        # classes of one name, but not of one content
+    rows.loc[several, 'conditions'] += ', data ' + rows.data[several].str[:8]
+    return rows.drop_duplicates(['category', 'conditions', 'seed'])
+
 def runs_table(runs: Sequence[dict]) -> pd.DataFrame:
     "A row for each class and set of conditions: mean and standard deviation over seeds, percent; how many seeds, on which devices."
     if not runs: return pd.DataFrame()
-    percent = lambda value: np.nan if value is None else 100 * value
-    table = pd.DataFrame([dict(category=r['conditions']['category'], conditions=conditions_name(r), seed=r['conditions'].get('seed'), data=r['conditions'].get('fingerprint', ''),
-                               devices=r['conditions'].get('device', ''), **{m: percent(r[part].get(key)) for m, (part, key) in _OURS.items()}) for r in runs])
-    several = table.groupby(['category', 'conditions']).data.transform('nunique') > 1       # classes of one name, but not of one content
-    table.loc[several, 'conditions'] += ', data ' + table.data[several].str[:8]
-    # one row a seed: a run that was copied or repeated is not another seed
-    groups = table.drop_duplicates(['category', 'conditions', 'seed']).groupby(['category', 'conditions'])
+    groups = _run_rows(runs).groupby(['category', 'conditions'])
     devices = groups.devices.agg(lambda names: ', '.join(sorted(set(names) - {''})))
     return pd.concat([groups[[*_OURS]].mean(), groups[[*_OURS]].std().add_suffix(' sd'), groups.size().rename('seeds'), devices], axis=1).reset_index()
 
 # %% ../nbs/10_evaluation.ipynb #08f43a3f
+def _published(metric: str) -> pd.DataFrame:
+    "The published values of a metric: a row a class, a column a method; no column where none were published."
+    if metric == 'image AUROC': return paper_table('detection')
+    if metric not in _METRICS: return paper_table('detection')[[]]
+    suffix = '_auroc' if metric == 'pixel AUROC' else '_ap'
+    return paper_table('localization').filter(regex=f'{suffix}$').rename(columns=lambda name: name.removesuffix(suffix))
+
 def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd.DataFrame, list[str]]:
     "The paper's table for 'image AUROC', 'pixel AUROC' or 'pixel AP' (any other metric: none published) with one column of ours for each set of conditions; and what is missing, in words."
     if metric not in _OURS: raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(_OURS)}")
-    if metric == 'image AUROC': table = paper_table('detection')
-    elif metric not in _METRICS: table = paper_table('detection')[[]]
-    else:
-        suffix = '_auroc' if metric == 'pixel AUROC' else '_ap'
-        table = paper_table('localization').filter(regex=f'{suffix}$').rename(columns=lambda name: name.removesuffix(suffix))
+    table = _published(metric)
     classes, notes, ours = table.index.drop('average'), [], runs_table(runs)
     for name, group in ours.groupby('conditions') if len(ours) else ():
         column = group.set_index('category')[metric].reindex(classes)
-        if not (missing := column.index[column.isna()].tolist()): column['average'] = column.mean()
-        elif len(missing) == len(classes): continue
-        else: notes.append(f'{name}: no average, because there is no run of {", ".join(missing)}')
+        there = column.index.isin(group.category)
+        if not there.any(): continue
+        undefined, missing = column.index[there & column.isna()], column.index[~there]
+        if not len(undefined) and not len(missing): column['average'] = column.mean()
+        else: notes.append(f'{name}: no average, because ' + ' and '.join([f'the metric is undefined for {", ".join(undefined)}'] * (len(undefined) > 0) + [f'there is no run of {", ".join(missing)}'] * (len(missing) > 0)))
         table[f'ours: {name}'] = column
     return table, notes
 
 def mark_best(table: pd.DataFrame, digits: int = 1) -> pd.DataFrame:
-    "The table as text; the best value of each row, and every tie with it at the printed precision, in **bold**."
+    "The table as text; the best of each row of several values, and every tie with it at the printed precision, in **bold**."
     rounded = table.astype(float).round(digits)
+    best = rounded.max(axis=1).where(rounded.notna().sum(axis=1) > 1)      # of one value there is no best
     text = lambda v, best: '' if pd.isna(v) else f'**{v:.{digits}f}**' if v == best else f'{v:.{digits}f}'
-    return pd.DataFrame({c: [text(v, best) for v, best in zip(rounded[c], rounded.max(axis=1))] for c in rounded}, index=table.index)
+    return pd.DataFrame({c: [text(v, best) for v, best in zip(rounded[c], best)] for c in rounded}, index=table.index)
+
+# %% ../nbs/10_evaluation.ipynb #166d8c58
+def differences(
+    runs: Sequence[dict],
+    metric: str = 'image AUROC',    # 'image AUROC', 'pixel AUROC' or 'pixel AP'
+) -> pd.DataFrame:                  # a row a class and set of conditions: category, conditions, difference, low, high, seeds (a list: each seed's difference)
+    "Ours less what was published for DRAEM, percentage points; only MVTec AD's classes. low and high are nan where a run has no interval."
+    if metric not in _METRICS: raise ValueError(f"no published values of {metric!r}; there are those of: {', '.join(_METRICS)}")
+    published, found = _published(metric).DRAEM.drop('average'), []
+    for (category, conditions), group in _run_rows(runs).dropna(subset=metric).groupby(['category', 'conditions']) if runs else ():
+        if category not in published.index: continue
+        ours = dict(difference=group[metric].mean(), low=group[f'{metric} low'].mean(skipna=False), high=group[f'{metric} high'].mean(skipna=False))
+        found.append(dict(category=category, conditions=conditions, **{k: v - published[category] for k, v in ours.items()}, seeds=(group[metric] - published[category]).tolist()))
+    return pd.DataFrame(found, columns=['category', 'conditions', 'difference', 'low', 'high', 'seeds'])

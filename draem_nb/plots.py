@@ -6,7 +6,7 @@
 __all__ = ['NORMAL', 'DEFECT', 'TRUTH', 'PREDICTION', 'DASHES', 'IMAGES', 'PIXELS', 'MUTED', 'HEAT', 'WIDTH', 'STYLE',
            'set_style', 'heatmap', 'outline', 'overlay', 'method_picture', 'data_overview', 'simulated_gallery',
            'training_curves', 'score_histogram', 'detection_curves', 'pick_cases', 'detection_gallery', 'kind_bars',
-           'against_paper']
+           'against_paper', 'class_differences', 'learning_curve']
 
 # %% ../nbs/11_plots.ipynb #b488b506
 from collections.abc import Callable, Sequence
@@ -633,4 +633,71 @@ def against_paper(
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.4, .8 + .23 * len(table))), width_ratios=(1, 1.25), layout='constrained')
     _agreement(left, table, low)
     _by_name(right, table, low)
+    return fig
+
+# %% ../nbs/11_plots.ipynb #95cc6983
+@_styled
+def class_differences(
+    table: pd.DataFrame,    # of evaluation.differences under one set of conditions: category, difference, low, high, seeds
+    metric: str,            # what differs
+) -> Figure:
+    "Ours less the published value, a row a class, with the interval over test images and each seed's own difference."
+    if not len(table): return _sentence('No class has both a value of ours and a published one.')
+    table = table.sort_values('difference', ascending=False, kind='stable')
+    fig, ax = plt.subplots(figsize=(WIDTH, .9 + .24 * len(table)), layout='constrained')
+    ax.axvline(0, color='black', linewidth=1)
+    for y, row in enumerate(table.itertuples()):
+        sure = row.low > 0 or row.high < 0
+        colour, marker = (DEFECT, 'v') if row.difference < 0 else (IMAGES, 'o')
+        ax.plot((row.low, row.high), (y, y), color=colour, linewidth=3, alpha=.35, solid_capstyle='butt')
+        if len(row.seeds) > 1: ax.scatter(row.seeds, [y] * len(row.seeds), s=12, color='black', zorder=4)
+        ax.scatter(row.difference, y, s=44, color=colour, marker=marker, zorder=3)
+        interval = 'no interval' if np.isnan(row.low) else f'{row.low:+.1f} to {row.high:+.1f}'
+        ax.text(1.01, y, f'{row.difference:+.1f}  ({interval})', transform=ax.get_yaxis_transform(), va='center', fontsize=9, fontweight='bold' if sure else 'normal')
+    n_seeds = sorted({len(seeds) for seeds in table.seeds})
+    ax.set(yticks=range(len(table)), yticklabels=table.category, ylim=(len(table) - .5, -.5), xlabel=f'ours less published, {metric}, percentage points')
+    ax.set_title(f'line: 95 % over test images; {"one seed" if n_seeds == [1] else "dots: the seeds"}; bold: zero is outside')
+    ax.grid(False, axis='y')
+    return fig
+
+# %% ../nbs/11_plots.ipynb #3a08ed5c
+def _curve(ax: Axes, table: pd.DataFrame, metric: str, colour: str) -> None:
+    "One metric of all seeds against the steps."
+    by_step = table.groupby('step')
+    mean = by_step[metric].mean()
+    if f'{metric} low' in table:
+        low, high = (by_step[f'{metric} {end}'].mean() for end in ('low', 'high'))
+        ax.fill_between(mean.index, low, high, color=colour, alpha=.18, linewidth=0)
+    if table.seed.nunique() > 1:
+        for _, one in table.groupby('seed'): ax.plot(one.step, one[metric], color=colour, alpha=.45, linewidth=1)
+    ax.plot(mean.index, mean, 'o-', color=colour, markersize=4)
+    ax.annotate(f'{mean.iloc[-1]:.3f}', (mean.index[-1], mean.iloc[-1]), xytext=(4, 0), textcoords='offset points', va='center', fontsize=9, annotation_clip=False)
+
+def _step_ticks(ax: Axes, steps: Sequence[int]) -> None:
+    "A tick at each step that was looked at; every second or third one has its number."
+    every = -(-len(steps) // 4)
+    ax.set_xscale('log')
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks(steps, ['' if (len(steps) - 1 - i) % every else f'{s:,}' for i, s in enumerate(steps)])
+
+# %% ../nbs/11_plots.ipynb #d2f914db
+@_styled
+def learning_curve(
+    table: pd.DataFrame,            # seed, step, a column a metric (fractions, nan where undefined), and '<metric> low', '<metric> high' where there is an interval
+    drops: Sequence[float] = (),    # steps after which the learning rate fell
+) -> Figure:
+    "Every metric against the steps of the training."
+    metrics = [name for name in table if name not in ('seed', 'step') and not name.endswith((' low', ' high'))]
+    if not len(table): return _sentence('The run was not looked at.')
+    rows = -(-len(metrics) // 3)
+    fig, axes = plt.subplots(rows, 3, figsize=(WIDTH, 2.5 * rows), squeeze=False, layout='constrained')
+    fig.get_layout_engine().set(wspace=.06, hspace=.08)
+    for ax in axes.flat[len(metrics):]: ax.set_axis_off()
+    for ax, metric in zip(axes.flat, metrics):
+        ax.set_title(metric)
+        if table[metric].isna().all(): _say(ax, 'not defined on these images'); continue
+        _curve(ax, table, metric, NORMAL if 'simulated' in metric else IMAGES if metric.startswith('image') else PIXELS)
+        for step in drops: ax.axvline(step, color=MUTED, linestyle='--', linewidth=1)
+        _step_ticks(ax, sorted(table.step.unique()))
+        ax.set_xlabel('steps' + (', dashed: the rate falls' if len(drops) else ''))
     return fig

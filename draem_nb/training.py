@@ -14,7 +14,7 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +145,10 @@ def versions() -> dict[str, str]:
     return dict(draem_nb=draem_nb.__version__, python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 # %% ../nbs/07_training.ipynb #1bcaa2c5
-def _save(trainer: Trainer, run_dir: Path) -> None:
+def _save(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:
+    if snapshot:        # before the checkpoint: where that one stands at this step or later, the snapshot is there
+        kept = {name: value for name, value in trainer.state_dict().items() if name in ('net', 'step', 'recipe', 'versions')}
+        with replacing(run_dir / f'checkpoint-{trainer.done}.pt') as temporary: torch.save(kept, temporary)
     with replacing(run_dir / 'checkpoint.pt') as temporary:
         with open(temporary, 'wb') as f:
             torch.save(trainer.state_dict(), f)
@@ -174,7 +177,7 @@ def _claim(run_dir: Path, run: dict, resume: bool) -> None:
     try: write_json(run, known)
     except OSError as e: raise ValueError(f'the run folder {run_dir} cannot be written ({e.strerror}); choose another run_dir') from None
     if not resume:
-        for name in ('checkpoint.pt', 'losses.csv', 'threshold.json', 'results.json', 'metrics.json'): (run_dir / name).unlink(missing_ok=True)
+        for path in [run_dir / name for name in ('checkpoint.pt', 'losses.csv', 'threshold.json', 'results.json', 'metrics.json')] + [*run_dir.glob('checkpoint-*.pt')]: path.unlink(missing_ok=True)
 
 # %% ../nbs/07_training.ipynb #85e189b1
 @contextlib.contextmanager
@@ -198,6 +201,7 @@ def train(
     run_dir: str | Path,                        # made if missing; holds run.json, checkpoint.pt, losses.csv
     device: str | torch.device | None = None,   # None: a GPU where there is one
     resume: bool = True,                        # go on from the checkpoint in run_dir; False starts anew
+    snapshots: Sequence[int] = (),              # steps at which the weights are kept as well, as checkpoint-<step>.pt
 ) -> Path:                                      # the checkpoint
     "Train both networks (paper, section 3); see `Recipe` for all choices. A finished run returns at once."
     device, run_dir = pick_device(device), Path(run_dir)
@@ -208,15 +212,18 @@ def train(
     checkpoint = run_dir / 'checkpoint.pt'
     _claim(run_dir, _describe(category, textures, trainer, held_out), resume)
     if checkpoint.exists(): trainer.load_state_dict(load_checkpoint(checkpoint, device))
+    if lost := [step for step in snapshots if step <= trainer.done and not (run_dir / f'checkpoint-{step}.pt').exists()]:
+        raise ValueError(f'{run_dir} is at step {trainer.done} and has kept no weights of step {lost[0]}; choose another run_dir or delete that one')
     with _interrupt_noted() as interrupted, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
         bar = tqdm(total=trainer.total, initial=trainer.done, desc=category.name, unit='step', mininterval=1, disable=trainer.done == trainer.total)
         while trainer.done < trainer.total and not interrupted:
             trainer.step()
             bar.update()
-            if trainer.done % _LOOK_EVERY == 0 or trainer.done % recipe.checkpoint_every == 0 or trainer.done == trainer.total or interrupted:
+            save = trainer.done % recipe.checkpoint_every == 0 or trainer.done in (trainer.total, *snapshots) or bool(interrupted)
+            if save or trainer.done % _LOOK_EVERY == 0:
                 ssim, l2, focal = trainer.recent_losses(_LOOK_EVERY)
                 bar.set_postfix_str(f'ssim {ssim:.3f}, l2 {l2:.4f}, focal {focal:.4f}', refresh=False)
-            if trainer.done % recipe.checkpoint_every == 0 or trainer.done == trainer.total or interrupted: _save(trainer, run_dir)
+            if save: _save(trainer, run_dir, trainer.done in snapshots)
         bar.close()
     if interrupted: raise KeyboardInterrupt(f'stopped at step {trainer.done} of {trainer.total}; {checkpoint} is written, run again to go on')
     return checkpoint
