@@ -223,7 +223,7 @@ def train(
             if save or trainer.done % _LOOK_EVERY == 0:
                 ssim, l2, focal = trainer.recent_losses(_LOOK_EVERY)
                 bar.set_postfix_str(f'ssim {ssim:.3f}, l2 {l2:.4f}, focal {focal:.4f}', refresh=False)
-            if save: _save(trainer, run_dir, trainer.done in snapshots)
+            if save or interrupted: _save(trainer, run_dir, trainer.done in snapshots)
         bar.close()
     if interrupted: raise KeyboardInterrupt(f'stopped at step {trainer.done} of {trainer.total}; {checkpoint} is written, run again to go on')
     return checkpoint
