@@ -90,6 +90,9 @@ def test_a_trained_detector_looks_at_new_images(root, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / 'seen' / 'verdicts.csv').read_text().splitlines()
     assert len(rows) == 1 + len(list((root / 'gravel' / 'test' / 'hole').iterdir())) and rows[0].startswith('file,score')
+    scores = [float(row.split(',')[1]) for row in rows[1:]]
+    assert scores == sorted(scores, reverse=True) and not list((tmp_path / 'seen').rglob('*.tmp'))
+    assert all(len(list((tmp_path / 'seen' / kind).iterdir())) == len(scores) for kind in ('heatmaps', 'overlays', 'masks'))
 
 
 @pytest.mark.skipif(not REAL, reason='DRAEM_NB_REAL_DATA names no folder with real images')

@@ -10,7 +10,7 @@ import torch
 
 from draem_nb.data import CategoryData
 from draem_nb.detector import Detections
-from draem_nb.evaluation import (ablation_table, beside_paper, compare, conditions_name, differing_conditions, evaluate, intervals, mark_best, paper_table, read_runs, results_table,
+from draem_nb.evaluation import (ablation_table, beside_paper, compare, conditions_name, differences, differing_conditions, evaluate, intervals, mark_best, paper_table, read_runs, results_table,
                                  runs_table, summary_table, wilson_interval)
 from draem_nb.metrics import bootstrap_interval, evaluate_maps, evaluate_scores
 from draem_nb.recipes import ablations, demo, official
@@ -263,7 +263,7 @@ def test_an_average_needs_all_fifteen():
 
 def test_the_best_are_marked_with_their_ties():
     table = pd.DataFrame(dict(a=[99.96, 50., np.nan], b=[99.98, 49.94, np.nan], c=[99.94, np.nan, np.nan]), index=list('xyz'))
-    assert mark_best(table).values.tolist() == [['**100.0**', '**100.0**', '99.9'], ['**50.0**', '49.9', ''], ['', '', '']]
+    assert mark_best(table).values.tolist() == [['**100.0**', '**100.0**', '99.9'], ['**50.0**', '49.9', ''], ['', '', '']] and mark_best(table[['a']]).values.tolist() == [['100.0'], ['50.0'], ['']]
 
 
 def test_complete_runs_are_read_and_others_named(tmp_path):
@@ -281,3 +281,37 @@ def test_complete_runs_are_read_and_others_named(tmp_path):
     assert runs[1]['conditions']['textures'] == '01234567' and 'textures 01234567' in conditions_name(runs[1])
     assert runs[0] == json.loads(json.dumps(run('pill')))
     with pytest.raises(FileNotFoundError, match='nowhere'): read_runs(tmp_path / 'nowhere')
+
+
+def test_one_image_of_a_sort_has_no_interval_and_that_is_said():
+    for kinds, what in ((['good'] * 5 + ['crack'], 'defective'), (['good'] + ['crack'] * 5, 'good')):
+        category = tiny(kinds)
+        results = evaluate(detector(category), category)
+        assert results['image']['auroc'] is not None and results['pixel']['ap'] is not None
+        assert results['intervals'] == dict(image=dict(auroc=None, ap=None), pixel=dict(auroc=None, ap=None, aupro=None))
+        assert results['operating_point']['precision_interval'] is None and results['operating_point']['f1_interval'] is None
+        assert any(f'one {what} test image' in note for note in results['notes'])
+        table = compare(detections(category), detections(category, 1), category.masks[:, 0], category.labels)
+        assert table.low.isna().all() and table.difference.notna().all()
+
+
+def test_the_detectors_own_mask_rule_is_taken():
+    category = tiny(KINDS)
+    assert evaluate(detector(category, mask_rule='official'), category) == evaluate(detector(category), category, mask_rule='official')
+    assert evaluate(detector(category, mask_rule='official'), category, mask_rule='half')['conditions']['mask_rule'] == 'half'
+
+
+def test_differences_are_against_the_published_draem():
+    runs = [run('screw', seed, auroc) for seed, auroc in enumerate((0.9, 0.95))] + [run('nuts')]
+    for r in runs: r['intervals']['image']['auroc'] = [0.8, 1.0]
+    row, = differences(runs).itertuples()
+    published = paper_table('detection').DRAEM['screw']
+    assert (row.category, len(row.seeds)) == ('screw', 2) and np.allclose([row.difference, row.low, row.high], np.array([92.5, 80, 100]) - published)
+    runs[0]['intervals']['image']['auroc'] = None
+    assert np.isnan(differences(runs).low[0]) and np.isclose(differences(runs).difference[0], 92.5 - published)
+    assert np.isclose(differences(runs, 'pixel AP').difference[0], 100 * runs[0]['pixel']['ap'] - paper_table('localization').DRAEM_ap['screw'])
+
+
+def test_undefined_and_missing_are_told_apart():
+    notes = summary_table([run(c, auroc=None if c == 'screw' else 0.9) for c in MVTEC if c != 'pill'])[1]
+    assert notes[0].endswith('no average, because the metric is undefined for screw and there is no run of pill')

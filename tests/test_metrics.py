@@ -1,12 +1,14 @@
 """The metrics beyond the notebook's examples: properties that hold for all scores, and size."""
 
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
+from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from draem_nb.metrics import bootstrap_interval, curves, evaluate_maps, evaluate_scores, f1_max, pro_curve, region_weights, tie_groups
@@ -232,3 +234,19 @@ def test_bootstrap_is_its_seed_and_needs_a_metric():
     assert bootstrap_interval(lambda i: None, labels) is None
     perfect = bootstrap_interval(lambda i: evaluate_scores(labels[i] * 1., labels[i])['auroc'], labels, draws=20)
     assert perfect == (1, 1)
+
+
+@settings(PROPERTY, max_examples=60)
+@given(maps_and_masks(), st.sampled_from([0.05, 0.3, 1.]))
+def test_aupro_is_its_definition(data, limit):
+    "Every threshold that occurs, every region by itself, exact fractions."
+    maps, masks = data
+    regions = [maps[n][label == k] for n, (label, count) in enumerate(ndimage.label(mask, np.ones((3, 3))) for mask in masks) for k in range(1, count + 1)]
+    points = [(Fraction(0), Fraction(0))]
+    for t in np.unique(maps)[::-1]:
+        pro = sum(Fraction(int((r >= t).sum()), r.size) for r in regions) / len(regions)
+        points.append((Fraction(int((maps[~masks] >= t).sum()), int((~masks).sum())), pro))
+    area, end = Fraction(0), Fraction(limit)
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 < end and x1 > x0: area += (min(x1, end) - x0) * (2 * y0 + (y1 - y0) * (min(x1, end) - x0) / (x1 - x0)) / 2
+    assert abs(evaluate_maps(maps, masks, limit)['aupro'] - float(area / end)) < 1e-9

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
@@ -58,7 +59,7 @@ def test_a_complete_run_has_everything_and_is_not_repeated(notebook, tmp_path):
 def test_bad_names_and_folders_leave_nothing_behind(notebook, tmp_path):
     tiny = notebook()
     with pytest.raises(ValueError, match="has no parameter 'sede'; there are: category, recipe, seed$"): run_report(tiny, dict(sede=1), tmp_path / 'run')
-    with pytest.raises(ValueError, match="unknown report 'no such'; there are: ablation, category, compare, cutpaste, inspect, official, summary"): run_report('no such', {}, tmp_path / 'run')
+    with pytest.raises(ValueError, match="unknown report 'no such'; there are: ablation, category, compare, cutpaste, inspect, learning_curve, official, summary"): run_report('no such', {}, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match='cannot write to run folder .*file'): run_report(tiny, {}, tmp_path / 'file' / 'run')
@@ -273,6 +274,8 @@ def test_compare_needs_two_runs_of_one_class(parts, tmp_path):
     first, second = str(tmp_path / 's0'), str(tmp_path / 's1')
     result = run_report('compare', dict(first=first, second=second, data_root=str(parts)), tmp_path / 'compare')
     assert result.metrics['recipe_fields_that_differ'] == ['seed'] and result.metrics['same_training_images'] is True
+    images = pd.read_csv(tmp_path / 'compare' / 'images.csv')
+    assert len(images) == len(load_category(parts, 'screw', 32).test) and result.metrics['verdicts_differ'] is None and not images['verdicts differ'].any()
     row = result.metrics['metrics']['pixel AP']
     assert row['difference'] == pytest.approx(row['second'] - row['first']) and row['low'] <= row['high']
     with pytest.raises(RunFailed, match='is not the folder of a run'): run_report('compare', dict(first=first, second=str(tmp_path / 'none'), data_root=str(parts)), tmp_path / 'c2')
@@ -284,6 +287,10 @@ def test_ablation_rows_are_runs_of_their_own(parts, tmp_path):
                overrides=dict(size=32, base_width=4, base_channels=4, steps=2, batch=2, perlin_scales=[0, 2], precision='float32'))
     result = run_report('ablation', ask, tmp_path / 'ablation')
     assert list(result.metrics['rows']) == ['no texture augmentation and no opacity', 'DRAEM', '2 source textures']
+    assert list(result.metrics['differences']) == ['no texture augmentation and no opacity', '2 source textures'] and (tmp_path / 'ablation' / 'figures' / 'ablation.png').exists()
+    for name, of in result.metrics['differences'].items():        # paired with the full method, in percentage points
+        apart = result.metrics['rows'][name]['pixel']['ap'] - result.metrics['rows']['DRAEM']['pixel']['ap']
+        assert of['pixel AP']['difference'] == pytest.approx(100 * apart) and of['pixel AP']['low'] <= of['pixel AP']['high']
     recipes = [json.loads(p.read_text())['recipe'] for p in (tmp_path / 'ablation').glob('*/run.json')]
     assert sorted((r['augmentation'], tuple(r['opacity']), r['n_textures'] or 0) for r in recipes) == [('none', (1., 1.), 0), ('official', (.2, 1.), 0), ('official', (.2, 1.), 2)]
     with pytest.raises(RunFailed, match='unknown rows Disc; there are: Disc. only'): run_report('ablation', dict(ask, rows=['Disc']), tmp_path / 'other')
@@ -306,3 +313,23 @@ def test_cutpaste_makes_a_complete_run_beside_that_of_draem(tmp_path):
     assert again['image'] == result.metrics['image'] and again['operating_point'] == result.metrics['operating_point'] and 'together' in result.metrics
     (found,), incomplete = read_runs(tmp_path)                     # the summary tells it from a run of DRAEM
     assert not incomplete and conditions_name(found).startswith('CutPaste demo 3way, 64 x 64, 3 steps of 6')
+
+
+def test_a_learning_curve_is_of_one_run(parts, tmp_path):
+    from draem_nb.data import load_category
+    from draem_nb.recipes import demo
+    from draem_nb.textures import load_textures
+    from draem_nb.training import load_checkpoint, train
+    fields = dict(size=32, base_width=4, base_channels=4, steps=6, batch=2, perlin_scales=[0, 2], precision='float32', score_window=5)
+    ask = dict(category='screw', data_root=str(parts), overrides=fields, seeds=[0, 1], at_steps=[2, 3])
+    folder, whole = tmp_path / 'curve' / 'seed1', train(load_category(parts, 'screw', 32), load_textures(size=32), demo().replace(**fields, seed=1), tmp_path / 'whole', 'cpu')
+    found = run_report('learning_curve', ask, tmp_path / 'curve').metrics
+    assert found['steps'] == [2, 3, 6] and [(p['seed'], p['step']) for p in found['curve']] == [(s, t) for s in (0, 1) for t in (2, 3, 6)]
+    last, kept = (load_checkpoint(path)['net'] for path in (whole, folder / 'checkpoint-6.pt'))
+    assert all((last[name] == kept[name]).all() for name in last)
+    point = found['curve'][-1]
+    assert json.loads((folder / 'metrics.json').read_text())['pixel']['ap'] == point['pixel AP'] and 0 < point['simulated AP, held out'] <= 1
+    assert found['last_stretch']['1']['pixel AP']['difference'] == pytest.approx(point['pixel AP'] - found['curve'][-2]['pixel AP'])
+    assert 'No checkpoint was chosen' in (tmp_path / 'curve' / 'report.html').read_text() and len(pd.read_csv(tmp_path / 'curve' / 'learning_curve.csv')) == 6
+    with pytest.raises(RunFailed, match='at_steps must lie between 1 and the 6 steps'): run_report('learning_curve', dict(ask, at_steps=[7]), tmp_path / 'late')
+    assert reports.default_folder('learning_curve', dict(category='nut', seeds=[0, 2])).name == 'learning_curve-nut-demo-seeds0-2'
