@@ -1,5 +1,6 @@
 # make report    train and test a detector on one class; without more words on the built-in class `brick`
 # make inspect   RUN=runs/... IMAGES=folder: a trained detector on a folder of new images
+# make table     DATA=folder SEEDS=0,1,2: every class, seed and recipe side by side, then the summary; SCHEDULER=tcp://... on a cluster, DRY_RUN=1 the plan only
 # make summary   the paper's two tables with the classes of RUNS beside them
 # make bench     each fast path against the plain one; runs/bench.json and runs/bench.ipynb
 # make test      everything that is checked
@@ -18,6 +19,14 @@ KINDS ?=
 DEVICE ?=
 RUN ?=
 IMAGES ?=
+# make table CATEGORIES=brick,grass SEEDS=0,1,2 RECIPE=demo,official WORKERS=2 THREADS=1 TIME_LIMIT=3600
+CATEGORIES ?=
+SEEDS ?= 0
+SCHEDULER ?=
+WORKERS ?=
+THREADS ?=
+TIME_LIMIT ?=
+DRY_RUN ?=
 PYTHON ?= python3
 
 bin := .venv/bin
@@ -25,13 +34,18 @@ made := .venv/made
 # $(call option,--name,value): the option where there is a value, else nothing
 option = $(if $(2),$(1) '$(2)')
 
-.PHONY: report inspect summary bench test readme
+.PHONY: report inspect table summary bench test readme
 report: $(made)
 	$(bin)/draem_nb category --category '$(CATEGORY)' --recipe '$(RECIPE)' --seed $(SEED) $(call option,--data-root,$(DATA)) \
 	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--kinds,$(KINDS)) $(call option,--device,$(DEVICE)) $(call option,--run-dir,$(RUN))
 
 inspect: $(made)
 	$(bin)/draem_nb inspect $(call option,--run-dir,$(RUN)) $(call option,--images,$(IMAGES)) $(call option,--device,$(DEVICE))
+
+table: $(made)
+	$(bin)/draem_nb table --recipes '$(RECIPE)' --seeds '$(SEEDS)' --runs-dir '$(RUNS)' $(call option,--categories,$(CATEGORIES)) $(call option,--data-root,$(DATA)) \
+	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--device,$(DEVICE)) $(call option,--scheduler,$(SCHEDULER)) \
+	  $(call option,--workers,$(WORKERS)) $(call option,--threads,$(THREADS)) $(call option,--time-limit,$(TIME_LIMIT)) $(if $(DRY_RUN),--dry-run)
 
 summary: $(made)
 	$(bin)/draem_nb summary --runs-dir '$(RUNS)'

@@ -19,6 +19,8 @@ setup(
     packages=['draem_nb', 'draem_nb.notebooks', 'draem_nb.paper'],
     package_dir={'draem_nb': 'draem_nb', 'draem_nb.notebooks': 'nbs/reports', 'draem_nb.paper': 'data/paper'},
     package_data={'draem_nb.notebooks': ['*.ipynb'], 'draem_nb.paper': ['*.csv']},
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split()},
+    install_requires=cfg['requirements'].split(),
+    # `cluster`: reports side by side with dask; the tests need it too
+    extras_require={'cluster': cfg['cluster_requirements'].split(), 'dev': (cfg['dev_requirements'] + ' ' + cfg['cluster_requirements']).split()},
     entry_points={'console_scripts': ['draem_nb = draem_nb.reports:main']},
 )

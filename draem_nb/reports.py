@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -40,7 +44,7 @@ from .data import replacing, write_json
 
 # %% auto #0
 __all__ = ['report_names', 'report_notebook', 'report_parameters', 'check_parameters', 'default_folder', 'timing', 'finish',
-           'Figures', 'RunFailed', 'to_html', 'RunResult', 'run_report', 'run_many', 'metrics_table', 'main']
+           'Figures', 'RunFailed', 'to_html', 'locked', 'RunResult', 'run_report', 'run_many', 'metrics_table', 'main']
 
 # %% ../nbs/12_reports.ipynb #4dd9a738
 def _report_folder() -> Path:
@@ -61,11 +65,16 @@ def report_notebook(name: str | Path) -> Path:
 # %% ../nbs/12_reports.ipynb #2f047e47
 def report_parameters(name: str | Path) -> dict[str, tuple[object, str]]:
     "What may be given to report `name`: parameter -> (default, one line of help)."
-    found = papermill.inspect_notebook(report_notebook(name))
-    return {key: (ast.literal_eval(p['default']), p['help']) for key, p in found.items() if key not in ('complete', _folder_parameter(name))}
+    return {key: (ast.literal_eval(p['default']), p['help']) for key, p in _inspected(name).items() if key not in ('complete', _folder_parameter(name))}
 
-def _folder_parameter(name: str | Path) -> str:
-    return 'out_dir' if 'out_dir' in papermill.inspect_notebook(report_notebook(name)) else 'run_dir'
+def _folder_parameter(name: str | Path) -> str: return 'out_dir' if 'out_dir' in _inspected(name) else 'run_dir'
+
+def _inspected(name: str | Path) -> dict:
+    notebook = report_notebook(name)
+    return _read_parameters(notebook, notebook.stat().st_mtime_ns)
+
+@functools.lru_cache
+def _read_parameters(notebook: Path, mtime_ns: int) -> dict: return papermill.inspect_notebook(notebook)   # a thousand runs ask for the same ones
 
 # %% ../nbs/12_reports.ipynb #ae478176
 def check_parameters(name: str | Path, params: dict) -> dict:
@@ -240,6 +249,45 @@ def to_html(notebook: str | Path, html: str | Path, title: str) -> Path:
     with replacing(html) as temporary: temporary.write_text(page, encoding='utf-8')
     return Path(html)
 
+# %% ../nbs/12_reports.ipynb #52a68654
+@contextlib.contextmanager
+def locked(
+    folder: str | Path,         # made if it is missing
+    name: str = '.run.lock',    # one lock of the folder; others do not meet it
+    wait: float = 0.,           # seconds to wait for whoever holds it
+) -> Iterator[None]:
+    "Hold a folder; `ValueError` that names the process where another one holds it."
+    path, until = Path(folder) / name, time.monotonic() + wait
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        while (file := _lock(path)) is None:
+            if time.monotonic() >= until:
+                raise ValueError(f'{folder} is in use by another command ({_holder(path)}); wait until that one ends, or choose another folder')
+            time.sleep(0.2)
+    except OSError as e: raise ValueError(f'cannot write to run folder {folder} ({e.strerror}); choose another one') from None
+    try: yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+# %% ../nbs/12_reports.ipynb #1c4ad62f
+def _lock(path: Path) -> TextIO | None:
+    "The locked file, or None where another process has it."
+    file = open(path, 'a')
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: file.close(); return None
+    # The one before us may have taken the file away between our opening and our locking: then we hold nothing.
+    try: same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError: same = False
+    if not same: file.close(); return _lock(path)
+    file.truncate(0)
+    with contextlib.suppress(OSError): print(f'process {os.getpid()} on {os.uname().nodename}', file=file, flush=True)   # a full disk still locks
+    return file
+
+def _holder(path: Path) -> str:
+    try: return path.read_text().strip() or 'another process'
+    except OSError: return 'another process'
+
 # %% ../nbs/12_reports.ipynb #8021ad10
 @dataclass
 class RunResult:
@@ -264,12 +312,15 @@ def _already(run_dir: Path, asked: dict) -> bool:
                      f"{', '.join(f'{key}={asked[key]!r}' for key in differ)}; choose another folder, or remove that one to run anew")
 
 # %% ../nbs/12_reports.ipynb #eb15d8dc
-def _plain(values: dict) -> dict: return json.loads(json.dumps(values, allow_nan=False))
+def _asked(name: str | Path, params: dict) -> tuple[dict, dict]:
+    "The parameters as JSON has them, and what `parameters.json` says."
+    plain = lambda values: json.loads(json.dumps(values, allow_nan=False))
+    params = plain({key: str(value) if isinstance(value, Path) else value for key, value in params.items()})
+    return params, plain(dict(report=Path(name).stem) | check_parameters(name, params))
 
 def _begin(run_dir: Path, asked: dict) -> None:
-    "Make the folder, note what was asked for, and take away what would make an old run look like this one."
+    "Note what was asked for, and take away what would make an old run look like this one."
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         for name in ('metrics.json', 'results.json', 'report.html', 'report.ipynb', 'report.failed.ipynb'): (run_dir / name).unlink(missing_ok=True)
         write_json(asked, run_dir / 'parameters.json')
     except OSError as e: raise ValueError(f'cannot write to run folder {run_dir} ({e.strerror}); choose another one') from None
@@ -279,18 +330,19 @@ def run_report(
     name: str | Path,      # a report's name, or the path of a notebook with a cell tagged `parameters`
     params: dict,          # its parameters; the others keep their defaults
     run_dir: str | Path,   # the report's folder; made if it is missing
+    wait: float = 0.,      # seconds to wait for another process that is at work in that folder
 ) -> RunResult:
     "Run a report to the end. `ValueError` for a bad name, parameter or folder; `RunFailed` when the notebook failed."
-    # A notebook gets what JSON has: lists, not tuples, of which papermill would make text.
-    params = _plain({key: str(value) if isinstance(value, Path) else value for key, value in params.items()})
-    asked = _plain(dict(report=Path(name).stem) | check_parameters(name, params))
+    params, asked = _asked(name, params)   # a notebook gets what JSON has: lists, not tuples, of which papermill would make text
     run_dir = Path(run_dir)
     folder = _folder_parameter(name)
     if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir)
-    _begin(run_dir, asked)
-    _run(report_notebook(name), params | {folder: str(run_dir.absolute()), 'complete': False}, run_dir)
-    os.replace(run_dir / 'results.json', run_dir / 'metrics.json')   # the last step: from here on the run is complete
-    return _finished(run_dir)
+    with locked(run_dir, wait=wait):
+        if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir)   # made by another command just now
+        _begin(run_dir, asked)
+        _run(report_notebook(name), params | {folder: str(run_dir.absolute()), 'complete': False}, run_dir)
+        os.replace(run_dir / 'results.json', run_dir / 'metrics.json')   # the last step: from here on the run is complete
+        return _finished(run_dir)
 
 # %% ../nbs/12_reports.ipynb #322f0f81
 def _run(notebook: Path, params: dict, run_dir: Path) -> None:
@@ -312,25 +364,31 @@ def run_many(
     param_sets: list[dict],         # the parameters of each report
     runs_dir: str | Path = 'runs',  # each gets a folder in it, named by `default_folder`
     name: str | Path = 'category',  # the report
+    scheduler: str | None = None,   # None: one after the other; 'local' or an address such as 'tcp://host:8786': side by side
+    **options: object,              # of `fanout.fan_out`, with a scheduler: workers, threads, time_limit
 ) -> pd.DataFrame:
     "Run a report for every set of parameters: a row each, with `status`, `error`, `seconds`, `run_dir` and the metrics."
+    if scheduler is not None:
+        from draem_nb.fanout import fan_out
+        return fan_out(param_sets, runs_dir, name, scheduler, **options)
     rows = []
-    for i, params in enumerate(param_sets, 1):
-        row = dict(params)
-        try:
-            run_dir = default_folder(name, params, runs_dir)
-            print(f'{i} of {len(param_sets)}: {run_dir}')
-            result = run_report(name, params, run_dir)
-            row |= dict(status='complete', error='', seconds=result.seconds, run_dir=str(run_dir), **_flat(result.metrics))
-        except (RunFailed, ValueError, OSError) as e:
-            row |= dict(status='failed', error=getattr(e, 'reason', str(e)))
-            print(f'failed: {e}', file=sys.stderr)
-        rows.append(row)
+    with locked(runs_dir, '.runs.lock'):
+        for i, params in enumerate(param_sets, 1):
+            row = dict(params)
+            try:
+                run_dir = default_folder(name, params, runs_dir)
+                print(f'{i} of {len(param_sets)}: {run_dir}')
+                row |= _row(run_report(name, params, run_dir))
+            except (RunFailed, ValueError, OSError) as e:
+                row |= dict(status='failed', error=getattr(e, 'reason', str(e)))
+                print(f'failed: {e}', file=sys.stderr)
+            rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_reports.ipynb #e96fad7a
-def _flat(metrics: dict) -> dict[str, float | None]:
-    return {f'{part}_{key}': value for part in ('image', 'pixel') for key, value in metrics.get(part, {}).items()}
+def _row(result: RunResult) -> dict:
+    values = {f'{part}_{key}': value for part in ('image', 'pixel') for key, value in result.metrics.get(part, {}).items()}
+    return dict(status='complete', error='', seconds=result.seconds, run_dir=str(result.run_dir), **values)
 
 # %% ../nbs/12_reports.ipynb #74516bb9
 def metrics_table(metrics: dict) -> pd.DataFrame:
@@ -365,6 +423,7 @@ def _parser() -> argparse.ArgumentParser:
         for key, (default, text) in {**report_parameters(name), _folder_parameter(name): (None, "the report's own folder")}.items():
             command.add_argument('--' + key.replace('_', '-'), type=_value(key, default), default=argparse.SUPPRESS,
                                  help=f'{text} (default: {default})'.replace('%', '%%'))
+    commands.add_parser('table', help='every class, seed and recipe side by side, on this machine or a cluster, then the summary (table --help)', add_help=False)
     return parser
 
 # %% ../nbs/12_reports.ipynb #709ab84f
@@ -379,6 +438,10 @@ def _show(result: RunResult) -> None:
 # %% ../nbs/12_reports.ipynb #a925312a
 def main(argv: list[str] | None = None) -> int:
     "The command `draem_nb`. Returns its exit status."
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ['table']:
+        from draem_nb.fanout import table
+        return table(argv[1:])
     params = vars(_parser().parse_args(argv))
     name = params.pop('report')
     try:
