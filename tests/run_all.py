@@ -30,9 +30,9 @@ def check_clean_and_exported() -> list[str]:
 def run_notebooks() -> tuple[int, int]:
     "Passed and failed notebooks. nbdev_test exits with 0 when it finds no notebook and prints no count, so they are counted here."
     expected = {p.resolve() for p in (ROOT / 'nbs').rglob('*.ipynb') if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts}
-    # One after the other: notebooks side by side would fight for the cores that each of them uses all of.
-    process = subprocess.Popen([BIN / 'nbdev_test', '--do_print', '--n_workers', '0', '--timing'], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+    # A notebook a core, each with one thread: their networks are too small to keep two threads busy.
+    process = subprocess.Popen([BIN / 'nbdev_test', '--do_print', '--n_workers', str(len(os.sched_getaffinity(0))), '--timing'], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '1'})
     completed, failed = set(), set()
     for line in process.stdout:
         print(line, end='', flush=True)
