@@ -202,6 +202,7 @@ def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iter
     quiet = {'distributed.scheduler.allowed-failures': 3, 'distributed.worker.memory.terminate': False, 'distributed.worker.memory.pause': False,
              'distributed.worker.memory.spill': False, 'distributed.worker.memory.target': False, 'logging.distributed': 'critical'}
     with dask.config.set(quiet), ExitStack() as stack:
+        stack.callback(lambda before=dict(os.environ): (os.environ.clear(), os.environ.update(before)))     # a nanny leaves its settings in this process's
         if scheduler == 'local':
             visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')
             nannies = {i: dict(cls=Nanny, options=dict(nthreads=1, host='127.0.0.1', memory_limit=0, dashboard=False, silence_logs=50,

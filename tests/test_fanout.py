@@ -104,7 +104,9 @@ def test_failures_hangs_and_a_full_disk_do_not_hold_up_the_rest(notebook, tmp_pa
     sets = [dict(seed=0), dict(seed=1, work="raise ValueError('no part in the picture')"), dict(seed=2, work='time.sleep(600)'),
             dict(seed=3, work="import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); Path(run_dir, 'big').write_bytes(bytes(2000))"),
             dict(seed=4, work='os.kill(os.getpid(), signal.SIGKILL)')]
+    environment = dict(os.environ)
     found = run_many(sets, tmp_path / 'runs', notebook, scheduler='local', workers=2, threads=1, time_limit=25)
+    assert dict(os.environ) == environment          # what runs here afterwards has its own number of threads
     assert list(found.status) == ['complete', *['failed'] * 4] and found.image_auroc[0] == 0.5
     for text, says in zip(found.error[1:], ('no part in the picture', 'past its limit of 25 s', 'File too large', 'the kernel died')): assert says in text
     err = capfd.readouterr().err
