@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,18 +184,7 @@ def _one_by_one(simulator: AnomalySimulator, images: Tensor, plan: Plan, out: Si
         out.mask[b].zero_()
         return False
 
-    out.is_anomalous.copy_(torch.tensor(_each(make, plan.image.tolist())))
-
-def _each(make: Callable[[int, int], bool], images: list[int]) -> list[bool]:
-    "make(0, images[0]), make(1, images[1]), ... on as many threads as torch may use, each computing on one."
-    if (threads := torch.get_num_threads()) == 1: return list(map(make, range(len(images)), images))
-    inference = torch.is_inference_mode_enabled()       # a new thread does not know
-    def one(*sample: int) -> bool:
-        with torch.inference_mode(inference): return make(*sample)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(one, range(len(images)), images))
-    finally: torch.set_num_threads(threads)             # the setting is one of the process, too
+    out.is_anomalous.copy_(torch.tensor([make(b, index) for b, index in enumerate(plan.image.tolist())]))
 
 def _painter(simulator: AnomalySimulator, plan: Plan, size: tuple[int, int]) -> Callable[..., bool]:
     "Function that puts an anomaly of the plan on `augmented` (3, H, W), draws `mask` (1, H, W), and returns whether there is anything."
