@@ -43,8 +43,9 @@ import draem_nb
 from .data import replacing, write_json
 
 # %% auto #0
-__all__ = ['report_names', 'report_notebook', 'report_parameters', 'check_parameters', 'default_folder', 'timing', 'finish',
-           'Figures', 'RunFailed', 'to_html', 'locked', 'RunResult', 'run_report', 'run_many', 'metrics_table', 'main']
+__all__ = ['report_names', 'report_notebook', 'report_parameters', 'check_parameters', 'default_folder', 'peak_memory_mib',
+           'timing', 'finish', 'Figures', 'RunFailed', 'to_html', 'locked', 'RunResult', 'run_report', 'run_many',
+           'metrics_table', 'main']
 
 # %% ../nbs/12_reports.ipynb #4dd9a738
 def _report_folder() -> Path:
@@ -112,10 +113,16 @@ def default_folder(
 # %% ../nbs/12_reports.ipynb #475fb697
 _started = time.monotonic()   # a report imports this module in its first cell
 
+def peak_memory_mib() -> float:
+    "Peak resident memory of this process so far, in MiB."
+    status = Path('/proc/self/status')      # Linux; there `ru_maxrss` of a new process begins at the peak of the one that started it
+    if status.exists(): return int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
 def timing() -> dict[str, float]:
     "So far, in this process: wall time in seconds, peak memory in MiB, and the GPU's where one was used."
     found = dict(seconds=round(time.monotonic() - _started, 1),
-                 peak_memory_mib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+                 peak_memory_mib=round(peak_memory_mib()))
     torch = sys.modules.get('torch')
     if torch is not None and torch.cuda.is_initialized():
         found['peak_gpu_memory_mib'] = round(torch.cuda.max_memory_allocated() / 2**20)

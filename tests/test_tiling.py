@@ -111,7 +111,7 @@ def test_report_of_a_tiled_run(root, tmp_path):
 
 
 LARGE = '''
-import json, resource, sys, threading, time
+import json, sys
 import numpy as np, torch
 torch.set_num_threads(1)
 from draem_nb.data import load_images
@@ -119,6 +119,7 @@ from draem_nb.detector import Detector
 from draem_nb.metrics import evaluate_maps
 from draem_nb.networks import Draem, initialise
 from draem_nb.recipes import demo
+from draem_nb.reports import peak_memory_mib
 from draem_nb.tiling import TiledDetector
 from draem_nb.training import RandomCrops, Trainer
 recipe = demo().replace(size=256, image_size=4096, base_width=2, base_channels=2, steps=4, batch=2, precision='float32', match_gray=True)
@@ -126,7 +127,7 @@ detector = Detector(initialise(Draem(2, 2), torch.Generator().manual_seed(0)).ev
 small = torch.zeros(16, 3, 256, 256, dtype=torch.uint8)
 detector.predict(small)                                        # everything is imported and warm
 trainer = Trainer(small, small, recipe.replace(image_size=None), torch.device('cpu')); trainer.step()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+peak = lambda: int(peak_memory_mib())
 marks = [peak()]
 images = load_images([sys.argv[1]] * 3, 4096, cache=True)      # three images of 48 MiB, mapped
 marks.append(peak())
