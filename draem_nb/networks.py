@@ -13,19 +13,26 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% auto #0
-__all__ = ['ReconstructiveSubNetwork', 'DiscriminativeSubNetwork', 'Draem', 'initialise', 'fold_batchnorm', 'WinogradConv2d',
-           'winograd']
+__all__ = ['BatchNorm2d', 'ReconstructiveSubNetwork', 'DiscriminativeSubNetwork', 'Draem', 'initialise', 'fold_batchnorm',
+           'WinogradConv2d', 'winograd']
+
+# %% ../nbs/04_networks.ipynb #8a158529
+class BatchNorm2d(nn.BatchNorm2d):
+    "`torch.nn.BatchNorm2d`, which on a CPU sees fewer than 16 channels in the default layout; (B, C, H, W) -> the same, in the layout it came in."
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != 'cpu' or x.shape[1] >= 16 or x.is_contiguous(): return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/04_networks.ipynb #5a32d5e0
 def _double_conv(c_in: int, c_mid: int, c_out: int) -> nn.Sequential:
     "conv 0, bn 1, relu 2, conv 3, bn 4, relu 5: the indices that the checkpoints name."
-    return nn.Sequential(nn.Conv2d(c_in, c_mid, 3, padding=1), nn.BatchNorm2d(c_mid), nn.ReLU(inplace=True),
-                         nn.Conv2d(c_mid, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+    return nn.Sequential(nn.Conv2d(c_in, c_mid, 3, padding=1), BatchNorm2d(c_mid), nn.ReLU(inplace=True),
+                         nn.Conv2d(c_mid, c_out, 3, padding=1), BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 def _up(c_in: int, c_out: int) -> nn.Sequential:
     "upsampling 0, conv 1, bn 2, relu 3."
     return nn.Sequential(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=True),
-                         nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+                         nn.Conv2d(c_in, c_out, 3, padding=1), BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 def _fin(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1))
