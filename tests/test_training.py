@@ -1,6 +1,7 @@
 """What a notebook cell cannot show: runs that are killed, bad folders, and the same bits after all of it."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from draem_nb.data import demo_category, load_category
 from draem_nb.detector import Detector
 from draem_nb.recipes import demo
 from draem_nb.textures import load_textures
-from draem_nb.training import load_checkpoint, split_held_out, train
+from draem_nb.training import Trainer, load_checkpoint, split_held_out, train
 
 TINY = dict(size=64, base_width=4, base_channels=4, steps=600, batch=2, checkpoint_every=5, precision='float32')
 
@@ -97,6 +98,16 @@ def test_bgr_is_rgb_with_every_channel_turned_round(category, textures, tmp_path
     assert torch.equal(a.maps, b.maps) and torch.equal(a.reconstructions, b.reconstructions.flip(1))
 
 
+def test_a_compiled_step_is_one_graph_and_the_same_step(category, textures, monkeypatch):
+    "Without a code generator, which would take minutes: what is captured and differentiated is the whole net, and gives what it gives uncompiled."
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager', fullgraph=True))
+    plain, compiled = (Trainer(category.train, textures, demo().replace(**TINY, compile=compile), torch.device('cpu')) for compile in (False, True))
+    for trainer in (plain, compiled): trainer.step()
+    assert compiled.forward is not compiled.net and torch.allclose(compiled.history[0], plain.history[0], rtol=1e-5)
+    gradients = [torch.cat([p.grad.flatten() for p in trainer.net.parameters()]) for trainer in (plain, compiled)]
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+
+
 def test_resume_false_starts_anew(category, textures, tmp_path):
     recipe = demo().replace(**{**TINY, 'steps': 4})
     train(category, textures, recipe, tmp_path, 'cpu')
@@ -130,7 +141,6 @@ def test_a_gpu_that_is_not_there_leaves_no_run(category, textures, tmp_path):
 
 
 def test_one_image_is_not_enough(category, textures, tmp_path):
-    import dataclasses
     alone = dataclasses.replace(category, train=category.train[:1], train_paths=category.train_paths[:1])
     with pytest.raises(ValueError, match='at least 2 are needed'):
         train(alone, textures, demo().replace(**TINY), tmp_path / 'run', 'cpu')
@@ -149,7 +159,6 @@ def test_damaged_checkpoint_is_named(category, textures, tmp_path):
                                     dict(mask_shape='rectangle'), dict(texture_source='color'), dict(augmentation='none'), dict(opacity=(1, 1)),
                                     dict(n_textures=3), dict(size=(64, 96)), dict(augmentation='paper', replacement=False), dict(holdout=0.)])
 def test_every_ablation_trains_and_predicts(root, tmp_path, fields):
-    from draem_nb.detector import Detector
     recipe = demo().replace(**{**TINY, 'steps': 3, **fields})
     category = load_category(root, 'brick', recipe.size)
     checkpoint = train(category, load_textures(size=recipe.size), recipe, tmp_path, 'cpu')
