@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -39,7 +40,8 @@ from .layouts import ClassFiles, find_classes, find_images, list_files
 
 # %% auto #0
 __all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'replacing', 'write_json', 'check_size', 'find_categories', 'read_image',
-           'load_images', 'CategoryData', 'load_category', 'demo_category', 'check', 'download_mvtec', 'download_dtd']
+           'load_images', 'large_zeros', 'large_part', 'CategoryData', 'load_category', 'demo_category', 'check',
+           'download_mvtec', 'download_dtd']
 
 # %% ../nbs/00_data.ipynb #d57d55e2
 @contextmanager
@@ -202,10 +204,30 @@ def _mask_official(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     values = torch.from_numpy(np.asarray(mask, np.float32))[None, None]
     return (torch.nn.functional.interpolate(values, size, mode='bilinear', align_corners=False)[0, 0] >= 254.5).numpy()
 
+# %% ../nbs/00_data.ipynb #d5a00002
+_IN_MEMORY = 1 << 29 # bytes: more than half a gibibyte goes to a file
+
+def large_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    "Zeros; in a nameless temporary file, mapped into memory, if they are many."
+    if (n := math.prod(shape)) * dtype.itemsize <= _IN_MEMORY: return torch.zeros(*shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(prefix='draem_nb-') as file: # the mapping outlives the name
+        return torch.from_file(file.name, shared=True, size=n, dtype=dtype).view(*shape)
+
+def large_part(
+    tensor: torch.Tensor,      # (N, ...)
+    indices: Sequence[int],    # in any order
+) -> torch.Tensor:
+    "`tensor[indices]`, image by image where that is large; `tensor` itself where it is all of it."
+    indices = torch.as_tensor(indices, dtype=torch.long)
+    if torch.equal(indices, torch.arange(len(tensor))): return tensor
+    part = large_zeros((len(indices), *tensor.shape[1:]), tensor.dtype)
+    for to, i in zip(part, indices.tolist()): to.copy_(tensor[i])
+    return part
+
 # %% ../nbs/00_data.ipynb #d551ef8d
 def _masks(files: ClassFiles, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     "Both rules, (M, 1, H, W) bool each."
-    half, official = torch.zeros(2, len(files.test), 1, *size, dtype=torch.bool)
+    half, official = (large_zeros((len(files.test), 1, *size), torch.bool) for _ in range(2))
     for i, (image, paths) in enumerate(zip(files.test, files.masks)):
         if not paths: continue
         mask = Image.fromarray(np.maximum.reduce([_read_mask(path, image, files.any_value) for path in paths]))
@@ -256,8 +278,8 @@ class CategoryData:
                              f"there are: {', '.join(sorted(set(self.kinds)))}")
         keep = [i for i, kind in enumerate(self.kinds) if kind in {'good', *kinds}]
         return replace(self, kinds=[self.kinds[i] for i in keep], paths=[self.paths[i] for i in keep],
-                       weak_masks=None if self.weak_masks is None else self.weak_masks[keep],
-                       **{f: getattr(self, f)[keep] for f in ('test', 'masks', 'masks_official', 'labels')})
+                       weak_masks=None if self.weak_masks is None else large_part(self.weak_masks, keep),
+                       **{f: large_part(getattr(self, f), keep) for f in ('test', 'masks', 'masks_official', 'labels')})
 
 # %% ../nbs/00_data.ipynb #249eeed8
 _UNKNOWN = dict(weak='The masks only surround the defects: they are shown in pictures, and pixel metrics are undefined.',
@@ -277,7 +299,7 @@ def load_category(
     labels = torch.tensor([kind != 'good' for kind in files.kinds], dtype=torch.bool)
     known = files.truth == 'exact' or not labels.any()
     weak = None if files.truth != 'weak' else masks
-    if not known: masks, masks_official = torch.zeros_like(masks), torch.zeros_like(masks)
+    if not known: masks, masks_official = (large_zeros(masks.shape, torch.bool) for _ in range(2))
     return CategoryData(name, files.folder.parent, size, train, test, masks, masks_official, labels, files.kinds, files.test, files.train,
                         known, weak, files.notes if known else (*files.notes, _UNKNOWN[files.truth]))
 

@@ -35,10 +35,17 @@ def image_score(maps: Tensor, window: int = 21) -> Tensor:
     return F.avg_pool2d(rows, (1, window), 1, (0, window // 2)).amax((1, 2, 3))
 
 # %% ../nbs/08_detector.ipynb #7ea96942
+_PART = 1 << 24     # values that are looked at together
+
 def upper_quantile(values: np.ndarray, quantile: float) -> float:
-    "The smallest of `values` that at least a share `quantile` of them does not exceed."
-    index = min(int(np.ceil(quantile * values.size)), values.size) - 1
-    return float(np.partition(values, max(index, 0))[max(index, 0)])
+    "The smallest of `values` that at least a share `quantile` of them does not exceed; of very many, only the highest are held."
+    values = values.reshape(-1)
+    above = values.size - max(min(math.ceil(quantile * values.size), values.size) - 1, 0)      # how many are not below it
+    highest = values[:0]
+    for at in range(0, values.size, _PART):
+        highest = np.concatenate([highest, values[at:at + _PART]])
+        if highest.size > above: highest = np.partition(highest, highest.size - above)[-above:]
+    return float(highest.min())
 
 # %% ../nbs/08_detector.ipynb #72efc84f
 @dataclass

@@ -17,11 +17,12 @@ import torch
 from scipy import ndimage
 
 import draem_nb
-from .data import CategoryData
+from .data import CategoryData, large_part
 from .detector import Detections
 from .metrics import evaluate_maps, evaluate_scores
 from .recipes import Recipe, by_name, official
 from .simulator import AnomalySimulator
+from .training import RandomCrops
 
 # %% auto #0
 __all__ = ['wilson_interval', 'intervals', 'evaluate', 'results_table', 'evaluate_simulated', 'compare', 'paper_table',
@@ -32,7 +33,7 @@ __all__ = ['wilson_interval', 'intervals', 'evaluate', 'results_table', 'evaluat
 def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray) -> dict[str, dict]:
     "Image and pixel metrics of the test images `keep` (indices)."
     image = evaluate_scores(found.scores[keep], labels[keep])
-    return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())), pixel=evaluate_maps(found.maps[keep], masks[keep]))
+    return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())), pixel=evaluate_maps(large_part(found.maps, keep), large_part(masks, keep)))
 
 def _notes(results: dict, category: CategoryData) -> list[str]:
     "What the class wants to be said, and a sentence for every metric without a value."
@@ -75,10 +76,12 @@ def _operating_point(detector: object, found: Detections, labels: torch.Tensor) 
                 f1=2 * hits / (2 * hits + alarms + bad - hits) if bad else None, **_called_intervals(np.asarray(called), np.asarray(labels, bool)))
 
 # %% ../nbs/10_evaluation.ipynb #d5b91856
+_LOOKED_AT = 1 << 24     # where there are very many normals, so many of them tell where to cut
+
 def _bins(scores: np.ndarray, defect: np.ndarray, n: int = 1024) -> np.ndarray:
     "Rising edges: quantiles of the scores of defects and of normals, so that both are cut finely where they are many."
     shares = np.linspace(0, 1, n + 1)
-    every = -(-scores.size // 2**24)                     # where there are very many normals, some of them tell where to cut; the lowest score must be in
+    every = -(-scores.size // _LOOKED_AT)                # the lowest score must be in
     parts = scores[defect], scores[::every][~defect[::every]]
     return np.unique(np.concatenate([np.quantile(part, shares) for part in parts if part.size] + [scores.min(keepdims=True)]))
 
@@ -231,10 +234,14 @@ def evaluate_simulated(
     samples: int = 64,
 ) -> dict[str, float | None]:       # auroc, ap, f1_max, aupro
     "Pixel metrics on `samples` simulated samples of held-out normal images, the same ones for every detector of one recipe and seed."
-    simulator, recipe = AnomalySimulator(textures, detector.recipe, normal_images), detector.recipe
-    # Steps that no training reaches, so that these anomalies have never been painted before.
-    parts = [simulator(normal_images, simulator.plan(len(normal_images), min(16, samples - at), recipe.seed, 2**31 + at)) for at in range(0, samples, 16)]
-    return evaluate_maps(detector.predict(torch.cat([p.augmented for p in parts])).maps, torch.cat([p.mask for p in parts]) > 0.5)
+    recipe = detector.recipe
+    simulator, crops = AnomalySimulator(textures, recipe, normal_images), RandomCrops(normal_images, recipe) if recipe.image_size else None
+    looking, parts = detector if crops is None else detector.detector, []           # of large images crops, seen by the detector that looks at tiles
+    for at in range(0, samples, 16):
+        # Steps that no training reaches, so that these anomalies have never been painted before.
+        plan = simulator.plan(len(normal_images), min(16, samples - at), recipe.seed, step := 2**31 + at)
+        parts.append(simulator(*(crops.draw(plan, step) if crops else (normal_images, plan))))
+    return evaluate_maps(looking.predict(torch.cat([p.augmented for p in parts])).maps, torch.cat([p.mask for p in parts]) > 0.5)
 
 # %% ../nbs/10_evaluation.ipynb #4b076614
 def compare(

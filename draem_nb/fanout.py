@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -24,6 +27,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
 
@@ -168,14 +172,16 @@ def _on_worker(job: dict) -> dict:
     def wanted() -> bool:      # a task whose future was released, or whose worker is closing, is not
         state = worker.state.tasks.get(task)
         return worker.status.name == 'running' and state is not None and state.state == 'executing'
+    def tell(line: str) -> None: worker.log_event(job['topic'], (job['run'], worker.address, line))
     folder = Path(job['home']) if job['home'] else _work_folder(job['key'])
     params = job['params'] if job['home'] else _there(job['params'])
     if lacks := _lacking([params]): return dict(status='failed', reason=lacks, last_lines=[], where=worker.address)
+    tell(_BEGINS)
     with tempfile.TemporaryDirectory() as scratch:
         notebook = Path(scratch) / job['notebook']
         notebook.write_bytes(gzip.decompress(job['content']))
         spec = dict(notebook=str(notebook), params=params, run_dir=str(folder))
-        outcome = _in_process(spec, _threads(job), job['time_limit'], wanted, lambda line: worker.log_event(job['topic'], (job['run'], line)))
+        outcome = _in_process(spec, _threads(job), job['time_limit'], wanted, tell)
     if (folder / 'report.tmp.ipynb').exists(): os.replace(folder / 'report.tmp.ipynb', folder / 'report.failed.ipynb')     # it was killed
     if not job['home'] and folder.is_dir(): outcome['packed'] = _packed(folder, outcome['status'] == 'complete')
     return outcome | dict(where=worker.address)
@@ -233,6 +239,66 @@ def _check_workers(client: object, param_sets: list[dict], local: bool, patience
 
 def _version() -> str: return draem_nb.__version__
 
+# %% ../nbs/13_fanout.ipynb #b0a4d002
+_BEGINS = 'starting'
+_BAR = re.compile(r'(?P<what>.*?): +\d+%\|.*?\| (?P<n>\d+)/(?P<total>\d+) \[.*?<(?P<left>.*?), *[\d.?]*(?:s/)?(?P<unit>[a-z]+)(?:/s)?(?:, (?P<more>.*))?\]')
+
+def _in_words(line: str) -> str:
+    "What a progress bar of a run says; any other line as it is."
+    if not (bar := _BAR.search(line)): return line
+    step = f"{'' if bar['unit'] == 'step' else bar['what'] + ' '}{bar['unit']} {bar['n']} of {bar['total']}"
+    return ', '.join(filter(None, [step, bar['more'], '' if '?' in bar['left'] else f"{bar['left']} left"]))
+
+# %% ../nbs/13_fanout.ipynb #b0a4d004
+class _Board:
+    "The runs of one command on the screen."
+    def __init__(self, total: int, every: float = 30.):
+        self.total, self.every, self.lock, self.drawn = total, every, threading.RLock(), 0     # lines drawn that will be redrawn
+        self.at_work: dict[str, str] = {}
+        self.where: dict[str, str] = {}
+        self.printed: dict[str, float] = {}
+        self.ended: Counter[str] = Counter()
+        self.over: set[str] = set()
+
+    def progress(self, run: str, where: str, line: str) -> None:
+        "A run says something, from a worker."
+        with self.lock:
+            if run in self.over: return                       # a straggler
+            if self.where.setdefault(run, where) != where: self.say(f'{run}: its worker is gone; it goes on at {where}')
+            self.where[run], self.at_work[run] = where, f'{run}: {_in_words(line)}'
+            if sys.stdout.isatty(): self._draw()
+            elif line != _BEGINS and time.monotonic() - self.printed.get(run, -math.inf) >= self.every:
+                self.printed[run] = time.monotonic()
+                print(self.at_work[run], flush=True)
+
+    def end(self, run: str, status: str, text: str = '') -> None:
+        "A run is 'complete' or has 'failed'."
+        with self.lock:
+            self.over.add(run)
+            self.at_work.pop(run, None)
+            self.ended[status] += 1
+            if text: self.say(text, sys.stdout if status == 'complete' else sys.stderr)
+
+    def say(self, text: str, to: TextIO | None = None) -> None:
+        "Something that stays."
+        with self.lock:
+            self.close()
+            print(text, file=to or sys.stdout, flush=True)
+            if sys.stdout.isatty(): self._draw()
+
+    def _draw(self) -> None:
+        self.close()
+        columns, rows = shutil.get_terminal_size()
+        head = f'{self.ended["complete"]} of {self.total} complete' + (f', {self.ended["failed"]} failed' if self.ended['failed'] else '') + f', {len(self.at_work)} at work'
+        lines = [head, *list(self.at_work.values())[:max(rows - 3, 1)]]
+        print(*(line[:columns - 1] for line in lines), sep='\n', flush=True)
+        self.drawn = len(lines)
+
+    def close(self) -> None:
+        "Take away the lines that are redrawn."
+        if self.drawn: print(f'\x1b[{self.drawn}A\x1b[J', end='', flush=True)
+        self.drawn = 0
+
 # %% ../nbs/13_fanout.ipynb #9fad7e9f
 def fan_out(
     param_sets: list[dict],             # the parameters of each report
@@ -248,15 +314,17 @@ def fan_out(
     try: import distributed  # noqa: F401
     except ImportError: raise ValueError("fan-out needs dask: pip install 'draem_nb[cluster]'") from None
     rows: dict[int, dict] = {}
-    with locked(runs_dir, '.runs.lock'):
+    board = _Board(len(param_sets))
+    with locked(runs_dir, '.runs.lock'), contextlib.closing(board):
         todo: dict[int, dict] = {}
         seen: set[str] = set()
         for i, row in enumerate(plan(param_sets, runs_dir, name).to_dict('records')):
-            if row['todo'] == 'complete': rows[i] = reports._row(reports._finished(Path(row['run_dir'])))
-            elif row['todo'] == 'refused': rows[i] = _failed(Path(row['run_dir']), dict(reason=row['why']))
-            elif row['run_dir'] in seen: rows[i] = _failed(Path(row['run_dir']), dict(reason='the same run is asked for twice'))
-            else: todo[i] = _job(param_sets[i], Path(row['run_dir']), name, time_limit); seen.add(row['run_dir'])
-        if rows: print(f'{sum(row["status"] == "complete" for row in rows.values())} of {len(param_sets)} runs are complete already')
+            run_dir = Path(row['run_dir'])
+            if row['todo'] == 'complete': rows[i] = reports._row(reports._finished(run_dir)); board.end(run_dir.name, 'complete')
+            elif row['todo'] == 'refused': rows[i] = _failed(run_dir, dict(reason=row['why']), board)
+            elif row['run_dir'] in seen: rows[i] = _failed(run_dir, dict(reason='the same run is asked for twice'), board)
+            else: todo[i] = _job(param_sets[i], run_dir, name, time_limit); seen.add(row['run_dir'])
+        if n := board.ended['complete']: print(f'{n} of {len(param_sets)} runs are complete already')
         n, each, gpus = local_size(len(todo) or 1)
         workers = workers or n
         for job in todo.values():
@@ -267,11 +335,11 @@ def fan_out(
             try:
                 with _connected(scheduler, workers, gpus, patience) as client:
                     until = None
-                    for i, outcome in _results(client, todo, _check_workers(client, [j['params'] for j in todo.values()], scheduler == 'local', patience), patience):
-                        rows[i] = _received(todo.pop(i), outcome)
+                    for i, outcome in _results(client, todo, _check_workers(client, [j['params'] for j in todo.values()], scheduler == 'local', patience), patience, board):
+                        rows[i] = _received(todo.pop(i), outcome, board)
             except ConnectionError as e:
                 until = until or time.monotonic() + patience
-                print(f'the scheduler is gone ({e}); waiting for it at the same address', file=sys.stderr)
+                board.say(f'the scheduler is gone ({e}); waiting for it at the same address', sys.stderr)
                 time.sleep(1)
             except ValueError:
                 if until is None or time.monotonic() > until: raise     # not one that went away just now
@@ -287,29 +355,29 @@ def _job(params: dict, run_dir: Path, name: str | Path, time_limit: float | None
     return dict(run=run_dir.name, run_dir=str(run_dir), params=params, asked=asked, notebook=notebook.name, content=gzip.compress(content, mtime=0), key=key,
                 topic=f'draem_nb-{os.getpid()}', time_limit=time_limit, home=None, threads=None)
 
-def _received(job: dict, outcome: dict) -> dict:
+def _received(job: dict, outcome: dict, board: _Board) -> dict:
     "Put what came in its place; the row of the table."
     run_dir = Path(job['run_dir'])
     try:
         if packed := outcome.get('packed'): _unpack(packed, run_dir, job['asked'])
         if outcome['status'] == 'complete':
             row = reports._row(reports._finished(run_dir))
-            print(f'{run_dir.name}: complete', flush=True)
+            board.end(run_dir.name, 'complete', f'{run_dir.name}: complete')
             return row
     except (OSError, ValueError) as e: outcome = dict(reason=f'its result could not be stored here: {e}')
-    return _failed(run_dir, outcome)
+    return _failed(run_dir, outcome, board)
 
-def _failed(run_dir: Path, outcome: dict) -> dict:
+def _failed(run_dir: Path, outcome: dict, board: _Board) -> dict:
     kept = run_dir / 'report.failed.ipynb'
-    print('\n'.join([f"{run_dir.name}: failed: {outcome['reason']}", *(f'    {line}' for line in outcome.get('last_lines', [])),
-                     *([f'    its notebook: {kept}'] if kept.is_file() else [])]), file=sys.stderr, flush=True)
+    board.end(run_dir.name, 'failed', '\n'.join([f"{run_dir.name}: failed: {outcome['reason']}", *(f'    {line}' for line in outcome.get('last_lines', [])),
+                     *([f'    its notebook: {kept}'] if kept.is_file() else [])]))
     return dict(status='failed', error=outcome['reason'], run_dir=str(run_dir))
 
 # %% ../nbs/13_fanout.ipynb #96b253f2
-def _results(client: object, todo: dict[int, dict], resources: dict, patience: float, task: Callable[[dict], dict] = _on_worker) -> Iterator[tuple[int, dict]]:
+def _results(client: object, todo: dict[int, dict], resources: dict, patience: float, board: _Board, task: Callable[[dict], dict] = _on_worker) -> Iterator[tuple[int, dict]]:
     "Index and outcome of each job, as they come; `ConnectionError` when the scheduler is gone."
     topic = next(iter(todo.values()))['topic']
-    client.subscribe_topic(topic, lambda event: print(f'{event[1][0]}: {event[1][1]}', flush=True))
+    client.subscribe_topic(topic, lambda event: board.progress(*event[1]))
     pending = {i: client.submit(task, job, pure=False, resources=resources or None) for i, job in todo.items()}
     alone, looked = None, time.monotonic()
     while pending:
@@ -330,6 +398,8 @@ def _why(error: BaseException) -> str:
     return f'{type(error).__name__}: {error}'
 
 # %% ../nbs/13_fanout.ipynb #5c53a7e4
+_SHOWN = ('category', 'recipe', 'seed', 'status', 'image_auroc', 'image_ap', 'pixel_auroc', 'pixel_ap', 'pixel_aupro')
+
 def table(argv: list[str] | None = None) -> int:
     "`draem_nb table`, which is `make table`. Returns the exit status: 0 when every run is complete."
     options = _table_parser().parse_args(argv)
@@ -339,8 +409,8 @@ def table(argv: list[str] | None = None) -> int:
         if options.dry_run: _show_plan(planned, options); return int((planned.todo == 'refused').any())
         found = reports.run_many(sets, options.runs_dir, scheduler=options.scheduler, workers=options.workers, threads=options.threads, time_limit=options.time_limit)
         failed = found[found.status != 'complete']
-        if len(failed) < len(found): print(run_report('summary', dict(runs_dir=options.runs_dir), Path(options.runs_dir) / 'summary').report)
-        print(found.drop(columns=[c for c in ('overrides', 'data_root', 'textures_root', 'seconds') if c in found]).to_string(index=False, float_format='{:.3f}'.format, na_rep='-'))
+        if len(failed) < len(found): print('the summary:', run_report('summary', dict(runs_dir=options.runs_dir), Path(options.runs_dir) / 'summary').report)
+        print(found[[c for c in _SHOWN if c in found]].to_string(index=False, float_format='{:.3f}'.format, na_rep='-'))
         print(f'{len(found) - len(failed)} of {len(found)} runs complete' + (f", failed: {', '.join(Path(d).name for d in failed.run_dir)}" if len(failed) else ''))
         return int(len(failed) > 0)
     except KeyboardInterrupt: print('draem_nb: stopped; the same command goes on', file=sys.stderr); return 130
@@ -374,8 +444,15 @@ def _param_sets(options: argparse.Namespace) -> list[dict]:
     return [dict(shared, category=c, recipe=r, seed=s) for r in options.recipes for c in classes for s in options.seeds]
 
 def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
-    print(planned[['category', 'recipe', 'seed', 'todo', 'run_dir', 'why']].to_string(index=False))
-    n = options.workers or local_size(len(planned))[0]
-    seconds, counts = estimate(planned, n), Counter(planned.todo)
-    print(f"{counts['run']} to run, {counts['complete']} complete, {counts['refused']} refused; " + (f'about {seconds / 60:.0f} min on {n} workers, from the complete ones'
+    print(planned[['category', 'recipe', 'seed', 'todo', 'run_dir', *(['why'] if planned.why.any() else [])]].to_string(index=False))
+    counts, n = Counter(planned.todo), _n_workers(options, len(planned))
+    seconds = estimate(planned, n)
+    print(f"{counts['run']} to run, {counts['complete']} complete, {counts['refused']} refused; " + (f'about {_about(seconds)} on {n} workers, from the complete ones'
           if seconds is not None else 'no estimate: none of them is complete yet'))
+
+def _n_workers(options: argparse.Namespace, n_runs: int) -> int:
+    if options.workers or options.scheduler == 'local': return options.workers or local_size(n_runs)[0]
+    from distributed import Client
+    with _client(Client, options.scheduler, 5.) as client: return max(1, len(client.scheduler_info()['workers']))
+
+def _about(seconds: float) -> str: return f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min' if seconds < 7200 else f'{seconds / 3600:.1f} h'

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import check_size, find_images, load_images
+from .data import check_size, find_images, large_zeros, load_images
 from .detector import AnomalyDetector, Detections, Detector, as_images, image_score
 
 # %% auto #0
@@ -42,14 +41,6 @@ def blend_weights(length: int, tile: int, overlap: int) -> Tensor: # (n tiles, t
     return torch.stack([ramp / total[start:start + tile] for start in starts]).float()
 
 # %% ../nbs/08b_tiling.ipynb #91786d31
-_IN_MEMORY = 1 << 27 # floats: more than half a gibibyte goes to a file
-
-def _storage(shape: tuple[int, ...]) -> Tensor:
-    "Zeros, float32; in a nameless file if they are many."
-    if (n := math.prod(shape)) <= _IN_MEMORY: return torch.zeros(shape)
-    with tempfile.NamedTemporaryFile(prefix='draem_nb-maps-') as file: # the mapping outlives the name
-        return torch.from_file(file.name, shared=True, size=n).view(shape)
-
 def _one_by_one(images: object, size: tuple[int, int]) -> tuple[int, Callable[[int], Tensor], list[Path] | None]:
     "How many, a function that gives the i-th as (3, H, W) uint8 RGB, and their paths; files are read one at a time."
     if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
@@ -97,15 +88,16 @@ class TiledDetector(AnomalyDetector):
     def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
         "As `AnomalyDetector.predict`; `batch` counts tiles."
         n, image, paths = _one_by_one(images, self.size)
-        maps, scores = _storage((n, *self.size)), torch.zeros(n)
-        restored = torch.zeros(n, 3, *self.size, dtype=torch.uint8) if reconstructions else None
+        maps, scores = large_zeros((n, *self.size)), torch.zeros(n)
+        restored = large_zeros((n, 3, *self.size), torch.uint8) if reconstructions else None
+        masks = None if self.pixel_threshold is None else large_zeros((n, *self.size), torch.bool)
         for i in tqdm(range(n), 'predicting', unit='image', mininterval=0.5, delay=2):
             score_map, restoration = _blended(self, image(i), batch, reconstructions)
             maps[i], scores[i] = score_map.cpu(), image_score(score_map[None, None], self.window)[0].cpu()
+            if masks is not None: masks[i] = maps[i] > self.pixel_threshold
             if restoration is None: restored = None
             else: restored[i] = restoration
-        return Detections(maps, scores, None if self.pixel_threshold is None else maps > self.pixel_threshold,
-                          None if self.threshold is None else scores > self.threshold, restored, paths)
+        return Detections(maps, scores, masks, None if self.threshold is None else scores > self.threshold, restored, paths)
 
 # %% ../nbs/08b_tiling.ipynb #6c5eaa69
 def load_detector(

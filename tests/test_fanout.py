@@ -201,7 +201,7 @@ def test_a_full_disk_here_leaves_no_half_run(tmp_path):
         (tmp_path / 'sent' / 'checkpoint.pt').write_bytes(os.urandom(200_000))
         (tmp_path / 'sent' / 'metrics.json').write_text('{}')
         job = dict(run_dir=str(small / 'run'), asked={}, run='run')
-        row = fanout._received(job, dict(status='complete', packed=fanout._packed(tmp_path / 'sent', True)))
+        row = fanout._received(job, dict(status='complete', packed=fanout._packed(tmp_path / 'sent', True)), fanout._Board(1))
         assert row['status'] == 'failed' and 'No space left on device' in row['error'] and not (small / 'run' / 'metrics.json').exists()
         assert not [p for p in (small / 'run').rglob('*') if p.is_file()]
     finally: subprocess.run(['umount', small], check=True)

@@ -1,6 +1,7 @@
 "draem_nb.tiling and training on crops: large images in bounded memory, equality with the plain way, reports."
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from draem_nb import tiling
+from draem_nb import data
 from draem_nb.data import demo_category, load_category
 from draem_nb.detector import AnomalyDetector, Detector
 from draem_nb.metrics import evaluate_maps
@@ -59,7 +60,7 @@ def test_input_of_any_form(tmp_path):
 
 
 def test_many_maps_lie_in_a_file(monkeypatch):
-    monkeypatch.setattr(tiling, '_IN_MEMORY', 100)
+    monkeypatch.setattr(data, '_IN_MEMORY', 100)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     tiled = TiledDetector(net(), 64).calibrate(images)
     found = tiled.predict(images)
@@ -154,3 +155,50 @@ def test_memory_at_4096(tmp_path, monkeypatch):
     start, *marks = result['marks']
     assert result['shape'] == [1, 4096, 4096] and 0 <= result['metrics']['auroc'] <= 1
     assert marks[0] - start < 700 and marks[-1] - start < 900
+
+
+MANY = '''
+import os, threading
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from draem_nb import data, detector, evaluation, metrics
+from draem_nb.data import CategoryData, large_part, large_zeros
+from draem_nb.evaluation import evaluate
+from draem_nb.tiling import TiledDetector
+data._IN_MEMORY = detector._PART = metrics._PART = evaluation._LOOKED_AT = 1 << 20              # small images count as large ones
+class Bright(detector.AnomalyDetector):
+    size, device, quantile = (512, 512), torch.device('cpu'), 0.995
+    def _look(self, batch): return batch.float() / 255, batch[:, :1].float() / 255, batch.amax((1, 2, 3)).float()
+now = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('RssAnon')).split()[1]) / 1024
+def peak_of(n):
+    images, masks = large_zeros((n, 3, 1024, 1024), torch.uint8), large_zeros((n, 1, 1024, 1024), torch.bool)
+    for i in range(n): images[i] = torch.randint(0, 200, (1, 1024, 1024), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+    labels = torch.arange(n) >= n // 2
+    for i in (n // 2, n - 1): masks[i, :, 100:130, 200:260] = True; images[i, :, 100:130, 200:260] = 255
+    category = CategoryData('part', Path('.'), (1024, 1024), images, images, masks, masks, labels, ['dent' if label else 'good' for label in labels],
+                            [Path('part') / f'{i}.png' for i in range(n)], [Path('part') / f'{i}.png' for i in range(n)])
+    tiled = TiledDetector(Bright(), 1024)
+    tiled.calibrate(large_part(images, range(1, n // 2)))
+    peak, over = [0], threading.Event()
+    def watch():
+        while not over.wait(0.002): peak[0] = max(peak[0], now())
+    thread = threading.Thread(target=watch); thread.start()
+    tiled.calibrate(large_part(images, range(1, n // 2)))
+    found = tiled.predict(category.test, reconstructions=True)
+    evaluate(tiled, category, found)
+    over.set(); thread.join()
+    return peak[0]
+for n in (4, 20):                                                       # each in a process of its own: freed memory may stay with one
+    if not os.fork(): print(peak_of(n), flush=True); os._exit(0)
+    os.wait()
+'''
+
+def test_memory_does_not_grow_with_the_number_of_large_images():
+    "Calibrated, predicted, evaluated: of 20 images as of 4, but for what mapped files take, which the system may take back. 16 images more have 64 MiB of maps and 96 MiB of masks, tiles and restorations."
+    # Every array in a mapping of its own: else freed memory that the allocator keeps is counted.
+    done = subprocess.run([sys.executable, '-c', MANY], capture_output=True, text=True, env=os.environ | {'MALLOC_MMAP_THRESHOLD_': '1000000'})
+    assert done.returncode == 0, done.stderr
+    few, many = map(float, done.stdout.split())
+    print(few, many)
+    assert many - few < 16
