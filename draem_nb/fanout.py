@@ -64,16 +64,20 @@ def _other_recipe(run_dir: Path, params: dict) -> str:
     return f"{run_dir} holds a run of another recipe ({'; '.join(differ)}); remove it, or choose another folder for the runs" if differ else ''
 
 # %% ../nbs/13_fanout.ipynb #027eb3de
-def estimate(planned: pd.DataFrame, n_workers: int) -> float | None:
-    "Seconds that the runs of a plan may take, from the complete ones of the same recipe and overrides (else of any); None without any."
-    like = lambda row: json.dumps([row.get('recipe'), row.get('overrides')], sort_keys=True)
+def estimate(planned: pd.DataFrame, n_workers: int, name: str | Path = 'category') -> tuple[float, str] | None:
+    "Seconds that the runs of a plan may take, and from what that is taken: complete runs of the same recipe in the folder, else of any; None without any."
+    like = lambda row: json.dumps([row.get('recipe'), row.get('overrides') or {}], sort_keys=True)
     known: dict[str, list[float]] = {}
-    for row in planned.to_dict('records'):
-        if row['todo'] == 'complete': known.setdefault(like(row), []).append(json.loads((Path(row['run_dir']) / 'timing.json').read_text())['seconds'])
+    for folder in {Path(row).parent for row in planned.run_dir if row}:
+        for done in folder.glob('*/metrics.json'):
+            with contextlib.suppress(OSError, ValueError, KeyError):            # something else than a run
+                held = json.loads((done.parent / 'parameters.json').read_text())
+                if held['report'] == Path(name).stem: known.setdefault(like(held), []).append(json.loads((done.parent / 'timing.json').read_text())['seconds'])
     if not known: return None
-    everything = [s for found in known.values() for s in found]
-    each = [statistics.median(known.get(like(row), everything)) for row in planned.to_dict('records') if row['todo'] == 'run']
-    return max(sum(each) / n_workers, max(each)) if each else 0.
+    rows, every = [row for row in planned.to_dict('records') if row['todo'] == 'run'], [s for found in known.values() for s in found]
+    each = [statistics.median(known.get(like(row), every)) for row in rows]
+    source = 'complete runs' + ('' if all(like(row) in known for row in rows) else ', some of other recipes: a rough guess')
+    return (max(sum(each) / n_workers, max(each)) if each else 0.), source
 
 # %% ../nbs/13_fanout.ipynb #99b52526
 _OUTCOME = 'outcome of the run: '
@@ -175,7 +179,7 @@ def _on_worker(job: dict) -> dict:
     def tell(line: str) -> None: worker.log_event(job['topic'], (job['run'], worker.address, line))
     folder = Path(job['home']) if job['home'] else _work_folder(job['key'])
     params = job['params'] if job['home'] else _there(job['params'])
-    if lacks := _lacking([params]): return dict(status='failed', reason=lacks, last_lines=[], where=worker.address)
+    if lacks := _lacking([params]): return dict(status='lacking', reason=lacks, where=worker.address)
     tell(_BEGINS)
     with tempfile.TemporaryDirectory() as scratch:
         notebook = Path(scratch) / job['notebook']
@@ -184,7 +188,7 @@ def _on_worker(job: dict) -> dict:
         outcome = _in_process(spec, _threads(job), job['time_limit'], wanted, tell)
     if (folder / 'report.tmp.ipynb').exists(): os.replace(folder / 'report.tmp.ipynb', folder / 'report.failed.ipynb')     # it was killed
     if not job['home'] and folder.is_dir(): outcome['packed'] = _packed(folder, outcome['status'] == 'complete')
-    return outcome | dict(where=worker.address)
+    return outcome
 
 def _threads(job: dict) -> int:
     from dask.system import CPU_COUNT
@@ -207,11 +211,12 @@ def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iter
     from distributed import Client, Nanny, Scheduler, SpecCluster
     quiet = {'distributed.scheduler.allowed-failures': 3, 'distributed.worker.memory.terminate': False, 'distributed.worker.memory.pause': False,
              'distributed.worker.memory.spill': False, 'distributed.worker.memory.target': False, 'logging.distributed': 'critical'}
+    deaf = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)'       # a terminal sends Ctrl-C to all; this process ends the workers
     with dask.config.set(quiet), ExitStack() as stack:
         stack.callback(lambda before=dict(os.environ): (os.environ.clear(), os.environ.update(before)))     # a nanny leaves its settings in this process's
         if scheduler == 'local':
             visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')
-            nannies = {i: dict(cls=Nanny, options=dict(nthreads=1, host='127.0.0.1', memory_limit=0, dashboard=False, silence_logs=50,
+            nannies = {i: dict(cls=Nanny, options=dict(nthreads=1, host='127.0.0.1', memory_limit=0, dashboard=False, silence_logs=50, preload=deaf,
                                                        env={'CUDA_VISIBLE_DEVICES': visible[i]} if gpus else {})) for i in range(workers)}
             cluster = SpecCluster(nannies, dict(cls=Scheduler, options=dict(host='127.0.0.1', port=0, dashboard=False)), silence_logs=50)
             scheduler = stack.enter_context(cluster).scheduler_address
@@ -247,7 +252,7 @@ def _in_words(line: str) -> str:
     "What a progress bar of a run says; any other line as it is."
     if not (bar := _BAR.search(line)): return line
     step = f"{'' if bar['unit'] == 'step' else bar['what'] + ' '}{bar['unit']} {bar['n']} of {bar['total']}"
-    return ', '.join(filter(None, [step, bar['more'], '' if '?' in bar['left'] else f"{bar['left']} left"]))
+    return ', '.join(filter(None, [step, '' if '?' in bar['left'] else f"{bar['left']} left", bar['more']]))
 
 # %% ../nbs/13_fanout.ipynb #b0a4d004
 class _Board:
@@ -374,11 +379,12 @@ def _failed(run_dir: Path, outcome: dict, board: _Board) -> dict:
     return dict(status='failed', error=outcome['reason'], run_dir=str(run_dir))
 
 # %% ../nbs/13_fanout.ipynb #96b253f2
-def _results(client: object, todo: dict[int, dict], resources: dict, patience: float, board: _Board, task: Callable[[dict], dict] = _on_worker) -> Iterator[tuple[int, dict]]:
+def _results(client: object, todo: dict[int, dict], resources: dict, patience: float, board: _Board) -> Iterator[tuple[int, dict]]:
     "Index and outcome of each job, as they come; `ConnectionError` when the scheduler is gone."
     topic = next(iter(todo.values()))['topic']
     client.subscribe_topic(topic, lambda event: board.progress(*event[1]))
-    pending = {i: client.submit(task, job, pure=False, resources=resources or None) for i, job in todo.items()}
+    submit = lambda job: client.submit(_on_worker, job, pure=False, resources=resources or None)
+    pending = {i: submit(job) for i, job in todo.items()}
     alone, looked = None, time.monotonic()
     while pending:
         if client.status != 'running' or any(f.cancelled() for f in pending.values()): raise ConnectionError(client.status)
@@ -386,7 +392,12 @@ def _results(client: object, todo: dict[int, dict], resources: dict, patience: f
             future = pending.pop(i)
             error = future.exception() if future.status == 'error' else None
             if future.cancelled(): raise ConnectionError('lost')
-            yield i, dict(status='failed', reason=_why(error)) if error else future.result()
+            outcome = dict(status='failed', reason=_why(error)) if error else future.result()
+            if outcome['status'] != 'lacking': yield i, outcome; continue
+            # A worker that came later: it would take one run after the other and do none.
+            board.say(f"worker {outcome['where']} is sent away: {outcome['reason']}", sys.stderr)
+            client.retire_workers([outcome['where']])
+            pending[i] = submit(todo[i])
         time.sleep(0.05)
         if time.monotonic() - looked > 2:
             looked = time.monotonic()
@@ -419,10 +430,10 @@ def table(argv: list[str] | None = None) -> int:
 # %% ../nbs/13_fanout.ipynb #94fca836
 def _table_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('draem_nb table', description='Every class, seed and recipe as a report, side by side; then the summary.', allow_abbrev=False)
-    names = lambda text: [part.strip() for part in text.split(',') if part.strip()]
+    names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(',') if part.strip()))
     option = parser.add_argument
     option('--categories', type=names, help='a,b,c (default: every class of the data root, or the built-in ones)')
-    option('--seeds', type=lambda text: [int(n) for n in names(text)], default=[0], help='0,1,2 (default: 0)')
+    option('--seeds', type=lambda text: [_number(n, int, 0) for n in names(text)], default=[0], help='0,1,2 (default: 0)')
     option('--recipes', type=names, default=['demo'], help='demo,official (default: demo)')
     option('--overrides', type=reports._value('overrides', {}), default={}, help='recipe fields as JSON, for all runs')
     option('--data-root', default=os.environ.get('DRAEM_NB_DATA_ROOT'), help='folder of the classes (default: the built-in ones, or DRAEM_NB_DATA_ROOT)')
@@ -430,15 +441,24 @@ def _table_parser() -> argparse.ArgumentParser:
     option('--device', help="'cpu' or 'cuda'; with a scheduler, 'cuda' asks for workers with --resources GPU=1")
     option('--runs-dir', default='runs', help='(default: runs)')
     option('--scheduler', default='local', help='address of a dask scheduler, tcp://host:8786 (default: workers on this machine)')
-    option('--workers', type=int, help='of this machine (default: by cores, memory and GPUs)')
-    option('--threads', type=int, help='of each run (default: the cores shared among the workers)')
-    option('--time-limit', type=float, help='seconds for one run')
+    option('--workers', type=lambda text: _number(text, int, 1), help='of this machine (default: by cores, memory and GPUs)')
+    option('--threads', type=lambda text: _number(text, int, 1), help='of each run (default: the cores shared among the workers)')
+    option('--time-limit', type=lambda text: _number(text, float, 1), help='seconds for one run')
     option('--dry-run', action='store_true', help='show the plan and an estimate of the time')
     return parser
 
+def _number(text: str, kind: type, least: float) -> float:
+    with contextlib.suppress(ValueError):
+        if (value := kind(text)) >= least: return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number of at least {least}")
+
 def _param_sets(options: argparse.Namespace) -> list[dict]:
     "One set of parameters for each class, recipe and seed."
-    classes = options.categories or (find_categories(options.data_root) if options.data_root else sorted(DEMO_CATEGORIES))
+    root, elsewhere = options.data_root, options.scheduler != 'local' and options.categories      # then the workers look, each at its own data
+    there = find_categories(root) if root and not elsewhere else None if root else sorted(DEMO_CATEGORIES)
+    classes = options.categories or there
+    if there is not None and (unknown := sorted(set(classes) - set(there))): raise ValueError(f"there is no class {', '.join(unknown)} in {root or 'the built-in ones'}; there are: {', '.join(there) or 'none'}")
+    if not classes: raise ValueError(f'there is no class in {root}')
     for recipe in options.recipes: recipes.by_name(recipe).replace(**options.overrides)       # a mistake is one sentence, not as many as runs
     shared = {key: value for key in ('data_root', 'textures_root', 'device', 'overrides') if (value := getattr(options, key))}
     return [dict(shared, category=c, recipe=r, seed=s) for r in options.recipes for c in classes for s in options.seeds]
@@ -446,9 +466,9 @@ def _param_sets(options: argparse.Namespace) -> list[dict]:
 def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
     print(planned[['category', 'recipe', 'seed', 'todo', 'run_dir', *(['why'] if planned.why.any() else [])]].to_string(index=False))
     counts, n = Counter(planned.todo), _n_workers(options, len(planned))
-    seconds = estimate(planned, n)
-    print(f"{counts['run']} to run, {counts['complete']} complete, {counts['refused']} refused; " + (f'about {_about(seconds)} on {n} workers, from the complete ones'
-          if seconds is not None else 'no estimate: none of them is complete yet'))
+    known = estimate(planned, n)
+    print(f"{counts['run']} to run, {counts['complete']} complete, {counts['refused']} refused; " + (f'about {_about(known[0])} on {n} worker{"s" * (n > 1)}, by {known[1]}'
+          if known else 'no estimate: there is no complete run yet'))
 
 def _n_workers(options: argparse.Namespace, n_runs: int) -> int:
     if options.workers or options.scheduler == 'local': return options.workers or local_size(n_runs)[0]

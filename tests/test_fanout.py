@@ -126,8 +126,8 @@ def test_a_killed_worker_costs_nothing_that_was_saved(notebook, tmp_path):
     assert process.returncode == 0, out
     begun = sorted(len(p.read_text()) for p in (tmp_path / 'runs').glob('*/begun'))
     assert begun == [1, 2]                # one run went on from where it was
-    run_many(sets, tmp_path / 'alone', notebook)
-    assert metrics(tmp_path / 'runs') == metrics(tmp_path / 'alone') and len(metrics(tmp_path / 'alone')) == 2
+    assert sorted(json.loads(m)['image']['auroc'] for m in metrics(tmp_path / 'runs').values()) == [0.5, 0.6]
+    assert 'its worker is gone; it goes on at tcp://' in out
 
 
 def test_ctrl_c_and_a_second_command(notebook, tmp_path):
@@ -150,7 +150,7 @@ def test_workers_without_a_shared_disk_and_a_scheduler_that_is_restarted(noteboo
     where = address()
     scheduler = scheduler_at(cluster, where)
     workers = [worker_at(cluster, where, DRAEM_NB_WORK=str(tmp_path / f'disk{i}'), DRAEM_NB_THREADS='1') for i in (0, 1)]
-    sets = [dict(seed=s, steps=8) for s in range(3)]
+    sets = [dict(seed=s, steps=8) for s in range(2)]
     process = command(sets, tmp_path / 'runs', notebook, scheduler=where, patience=100.)
     until(lambda: list(tmp_path.glob('disk*/*/checkpoint.pt')))
     for p in (scheduler, *workers): p.kill(); p.wait()
@@ -158,13 +158,29 @@ def test_workers_without_a_shared_disk_and_a_scheduler_that_is_restarted(noteboo
     for i in (0, 1): worker_at(cluster, where, DRAEM_NB_WORK=str(tmp_path / f'disk{i}'), DRAEM_NB_THREADS='1')
     out, _ = process.communicate(timeout=250)
     assert process.returncode == 0, out
-    assert len(metrics(tmp_path / 'runs')) == 3 and 'the scheduler is gone' in out and re.search(r'brick-demo-seed\d-\w+: step \d of 8', out)
+    assert len(metrics(tmp_path / 'runs')) == 2 and 'the scheduler is gone' in out and re.search(r'brick-demo-seed\d-\w+: step \d of 8', out)
     for run in (tmp_path / 'runs').glob('brick*'): assert {'metrics.json', 'parameters.json', 'report.html', 'report.ipynb', 'timing.json', 'checkpoint.pt'} <= {p.name for p in run.iterdir()}
     # The other workers' data lie elsewhere: a worker that lacks them says so at once, and so does the GPU that nobody offers.
     (tmp_path / 'here' / 'screw' / 'train' / 'good').mkdir(parents=True)
     with pytest.raises(ValueError, match='worker tcp.*the data folder .*there.* set DRAEM_NB_DATA_ROOT on that worker'):
         run_many([dict(category='screw', data_root=str(tmp_path / 'there'))], tmp_path / 'runs', notebook, scheduler=where)
     with pytest.raises(ValueError, match='no worker of .* offers a GPU'): run_many([dict(device='cuda')], tmp_path / 'gpu', notebook, scheduler=where)
+    # One that comes later is sent away, and its run goes to another one.
+    sets = [dict(category='screw', data_root=str(tmp_path / 'here'), seed=s, steps=12) for s in range(3)]
+    before = len(list(tmp_path.glob('disk*/*/begun')))
+    process = command(sets, tmp_path / 'late', notebook, scheduler=where)
+    until(lambda: len(list(tmp_path.glob('disk*/*/begun'))) > before)
+    late = worker_at(cluster, where, DRAEM_NB_WORK=str(tmp_path / 'disk2'), DRAEM_NB_DATA_ROOT=str(tmp_path / 'there'))
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and 'is sent away: the data folder' in out and late.wait(60) == 0 and len(metrics(tmp_path / 'late')) == 3, out
+
+
+def test_each_local_worker_gets_a_gpu_of_its_own(monkeypatch):
+    for given, seen in ((None, {'0', '1'}), ('3,5', {'3', '5'})):
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False) if given is None else monkeypatch.setenv('CUDA_VISIBLE_DEVICES', given)
+        with fanout._connected('local', 2, 2, 60.) as client:
+            client.wait_for_workers(2)
+            assert set(client.run(os.getenv, 'CUDA_VISIBLE_DEVICES').values()) == seen
 
 
 def test_no_scheduler_and_no_worker_are_sentences(notebook, tmp_path, cluster):
@@ -238,10 +254,11 @@ def test_the_plan_names_what_is_missing(tmp_path, capsys, monkeypatch):
         (run / 'timing.json').write_text(json.dumps(dict(seconds=600)))
     monkeypatch.setattr(fanout, 'local_size', lambda n: (2, 1, 0))
     assert reports.main(['table', '--dry-run', '--categories', 'brick,grass', '--seeds', '0,1', '--runs-dir', str(tmp_path)]) == 0
-    assert '2 to run, 2 complete, 0 refused; about 10 min on 2 workers' in capsys.readouterr().out
+    assert '2 to run, 2 complete, 0 refused; about 10 min on 2 workers, by complete runs' in capsys.readouterr().out
     # The recipe was changed in the library: the old run is named, not taken.
     recipe = dict(vars(fanout.recipes.demo()), lr=1.)
     (tmp_path / 'brick-demo-seed0' / 'run.json').write_text(json.dumps(dict(recipe=recipe)))
     assert reports.main(['table', '--dry-run', '--categories', 'brick', '--runs-dir', str(tmp_path)]) == 1
     assert 'another recipe (lr 1.0 there' in capsys.readouterr().out
     assert reports.main(['table', '--recipes', 'demmo', '--runs-dir', str(tmp_path)]) == 1 and "unknown recipe 'demmo'" in capsys.readouterr().err
+    assert reports.main(['table', '--categories', 'brik', '--runs-dir', str(tmp_path)]) == 1 and 'there is no class brik in the built-in ones; there are: brick, grass, gravel' in capsys.readouterr().err
