@@ -210,6 +210,8 @@ def _last_lines(error: Exception, n: int = 12) -> str:
 
 # %% ../nbs/12_reports.ipynb #8c6e624d
 logging.getLogger('papermill').addHandler(logging.NullHandler())   # what it has to say comes as an exception as well
+# Ctrl-C ends the kernel under nbclient's task, which nobody waits for any more; asyncio would print the traceback of that.
+logging.getLogger('asyncio').addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], DeadKernelError)))
 
 def _execute(notebook: Path, to: Path, params: dict) -> None:
     papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False, kernel_manager_class=_Kernel, start_timeout=300,

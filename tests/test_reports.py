@@ -1,6 +1,8 @@
 """Reports seen from outside: kernels that die, runs that fail or are stopped, folders that hold something else, pages that load nothing."""
 
 import ast
+import asyncio
+import gc
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+from nbclient.exceptions import DeadKernelError
 
 from draem_nb import reports
 from draem_nb.reports import RunFailed, main, report_names, report_notebook, report_parameters, run_many, run_report
@@ -129,6 +132,18 @@ def test_ctrl_c_lets_the_notebook_save_and_says_how_to_go_on(notebook, tmp_path)
     assert process.returncode == 130 and 'the same command goes on' in err and 'Traceback' not in err
     assert (tmp_path / 'run' / 'checkpoint').read_text() == 'saved' and gone(kernel)
     assert not (tmp_path / 'run' / 'metrics.json').exists()
+
+
+def test_a_kernel_that_ends_unawaited_prints_no_traceback(caplog):
+    # What Ctrl-C can leave behind: nbclient's task, ended by the kernel's death, its exception never asked for.
+    async def die(): raise DeadKernelError('Kernel died')
+    async def other(): raise ValueError('another')
+    async def main():
+        for task in (die, other): asyncio.ensure_future(task())
+        await asyncio.sleep(0)
+    asyncio.run(main())
+    gc.collect()
+    assert 'another' in caplog.text and 'Kernel died' not in caplog.text
 
 
 def test_no_kernel_outlives_its_report(notebook, tmp_path):
