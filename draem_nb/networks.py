@@ -115,14 +115,15 @@ class Draem(nn.Module):
 
 # %% ../nbs/04_networks.ipynb #7d29388a
 @torch.no_grad()
-def initialise(net: nn.Module, generator: torch.Generator, anomaly_prior: float | None = None) -> nn.Module:
+def initialise(net: nn.Module, generator: torch.Generator, anomaly_prior: float | None = None, std: float = 0.02) -> nn.Module:
     """Draw all weights of `net` anew, in place (on the CPU, where the generator lives), as the released code does.
 
-    `anomaly_prior`, 0 to 1: the probability at which every pixel starts (Lin et al., ICCV 2017, section 4.1); None: as released, about 1/2."""
+    `anomaly_prior`, 0 to 1: the probability at which every pixel starts (Lin et al., ICCV 2017, section 4.1); None: as released, about 1/2.
+    `std`: standard deviation of the convolution weights."""
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             bound = 1 / math.sqrt(m.weight[0].numel())
-            m.weight.normal_(0, 0.02, generator=generator)
+            m.weight.normal_(0, std, generator=generator)
             m.bias.uniform_(-bound, bound, generator=generator)
         elif isinstance(m, nn.BatchNorm2d):
             m.reset_running_stats()

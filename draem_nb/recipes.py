@@ -29,6 +29,7 @@ class Recipe:
     base_width: int = 128                           # channels of the reconstructive net's first block
     base_channels: int = 64                         # channels of the discriminative net's first block
     reconstructive: bool = True                     # False: discriminative net on the image alone (ablation 'Disc. only')
+    init_std: float = 0.02                          # standard deviation of the convolution weights at the start (04_networks)
     anomaly_prior: float | None = None              # probability at which every pixel starts (04_networks); None: as released, 1/2
     discriminative: bool = True                     # False: map from the restoration error (ablations 'Recon.-AE')
     reconstruction_map: str = 'ssim'                # that error: 'ssim' or 'msgms' (multi-scale gradient similarity)
@@ -103,7 +104,7 @@ def _check_ranges(r: Recipe) -> None:
     for field in ('rotation_probability', 'clean_share', 'holdout', 'quantile'):
         need(0 <= getattr(r, field) <= 1, field, 'between 0 and 1')
     need(r.anomaly_prior is None or 0 < r.anomaly_prior < 1, 'anomaly_prior', 'None or between 0 and 1')
-    for field in ('lr', 'epochs', 'lr_decay'): need(getattr(r, field) > 0, field, 'greater than 0')
+    for field in ('lr', 'epochs', 'lr_decay', 'init_std'): need(getattr(r, field) > 0, field, 'greater than 0')
     for field in ('ssim_weight', 'l2_weight', 'focal_weight', 'focal_gamma'): need(getattr(r, field) >= 0, field, 'at least 0')
     need(len(r.opacity) == 2 and 0 <= r.opacity[0] <= r.opacity[1] <= 1, 'opacity', 'a pair (low, high) with 0 <= low <= high <= 1')
     need(len(r.perlin_scales) == 2 and 0 <= r.perlin_scales[0] <= r.perlin_scales[1] <= 8, 'perlin_scales', 'a pair of exponents (low, high) with 0 <= low <= high <= 8')
@@ -127,8 +128,8 @@ def paper() -> Recipe:
 # %% ../nbs/06_recipes.ipynb #9700b6c8
 def demo() -> Recipe:
     "Small and quick, for two CPU cores: 96 px, widths 16 and 8, 3,500 steps of 4 images."
-    return Recipe(name='demo', size=96, base_width=16, base_channels=8, batch=4, steps=3500, lr=5e-4, anomaly_prior=0.05, rotation_probability=0.,
-                  score_window=9, match_gray=True)
+    return Recipe(name='demo', size=96, base_width=16, base_channels=8, batch=4, steps=3500, lr=7.5e-4, init_std=0.057, anomaly_prior=0.05,
+                  rotation_probability=0., score_window=9, match_gray=True)
 
 def by_name(name: str) -> Recipe:
     "`'official'`, `'paper'` or `'demo'`; any other name raises `ValueError`."

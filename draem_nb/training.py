@@ -97,7 +97,7 @@ class Trainer:
         self.images, self.simulator = images.to(device), AnomalySimulator(textures.to(device), recipe, getattr(images, 'images', images))
         self.dtype, self.memory_format = pick_precision(recipe, device), memory_format_of(recipe)
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
-        self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior).to(device, memory_format=self.memory_format)
+        self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior, recipe.init_std).to(device, memory_format=self.memory_format)
         self.forward = torch.compile(self.net) if recipe.compile else self.net
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=recipe.lr, fused=device.type in ('cpu', 'cuda'))
         milestones = [round(fraction * self.total) for fraction in recipe.lr_milestones]
