@@ -108,6 +108,13 @@ def test_a_compiled_step_is_one_graph_and_the_same_step(category, textures, monk
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
 
 
+def test_initial_weights_are_the_recipes(category, textures):
+    for std in (0.02, 0.057):
+        net = Trainer(category.train, textures, demo().replace(**TINY, init_std=std), torch.device('cpu')).net
+        weights = torch.cat([m.weight.flatten() for m in net.modules() if isinstance(m, torch.nn.Conv2d)])
+        assert abs(weights.std() / std - 1) < 0.05
+
+
 def test_resume_false_starts_anew(category, textures, tmp_path):
     recipe = demo().replace(**{**TINY, 'steps': 4})
     train(category, textures, recipe, tmp_path, 'cpu')
