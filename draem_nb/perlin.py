@@ -124,5 +124,5 @@ def one_perlin_mask(scales: Tensor, size: tuple[int, int], angles: Tensor, degre
     def mask(b: int) -> Tensor:
         noise = torch.empty(1, 1, *size)
         _one_noise(cos[b], sin[b], *exponents[b], noise[0, 0])
-        return (turns(noise, slice(b, b + 1)) > threshold)[0]
+        return torch.from_numpy(turns(noise, slice(b, b + 1))[0].numpy() > threshold)       # in numpy ten times as fast
     return mask

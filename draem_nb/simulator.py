@@ -174,7 +174,7 @@ def _one_by_one(simulator: AnomalySimulator, images: Tensor, plan: Plan, out: Si
     "Sample by sample into `out`, on a CPU: the same bits as `_at_once`."
     size, cpu = tuple(images.shape[-2:]), images.device
     turn, anomaly = ({b: i for i, b in enumerate(some.tolist())} for some in (plan.turned, plan.anomalous))
-    turns, paint = Turns(size, plan.degrees, cpu), _painter(simulator, plan, size)
+    turns, paint = Turns(size, plan.degrees, cpu) if turn else None, _painter(simulator, plan, size)
 
     def make(b: int, index: int) -> bool:
         target = torch.div(images[index], 255, out=out.target[b])
