@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .data import CategoryData, check_size, replacing
 from .detector import AnomalyDetector
-from .simulator import _generator, _uniform
+from .simulator import generator_of, uniform
 from .training import load_checkpoint, pick_device, split_held_out
 
 # %% auto #0
@@ -128,14 +128,14 @@ def _placed(sides: Tensor, degrees: Tensor, size: tuple[int, int], jitter: float
     for extent in (sides.ceil(), (sides * cos + sides.flip(1) * sin).sub(1e-4).ceil()):    # of the upright and of the turned box
         corner = (torch.rand(len(sides), 2, generator=g) * (torch.tensor(size) - extent + 1)).floor()
         places.append(corner + extent / 2)
-    change = _uniform(-jitter, jitter, (len(sides), 4), g)
+    change = uniform(-jitter, jitter, (len(sides), 4), g)
     return Pastes(sides, *places, degrees, change + torch.tensor([1., 1., 1., 0.]))
 
 # %% ../nbs/22_cutpaste.ipynb #9dbeb88d
 def draw_patches(recipe: CutPasteRecipe, n: int, size: tuple[int, int], g: torch.Generator) -> Pastes:
     "n CutPaste patches for images of (H, W) pixels, sides in whole pixels."
-    area = _uniform(*recipe.area, n, g) * size[0] * size[1]
-    ratios = torch.stack([_uniform(low, high, n, g) for low, high in recipe.aspect])
+    area = uniform(*recipe.area, n, g) * size[0] * size[1]
+    ratios = torch.stack([uniform(low, high, n, g) for low, high in recipe.aspect])
     ratio = ratios[torch.randint(len(ratios), (n,), generator=g), torch.arange(n)]
     sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).round()
     return _placed(torch.minimum(sides.clamp(min=1), torch.tensor(size)), torch.zeros(n), size, recipe.jitter, g)
@@ -143,8 +143,8 @@ def draw_patches(recipe: CutPasteRecipe, n: int, size: tuple[int, int], g: torch
 def draw_scars(recipe: CutPasteRecipe, n: int, size: tuple[int, int], g: torch.Generator) -> Pastes:
     "n scars for images or patches of (H, W) pixels; their lengths go with `recipe.size`, a side is at least one pixel."
     scale = min(check_size(recipe.size)) / 256
-    sides = torch.stack([_uniform(*lengths, n, g) for lengths in (recipe.scar_width, recipe.scar_length)], 1) * scale
-    return _placed(sides.clamp(min=1), _uniform(-recipe.scar_degrees, recipe.scar_degrees, n, g), size, recipe.jitter, g)
+    sides = torch.stack([uniform(*lengths, n, g) for lengths in (recipe.scar_width, recipe.scar_length)], 1) * scale
+    return _placed(sides.clamp(min=1), uniform(-recipe.scar_degrees, recipe.scar_degrees, n, g), size, recipe.jitter, g)
 
 # %% ../nbs/22_cutpaste.ipynb #8ec3a05c
 def paste(
@@ -187,7 +187,7 @@ _DRAW = dict(cutpaste=draw_patches, scar=draw_scars)
 
 def draw_plan(recipe: CutPasteRecipe, n_images: int, window: tuple[int, int], step: int) -> CutPastePlan:
     "All random choices of one step for windows of (h, w) pixels, from a generator seeded by (seed, window, step) alone."
-    g, size = _generator(recipe.seed, 3, *window, step), torch.tensor(check_size(recipe.size))
+    g, size = generator_of(recipe.seed, 3, *window, step), torch.tensor(check_size(recipe.size))
     image = torch.randint(n_images, (recipe.batch,), generator=g)
     corner = (torch.rand(recipe.batch, 2, generator=g) * (size - torch.tensor(window) + 1)).long()
     return CutPastePlan(image, corner, [_DRAW[kind](recipe, recipe.batch, window, g) for kind in recipe.kinds])
@@ -243,7 +243,7 @@ def train_network(
     name: str = 'images',           # for the progress bar
 ) -> tuple[ResNet18, Tensor]:       # in evaluation mode, and its losses (steps,) on the CPU
     "Train a ResNet-18 to tell normal windows from pasted ones. The same seed gives the same bits on a CPU."
-    net = _initialise(ResNet18(recipe.width, 1 + len(recipe.kinds)), _generator(recipe.seed, 4, *window)).to(images.device, memory_format=torch.channels_last)
+    net = _initialise(ResNet18(recipe.width, 1 + len(recipe.kinds)), generator_of(recipe.seed, 4, *window)).to(images.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.steps))
     losses = torch.zeros(recipe.steps, device=images.device)
@@ -345,7 +345,7 @@ def _describe_normal(nets: dict[str, ResNet18], images: Tensor, recipe: CutPaste
     for i, part in enumerate(tqdm(images.split(16), 'features', unit='batch', mininterval=1, delay=2)):
         x = part.float().div_(255).contiguous(memory_format=torch.channels_last)
         whole.append(nets['images'].features(x))
-        found, g = patch_features(nets['patches'], x, recipe.patch, recipe.stride).flatten(1, 2), _generator(recipe.seed, 5, i)
+        found, g = patch_features(nets['patches'], x, recipe.patch, recipe.stride).flatten(1, 2), generator_of(recipe.seed, 5, i)
         patches += [f[torch.randperm(len(f), generator=g)[:keep].to(f.device)] for f in found]
     features = dict(images=torch.cat(whole), patches=torch.cat(patches))
     gaussians = {name: Gaussian.fit(f) for name, f in features.items()}

@@ -17,7 +17,7 @@ from .recipes import Recipe
 from .textures import Augmentation, augment, augment_pixels, draw_augmentation, fixed_tables
 
 # %% auto #0
-__all__ = ['Plan', 'Simulated', 'draw_plan', 'AnomalySimulator', 'has_color']
+__all__ = ['Plan', 'Simulated', 'generator_of', 'uniform', 'draw_plan', 'AnomalySimulator', 'has_color']
 
 # %% ../nbs/03_simulator.ipynb #b65ae171
 @dataclass
@@ -45,22 +45,24 @@ class Simulated:
     is_anomalous: Tensor        # (B,) bool; a sample whose mask came out empty is clean
 
 # %% ../nbs/03_simulator.ipynb #d796dc84
-def _generator(*key: int) -> torch.Generator:
+def generator_of(*key: int) -> torch.Generator:
+    "A CPU generator seeded by whole numbers (run seed, purpose, step ...): another key, another stream."
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-def _uniform(low: float, high: float, shape: tuple[int, ...] | int, g: torch.Generator) -> Tensor:
+def uniform(low: float, high: float, shape: tuple[int, ...] | int, g: torch.Generator) -> Tensor:
+    "float32 of `shape`, uniform in low .. high, from `g`."
     return torch.rand(shape, generator=g) * (high - low) + low
 
 def _images(n_images: int, batch: int, seed: int, step: int, replacement: bool, g: torch.Generator) -> Tensor:
     "Indices of the normal images: with replacement, or the next ones of this epoch's permutation."
     if replacement: return torch.randint(n_images, (batch,), generator=g)
     epoch, position = np.divmod(step * batch + np.arange(batch), n_images)
-    orders = {e: torch.randperm(n_images, generator=_generator(seed, 1, e)) for e in set(epoch.tolist())}
+    orders = {e: torch.randperm(n_images, generator=generator_of(seed, 1, e)) for e in set(epoch.tolist())}
     return torch.stack([orders[e][p] for e, p in zip(epoch.tolist(), position.tolist())])
 
 # %% ../nbs/03_simulator.ipynb #022fa514
 def _rectangles(n: int, g: torch.Generator) -> Tensor:
-    area, ratio = _uniform(0.02, 0.15, n, g), _uniform(np.log(0.3), np.log(3.3), n, g).exp()
+    area, ratio = uniform(0.02, 0.15, n, g), uniform(np.log(0.3), np.log(3.3), n, g).exp()
     sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1)
     corner = torch.rand(n, 2, generator=g) * (1 - sides)
     return torch.cat([corner, corner + sides], 1)
@@ -74,21 +76,21 @@ def draw_plan(
     step: int,          # plans of different steps are independent
 ) -> Plan:
     "All random choices of one step, from a generator seeded by (seed, step) alone."
-    g = _generator(seed, 0, step)
+    g = generator_of(seed, 0, step)
     image = _images(n_images, batch, seed, step, recipe.replacement, g)
     turned = (torch.rand(batch, generator=g) < recipe.rotation_probability).nonzero()[:, 0]
-    degrees = _uniform(-recipe.rotation_degrees, recipe.rotation_degrees, len(turned), g)
+    degrees = uniform(-recipe.rotation_degrees, recipe.rotation_degrees, len(turned), g)
     anomalous = (torch.rand(batch, generator=g) >= recipe.clean_share).nonzero()[:, 0]
     n, (low, high) = len(anomalous), recipe.perlin_scales
     return Plan(image, turned, degrees, anomalous,
         scales=torch.randint(low, high + 1, (n, 2), generator=g),
         angles=random_angles(n, high, g),
-        mask_degrees=_uniform(-recipe.perlin_rotation, recipe.perlin_rotation, n, g),
+        mask_degrees=uniform(-recipe.perlin_rotation, recipe.perlin_rotation, n, g),
         rectangle=_rectangles(n, g),
         texture=torch.randint(n_textures, (n,), generator=g),
         color=torch.rand(n, 3, generator=g),
         augmentation=draw_augmentation(recipe.augmentation, n, g, recipe.n_augmentations),
-        opacity=_uniform(*recipe.opacity, n, g))
+        opacity=uniform(*recipe.opacity, n, g))
 
 # %% ../nbs/03_simulator.ipynb #8bad3ab9
 class AnomalySimulator:
