@@ -220,7 +220,9 @@ class ResNet18(nn.Module):
         self.body = nn.Sequential(_conv(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *stages)
         self.head = nn.Sequential(nn.Linear(8 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, classes))
 
-    def features(self, x: Tensor) -> Tensor: return self.body(x).mean((2, 3))
+    def features(self, x: Tensor) -> Tensor:
+        "(B, 3, H, W) -> (B, 8 * width), the mean over all places."
+        return self.body(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor: return self.head(self.features(x))
 

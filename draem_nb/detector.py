@@ -51,7 +51,7 @@ def upper_quantile(values: np.ndarray, quantile: float) -> float:
 @dataclass
 class Detections:
     "What a detector says of B images; CPU tensors. Without a threshold there are no masks and no verdicts (None)."
-    maps: Tensor                    # (B, H, W) float32 in 0..1, anomaly probability of each pixel
+    maps: Tensor                    # (B, H, W) float32, the higher the more anomalous; of DRAEM the probability, 0..1
     scores: Tensor                  # (B,) float32
     masks: Tensor | None            # (B, H, W) bool, map > pixel threshold
     is_anomalous: Tensor | None     # (B,) bool, score > threshold
@@ -102,7 +102,9 @@ class AnomalyDetector:
     mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
 
     @property
-    def n_held_out(self) -> int: return len(self.held_out_scores)
+    def n_held_out(self) -> int:
+        "How many normal images the thresholds come from."
+        return len(self.held_out_scores)
 
     def _look(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         "(B, 3, H, W) uint8 on the device -> restoration (B, 3, H, W) in 0..1 or None, maps (B, 1, H, W), scores (B,)."

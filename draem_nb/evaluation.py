@@ -300,8 +300,9 @@ def differing_conditions(results: dict) -> list[str]:
     if c['size'] != [256, 256]: words.append(f'{c["size"][0]} x {c["size"][1]} pixels instead of 256 x 256')
     if 'recipe' in c:
         if (c['base_width'], c['base_channels']) != (128, 64): words.append(f'network widths {c["base_width"]} and {c["base_channels"]} instead of 128 and 64')
-        images = c['steps'] * c['batch'] / c['n_train']
-        if images < 600: words.append(f'{images:.0f} epochs instead of 700')
+        n_held_out = (results['operating_point'] or {}).get('n_held_out', 0)
+        epochs = c['steps'] * c['batch'] / (c['n_train'] - n_held_out)
+        if epochs < 600: words.append(f'{epochs:.0f} epochs instead of 700')
         if c['recipe'] not in ('paper', 'official'): words.append(f'the choices of the recipe "{c["recipe"]}"')
         words += [f'{field} = {value}' for field, value in c.get('changes', {}).items()]
     if c['mask_rule'] != 'official': words.append('masks by the rule "half" instead of the released code\'s')

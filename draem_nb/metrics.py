@@ -30,9 +30,13 @@ class TieGroups(NamedTuple):
     n_normals: int
 
     @property
-    def n_defects(self) -> int: return self.member.size
+    def n_defects(self) -> int:
+        "n, over all groups."
+        return self.member.size
     @property
-    def found(self) -> np.ndarray: return np.cumsum(self.size)      # (k,) int: defects with this score or a higher one
+    def found(self) -> np.ndarray:
+        "(k,) int: defects with this score or a higher one."
+        return np.cumsum(self.size)
 
 # %% ../nbs/09_metrics.ipynb #d9251d09
 def _count_into(counts: np.ndarray, part: np.ndarray, at: np.ndarray, lock: Lock) -> None:

@@ -71,11 +71,13 @@ class RandomCrops:
 
     def __len__(self) -> int: return len(self.indices)
 
-    def flip(self, _: int) -> RandomCrops: # as a tensor's flip(1)
+    def flip(self, _: int) -> RandomCrops:
+        "The other channel order (RGB, BGR) from now on; what `flip(1)` does to a tensor."
         self.flipped = not self.flipped
         return self
 
-    def to(self, device: torch.device) -> RandomCrops: # the crops will be there, not the images
+    def to(self, device: torch.device) -> RandomCrops:
+        "The crops will be on the device; the images stay where they are."
         self.device = device
         return self
 
@@ -136,6 +138,7 @@ class Trainer:
         return dict(parts, step=self.done, history=self.history[:self.done].cpu(), recipe=dataclasses.asdict(self.recipe), versions=versions())
 
     def load_state_dict(self, state: dict) -> None:
+        "Go on from what `state_dict` gave."
         for name in ('net', 'optimizer', 'scheduler', 'scaler'): getattr(self, name).load_state_dict(state[name])
         self.done = state['step']
         self.history[:self.done] = state['history'].to(self.device)
