@@ -108,15 +108,17 @@ def _to_8_bit(image: Image.Image, path: str | Path) -> Image.Image:
     return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8)) # round(value / 257)
 
 # %% ../nbs/00_data.ipynb #ea0cd623
-def _resized(path: Path, size: tuple[int, int]) -> np.ndarray:
-    image = read_image(path).resize(size[::-1], Image.Resampling.BILINEAR).convert('RGB') # Pillow says (width, height)
-    return np.asarray(image).transpose(2, 0, 1)
+def _resized(path: Path, size: tuple[int, int], antialias: bool) -> np.ndarray:
+    image = read_image(path)
+    if antialias: return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR).convert('RGB')).transpose(2, 0, 1) # Pillow says (width, height)
+    pixels = torch.from_numpy(np.array(image.convert('RGB'), np.float32)).permute(2, 0, 1)[None]
+    return torch.nn.functional.interpolate(pixels, size, mode='bilinear', align_corners=False)[0].round_().byte().numpy()
 
-def _decoded(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarray]:
+def _decoded(paths: list[Path], size: tuple[int, int], antialias: bool) -> Iterator[np.ndarray]:
     waiting, threads = deque(), os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         for path in tqdm(paths, 'reading images', mininterval=0.5, delay=2):
-            waiting.append(pool.submit(_resized, path, size))
+            waiting.append(pool.submit(_resized, path, size, antialias))
             if len(waiting) > threads: yield waiting.popleft().result() # no more than that is decoded ahead, and held
         while waiting: yield waiting.popleft().result()
 
@@ -124,10 +126,10 @@ def _decoded(paths: list[Path], size: tuple[int, int]) -> Iterator[np.ndarray]:
 def _content(path: Path) -> str:
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
-def _cache_file(paths: list[Path], size: tuple[int, int]) -> Path:
+def _cache_file(paths: list[Path], size: tuple[int, int], antialias: bool) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool: # hashing releases Python's lock, as decoding does
         contents = list(tqdm(pool.map(_content, paths), 'looking for changes', len(paths), mininterval=0.5, delay=2))
-    key = hashlib.sha256(json.dumps(['v2', PIL.__version__, size, contents]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(['v2', PIL.__version__, size, contents] + ['four pixels'] * (not antialias)).encode()).hexdigest()[:32]
     return Path(os.environ.get('DRAEM_NB_CACHE') or Path.home() / '.cache' / 'draem_nb') / f'{key}.npy'
 
 def _write_cache(file: Path, images: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
@@ -156,19 +158,19 @@ def _read_cache(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
 
 # %% ../nbs/00_data.ipynb #7202a56d
-def _cached(paths: list[Path], size: tuple[int, int]) -> np.ndarray:
-    file, shape = _cache_file(paths, size), (len(paths), 3, *size)
+def _cached(paths: list[Path], size: tuple[int, int], antialias: bool) -> np.ndarray:
+    file, shape = _cache_file(paths, size, antialias), (len(paths), 3, *size)
     if (array := _read_cache(file, shape)) is None:
-        try: _write_cache(file, _decoded(paths, size), shape)
+        try: _write_cache(file, _decoded(paths, size, antialias), shape)
         except OSError as error: # a home that is full or read-only is no reason to stop
             warnings.warn(f"cannot write the image cache {file.parent} ({error.strerror}); "
                           "set DRAEM_NB_CACHE to a folder that can be written")
         array = _read_cache(file, shape)
-    return _in_memory(paths, size) if array is None else array
+    return _in_memory(paths, size, antialias) if array is None else array
 
-def _in_memory(paths: list[Path], size: tuple[int, int]) -> np.ndarray:
+def _in_memory(paths: list[Path], size: tuple[int, int], antialias: bool) -> np.ndarray:
     array = np.empty((len(paths), 3, *size), np.uint8)
-    for out, image in zip(array, _decoded(paths, size), strict=True): out[:] = image
+    for out, image in zip(array, _decoded(paths, size, antialias), strict=True): out[:] = image
     return array
 
 # %% ../nbs/00_data.ipynb #ebfc4b50
@@ -177,13 +179,14 @@ def load_images(
     size: int | Sequence[int] = 256,     # S or (H, W): every image is resized to it, whatever its shape
     color: str = 'rgb',                  # channel order: 'rgb', or 'bgr' as the authors' checkpoints want it
     cache: bool = False,                 # keep the resized images on disk: for folders that are read again and again
+    antialias: bool = True,              # False: each pixel from the nearest four alone, as the released code shrinks images
 ) -> torch.Tensor: # (N, 3, H, W) uint8
     "Images of any supported format in one tensor. A file that is missing (`FileNotFoundError`) or unreadable (`ValueError`) is named."
     size, paths = _pair(size), [Path(p) for p in paths]
     if color not in ('rgb', 'bgr'): raise ValueError(f"color is {color!r}; choose 'rgb' or 'bgr'")
     for path in paths:
         if not path.exists(): raise FileNotFoundError(f"the image {path} does not exist")
-    images = torch.from_numpy(_cached(paths, size) if cache and paths else _in_memory(paths, size))
+    images = torch.from_numpy((_cached if cache and paths else _in_memory)(paths, size, antialias))
     return images if color == 'rgb' else images.flip(1)
 
 # %% ../nbs/00_data.ipynb #164a14fc
@@ -291,10 +294,11 @@ def load_category(
     size: int | Sequence[int] = 256,  # S or (H, W) in pixels, multiples of 32
     color: str = 'rgb',               # channel order, 'rgb' or 'bgr'
     layout: str | None = None,        # a key of `layouts.LAYOUTS`; None: detect
+    antialias: bool = True,           # of the images, see `load_images`
 ) -> CategoryData:
     "A class in any layout, resized to `size`. Anything missing or unreadable raises an error that names it."
     size, files = check_size(size), list_files(root, name, layout)
-    train, test = (load_images(images, size, color, cache=True) for images in (files.train, files.test))
+    train, test = (load_images(images, size, color, True, antialias) for images in (files.train, files.test))
     masks, masks_official = _masks(files, size)
     labels = torch.tensor([kind != 'good' for kind in files.kinds], dtype=torch.bool)
     known = files.truth == 'exact' or not labels.any()

@@ -5,8 +5,10 @@
 # %% ../nbs/08_detector.ipynb #d3eb7f0d
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +24,12 @@ from tqdm import tqdm
 from .data import check_size, find_images, load_images, write_json
 from .losses import reconstruction_error
 from .networks import Draem, fold_batchnorm, winograd
-from .recipes import Recipe, official
-from .training import load_checkpoint, memory_format_of, pick_device
+from .recipes import Recipe, demo, official
+from .textures import load_textures
+from .training import load_checkpoint, memory_format_of, pick_device, split_held_out, train
 
 # %% auto #0
-__all__ = ['image_score', 'upper_quantile', 'Detections', 'as_images', 'AnomalyDetector', 'Detector']
+__all__ = ['image_score', 'upper_quantile', 'Detections', 'as_images', 'AnomalyDetector', 'Detector', 'fit']
 
 # %% ../nbs/08_detector.ipynb #524530cf
 def image_score(maps: Tensor, window: int = 21) -> Tensor:
@@ -61,19 +64,19 @@ class Detections:
     def __len__(self) -> int: return len(self.scores)
 
 # %% ../nbs/08_detector.ipynb #72f8f8d4
-def as_images(images: object, size: tuple[int, int], color: str = 'rgb') -> tuple[Tensor, list[Path] | None]:
+def as_images(images: object, size: tuple[int, int], color: str = 'rgb', antialias: bool = True) -> tuple[Tensor, list[Path] | None]:
     """Images of any form as (B, 3, H, W) uint8 RGB, and their paths if they came from files.
 
     Path(s) or a folder; numpy (H, W), (H, W, 3) or (B, H, W, 3); torch (3, H, W) or (B, 3, H, W); uint8, or float in 0..1.
-    `color` is the order of the result's channels; the input's is RGB. `ValueError` for anything else."""
+    `color` is the order of the result's channels; the input's is RGB. `antialias` as in `load_images`. `ValueError` for anything else."""
     if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
     if isinstance(images, Sequence):
         paths = [Path(p) for p in images]
         if not paths: raise ValueError('there are no images to predict: the list or folder is empty')
-        return load_images(paths, size, color), paths
+        return load_images(paths, size, color, antialias=antialias), paths
     batch = _as_batch(images)
     if batch.shape[-2:] != size:
-        batch = F.interpolate(batch.float(), size, mode='bilinear', antialias=True, align_corners=False).round().clamp(0, 255).to(torch.uint8)
+        batch = F.interpolate(batch.float(), size, mode='bilinear', antialias=antialias, align_corners=False).round().clamp(0, 255).to(torch.uint8)
     return (batch if color == 'rgb' else batch.flip(1)), None
 
 def _as_batch(images: np.ndarray | Tensor) -> Tensor:
@@ -94,6 +97,7 @@ class AnomalyDetector:
     size: tuple[int, int]               # (H, W) of what it looks at, in pixels
     device: torch.device
     color: str = 'rgb'                  # channel order of what it looks at
+    antialias: bool = True              # how larger images are brought to `size`, see `load_images`
     quantile: float = 0.995             # of held-out normal scores and pixels: the thresholds
     pixel_floor: float = -math.inf      # the pixel threshold is at least this
     threshold: float | None = None      # of the score
@@ -113,7 +117,7 @@ class AnomalyDetector:
     @torch.inference_mode()
     def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
         "Maps, scores and, with thresholds, masks and verdicts for images of any form and size (see `as_images`)."
-        images, paths = as_images(images, self.size, self.color)
+        images, paths = as_images(images, self.size, self.color, self.antialias)
         maps, scores, restored = [torch.zeros(0, *self.size)], [torch.zeros(0)], []
         for part in tqdm(images.split(batch) if len(images) else (), 'predicting', unit='batch', mininterval=0.5, delay=2):
             restoration, part_maps, part_scores = self._look(part.to(self.device))
@@ -165,13 +169,14 @@ class Detector(AnomalyDetector):
 
     @classmethod
     def from_official(cls, path: str | Path, seg_path: str | Path, device: str | torch.device | None = None) -> Detector:
-        "From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px, their scoring and mask rule; no threshold until `calibrate`."
-        nets = {'reconstructive': load_checkpoint(path), 'discriminative': load_checkpoint(seg_path)}
+        "From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px without antialiasing, their scoring and mask rule; no threshold until `calibrate`."
+        try: nets = {'reconstructive': load_checkpoint(path), 'discriminative': load_checkpoint(seg_path)}
+        except ValueError as e: raise ValueError(str(e).replace('delete it to train again', 'download it again')) from None
         try: widths = nets['reconstructive']['encoder.block1.0.weight'].shape[0], nets['discriminative']['encoder_segment.block1.0.weight'].shape[0]
         except KeyError as e: raise ValueError(f'{path} and {seg_path} are not a pair of released DRAEM checkpoints: {e} is missing') from None
         recipe = official().replace(name='released checkpoint', color='bgr', base_width=widths[0], base_channels=widths[1])
         detector = cls(_filled(recipe, {f'{net}.{k}': v for net, state in nets.items() for k, v in state.items()}), recipe, device)
-        detector.mask_rule = 'official'
+        detector.mask_rule, detector.antialias = 'official', False
         return detector
 
     @cached_property
@@ -216,3 +221,20 @@ def _export_onnx(detector: Detector, path: Path) -> Path:
         torch.onnx.export(_Exported(detector).eval(), (x,), str(path), input_names=['image'], output_names=['map', 'score'],
                           dynamic_axes={name: {0: 'batch'} for name in ('image', 'map', 'score')}, opset_version=17, dynamo=False)
     return path
+
+# %% ../nbs/08_detector.ipynb #0e2453c8
+def fit(
+    category: CategoryData,                         # its normal training images are used, nothing else
+    recipe: Recipe | None = None,                   # None: `demo()`
+    device: str | torch.device | None = None,       # None: a GPU where there is one
+    textures: Tensor | None = None,                 # (N, 3, H, W) uint8 anomaly source; None: the built-in photographs
+    run_dir: str | Path | None = None,              # keeps checkpoint and thresholds, and goes on from what is there; None: nothing is kept
+) -> Detector:                                      # with thresholds from the held-out images, unless recipe.holdout is 0
+    "Train DRAEM on a class and set its thresholds. The same seed gives the same bits on a CPU. For a recipe with an `image_size` see 08b_tiling."
+    recipe = recipe or demo()
+    if recipe.image_size is not None: raise ValueError('fit makes detectors of one size; for a recipe with an image_size call train and tiling.load_detector')
+    textures = load_textures(None, recipe.size) if textures is None else textures
+    with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
+        detector, held_out = Detector.load(train(category, textures, recipe, folder, device), device), split_held_out(len(category.train), recipe)[1]
+        if len(held_out): detector.calibrate(category.train[held_out]).save_calibration(folder)
+    return detector

@@ -25,9 +25,9 @@ from .simulator import AnomalySimulator
 from .training import RandomCrops
 
 # %% auto #0
-__all__ = ['wilson_interval', 'intervals', 'evaluate', 'results_table', 'evaluate_simulated', 'compare', 'paper_table',
-           'beside_paper', 'differing_conditions', 'ablation_table', 'read_runs', 'conditions_name', 'runs_table',
-           'summary_table', 'mark_best', 'differences']
+__all__ = ['wilson_interval', 'intervals', 'evaluate', 'with_interval', 'operating_point_in_words', 'results_table',
+           'evaluate_simulated', 'compare', 'paper_table', 'beside_paper', 'differing_conditions', 'ablation_table',
+           'read_runs', 'conditions_name', 'runs_table', 'summary_table', 'mark_best', 'differences']
 
 # %% ../nbs/10_evaluation.ipynb #8f86e026
 def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray) -> dict[str, dict]:
@@ -43,6 +43,10 @@ def _notes(results: dict, category: CategoryData) -> list[str]:
     if image['n_anomalous'] == image['n']: notes.append('There are no good test images: image AUROC is undefined, AP and F1-max are 1 whatever the detector does.')
     for kind, of in results['kinds'].items() if category.masks_known else ():        # else the class has said so
         if of['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect in the images of kind {kind} under the mask rule '{rule}': its pixel metrics are undefined.")
+    masks = category.masks if rule == 'half' else category.masks_official
+    vanished = int((category.labels & ~masks.flatten(1).any(1)).sum())
+    if category.masks_known and 0 < vanished < image['n_anomalous']:
+        notes.append(f"{vanished} of {image['n_anomalous']} defective images have not one defect pixel under the mask rule '{rule}' at this size: their pixels count as normal.")
     if image['n_anomalous'] and category.masks_known and results['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect under the mask rule '{rule}': the pixel metrics are undefined.")
     if results['pixel']['ap'] is not None and results['pixel']['auroc'] is None: notes.append('Every pixel is a defect: pixel AUROC and AUPRO are undefined.')
     for n, what in ((image['n'] - image['n_anomalous'], 'good'), (image['n_anomalous'], 'defective')):
@@ -152,8 +156,9 @@ def _values(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> 
     normal, defect, regions = counts
     parts = []
     for w in np.array_split(weights, max(1, len(weights) // 100)):             # a hundred draws at a time: bounded memory
-        covered = w @ regions[0] / np.maximum(w @ regions[1], 1)[:, None] if regions else None
-        with np.errstate(invalid='ignore', divide='ignore'): parts.append(_from_counts(w @ normal, w @ defect, covered))
+        with np.errstate(invalid='ignore', divide='ignore'):                    # not a number where a draw has no defect pixel
+            covered = w @ regions[0] / (w @ regions[1])[:, None] if regions else None
+            parts.append(_from_counts(w @ normal, w @ defect, covered))
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 def _limits(values: np.ndarray | None) -> list[float] | None:
@@ -216,6 +221,23 @@ def _conditions(detector: object, category: CategoryData, mask_rule: str) -> dic
     return dict(conditions, n_train=len(category.train), fingerprint=category.fingerprint)
 
 # %% ../nbs/10_evaluation.ipynb #954c7ade
+def with_interval(results: dict, part: str, name: str) -> str:
+    "A metric of `evaluate` with its interval, '0.931 (0.90 to 0.95)'; part 'image' or 'pixel'. Without brackets where there is no interval, 'undefined' where there is no value."
+    value, interval = results[part][name], results['intervals'][part][name]
+    return 'undefined' if value is None else f'{value:.3f}' + (f' ({interval[0]:.2f} to {interval[1]:.2f})' if interval else '')
+
+def operating_point_in_words(point: dict | None) -> list[str]:
+    "What the threshold gives, and whether it keeps what it promised, as sentences in Markdown; none without a threshold."
+    if point is None: return []
+    percent = lambda value: 'undefined' if value is None else f'{100 * value:.1f} %'
+    sure = lambda name, limits: percent(point[name]) + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})' if limits else '')
+    lines = [f'At the threshold {point["threshold"]:.3f} it finds **{sure("recall", point["recall_interval"])} of the defective images** (recall) and raises a false alarm on '
+             f'**{sure("false_alarm_rate", point["false_alarm_interval"])} of the good ones**; precision {sure("precision", point["precision_interval"])}, F1 {sure("f1", point["f1_interval"])}.']
+    if (promised := point['promised_false_alarm_rate']) is not None:
+        lines.append(f'The threshold promised {percent(promised)} of false alarms: that is all that {point["n_held_out"]} held-out normal images can promise.')
+        if got := point['false_alarm_interval']: lines[-1] += f' The promise lies {"inside" if got[0] <= promised <= got[1] else "**outside**"} the interval of what it got.'
+    return lines
+
 def results_table(results: dict) -> pd.DataFrame:
     "Metrics of all test images, of the kinds taken together if asked for, and of each kind; fractions, nan where undefined."
     rows = {'all': results}

@@ -233,11 +233,11 @@ def bootstrap_interval(
     confidence: float = 0.95, # share of the draws inside the interval
     seed: int = 0,
 ) -> tuple[float, float] | None: # None where the metric is undefined on all images
-    "Percentile bootstrap over images. The same seed gives the same interval, and the same draws for every metric."
+    "Percentile bootstrap over images; draws in which the metric is undefined (None) do not count. The same seed gives the same interval, and the same draws for every metric."
     labels, rng = _array(labels).astype(bool), np.random.default_rng(seed)
     strata = [np.flatnonzero(labels == value) for value in (False, True)]
     if metric(np.arange(labels.size)) is None: return None
     drawn = [metric(np.concatenate([rng.choice(of, of.size) for of in strata if of.size]))
              for _ in tqdm(range(draws), desc='bootstrap', mininterval=1, leave=False, delay=2)]
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile([value for value in drawn if value is not None], [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -5,6 +5,7 @@
 # %% ../nbs/08b_tiling.ipynb #c291eec5
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .cutpaste import CutPasteDetector
 from .data import check_size, find_images, large_zeros, load_images
 from .detector import AnomalyDetector, Detections, Detector, as_images, image_score
 
@@ -104,6 +106,8 @@ def load_detector(
     path: str | Path,                           # a run folder or its checkpoint.pt
     device: str | torch.device | None = None,
 ) -> AnomalyDetector:
-    "`Detector.load`, in tiles where the recipe says so, with the thresholds if the run has been calibrated."
+    "The detector of a run, of DRAEM (in tiles where the recipe says so) or of CutPaste, with the thresholds if the run has been calibrated."
+    folder = path if (path := Path(path)).is_dir() else path.parent
+    if (run := folder / 'run.json').exists() and json.loads(run.read_text()).get('method') == 'CutPaste': return CutPasteDetector.load(folder, device)
     detector = Detector.load(path, device)
     return detector if detector.recipe.image_size is None else TiledDetector(detector, detector.recipe.image_size)

@@ -11,7 +11,7 @@ import torch
 from draem_nb.data import CategoryData
 from draem_nb.detector import Detections
 from draem_nb.evaluation import (ablation_table, beside_paper, compare, conditions_name, differences, differing_conditions, evaluate, intervals, mark_best, paper_table, read_runs, results_table,
-                                 runs_table, summary_table, wilson_interval)
+                                 runs_table, summary_table, wilson_interval, with_interval)
 from draem_nb.metrics import bootstrap_interval, evaluate_maps, evaluate_scores
 from draem_nb.recipes import ablations, demo, official
 
@@ -89,12 +89,33 @@ def test_intervals_are_those_of_a_plain_bootstrap():
             assert got[part][name] == pytest.approx([low, high], abs=0.15 * (high - low) + 1e-4), (part, name)
 
 
+def test_draws_without_a_defect_pixel_do_not_count():
+    "Of four defective images one has a mask; three draws of ten miss it. The map is perfect, so every draw that has a value has 1."
+    category = tiny(['good'] * 10 + ['crack'] * 4)
+    category.masks[11:] = False
+    maps = category.masks[:, 0].float()
+    perfect, blind = (Detections(m, category.labels.float(), None, None, None, None) for m in (maps, torch.zeros_like(maps)))
+    got = intervals(perfect, category.masks[:, 0], category.labels)['pixel']
+    assert got == dict(auroc=[1., 1.], ap=[1., 1.], aupro=[1., 1.])
+    row = compare(blind, perfect, category.masks[:, 0], category.labels).loc['AUPRO']
+    assert row.difference == row.low == row.high == pytest.approx(0.85)       # a constant map has the area under the diagonal up to 0.3, of 0.3
+    notes = evaluate(detector(category), category)['notes']
+    assert "3 of 4 defective images have not one defect pixel under the mask rule 'half' at this size: their pixels count as normal." in notes
+
+
 @pytest.mark.parametrize('kinds', [['good'] * 3, ['crack'] * 3, []])
 def test_intervals_of_what_is_undefined_are_none(kinds):
     category = tiny(kinds)
     got = intervals(detections(category), category.masks[:, 0], category.labels)
     assert got['image'] == dict(auroc=None, ap=None)
     if kinds != ['crack'] * 3: assert got['pixel'] == dict(auroc=None, ap=None, aupro=None)
+
+
+def test_a_metric_in_words():
+    results = evaluate(detector(category := tiny(['good'] * 3 + ['crack'])), category)        # one defect: values, no intervals
+    assert with_interval(results, 'image', 'auroc') == f"{results['image']['auroc']:.3f}"
+    assert with_interval(evaluate(detector(category := tiny(KINDS)), category), 'image', 'auroc').endswith(')')
+    assert with_interval(evaluate(detector(category := tiny(['good'] * 3)), category), 'pixel', 'ap') == 'undefined'
 
 
 def test_compare_is_the_paired_bootstrap():
@@ -160,7 +181,8 @@ def test_a_kind_without_a_pixel_under_the_rule_is_said():
     category = tiny(KINDS, small='hole')
     results = evaluate(detector(category), category, mask_rule='official')
     assert results['kinds']['hole']['pixel'] == dict(auroc=None, ap=None, f1_max=None, aupro=None) and results['kinds']['hole']['image']['auroc'] is not None
-    assert results['notes'] == ["Not one pixel is a defect in the images of kind hole under the mask rule 'official': its pixel metrics are undefined."]
+    assert results['notes'] == ["Not one pixel is a defect in the images of kind hole under the mask rule 'official': its pixel metrics are undefined.",
+                                "2 of 5 defective images have not one defect pixel under the mask rule 'official' at this size: their pixels count as normal."]
 
 
 def test_all_defect_and_never_called():

@@ -232,6 +232,7 @@ def test_bootstrap_is_its_seed_and_needs_a_metric():
     narrow, wide = (bootstrap_interval(auroc, labels, draws=200, confidence=c) for c in (0.5, 0.95))
     assert wide[0] < narrow[0] < auroc(np.arange(60)) < narrow[1] < wide[1]
     assert bootstrap_interval(lambda i: None, labels) is None
+    assert bootstrap_interval(lambda i: None if len(set(i)) < 38 else 1., labels, draws=50) == (1., 1.)         # undefined in some draws
     perfect = bootstrap_interval(lambda i: evaluate_scores(labels[i] * 1., labels[i])['auroc'], labels, draws=20)
     assert perfect == (1, 1)
 

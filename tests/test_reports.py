@@ -274,7 +274,7 @@ def test_official_reads_pairs_in_the_released_form(parts, tmp_path):
     torch.save(net.discriminative.state_dict(), tmp_path / 'r_screw__seg.pckl')
     found = run_report('official', ask, tmp_path / 'run').metrics
     detector = Detector.from_official(tmp_path / 'r_screw_.pckl', tmp_path / 'r_screw__seg.pckl', 'cpu')
-    by_hand = evaluate(detector, load_category(parts, 'screw', 256), mask_rule='official')
+    by_hand = evaluate(detector, load_category(parts, 'screw', 256, antialias=False), mask_rule='official')
     assert found['classes'] == {'screw': json.loads(json.dumps(by_hand))} and by_hand['conditions']['mask_rule'] == 'official'
     assert found['mean_image_AUROC'] is None                       # one class is no average over fifteen
 
@@ -293,6 +293,7 @@ def test_compare_needs_two_runs_of_one_class(parts, tmp_path):
     assert len(images) == len(load_category(parts, 'screw', 32).test) and result.metrics['verdicts_differ'] is None and not images['verdicts differ'].any()
     row = result.metrics['metrics']['pixel AP']
     assert row['difference'] == pytest.approx(row['second'] - row['first']) and row['low'] <= row['high']
+    with pytest.raises(RunFailed, match='both are runs of screw, which is no built-in class; give data_root'): run_report('compare', dict(first=first, second=second), tmp_path / 'c1')
     with pytest.raises(RunFailed, match='is not the folder of a run'): run_report('compare', dict(first=first, second=str(tmp_path / 'none'), data_root=str(parts)), tmp_path / 'c2')
     with pytest.raises(ValueError, match='a comparison needs first and second'): reports.default_folder('compare', {})
 
@@ -308,6 +309,10 @@ def test_ablation_rows_are_runs_of_their_own(parts, tmp_path):
         assert of['pixel AP']['difference'] == pytest.approx(100 * apart) and of['pixel AP']['low'] <= of['pixel AP']['high']
     recipes = [json.loads(p.read_text())['recipe'] for p in (tmp_path / 'ablation').glob('*/run.json')]
     assert sorted((r['augmentation'], tuple(r['opacity']), r['n_textures'] or 0) for r in recipes) == [('none', (1., 1.), 0), ('official', (.2, 1.), 0), ('official', (.2, 1.), 2)]
+    tiles = dict(ask, rows=['opacity only', 'DRAEM'], n_textures=[], overrides=dict(ask['overrides'], image_size=64))
+    result = run_report('ablation', tiles, tmp_path / 'tiles')         # of large images too, both tables are of the same maps
+    apart = [result.metrics['rows'][name]['pixel']['ap'] for name in ('opacity only', 'DRAEM')]
+    assert result.metrics['differences']['opacity only']['pixel AP']['difference'] == pytest.approx(100 * (apart[0] - apart[1]))
     with pytest.raises(RunFailed, match='unknown rows Disc; there are: Disc. only'): run_report('ablation', dict(ask, rows=['Disc']), tmp_path / 'other')
 
 
@@ -327,7 +332,12 @@ def test_cutpaste_makes_a_complete_run_beside_that_of_draem(tmp_path):
     again = evaluate(CutPasteDetector.load(folders[1], 'cpu'), category, together=['hole'])
     assert again['image'] == result.metrics['image'] and again['operating_point'] == result.metrics['operating_point'] and 'together' in result.metrics
     (found,), incomplete = read_runs(tmp_path)                     # the summary tells it from a run of DRAEM
-    assert not incomplete and conditions_name(found).startswith('CutPaste demo 3way, 64 x 64, 3 steps of 6')
+    assert not incomplete and conditions_name(found) == 'CutPaste demo 3way, 64 x 64, 3 steps of 6, masks half, width = 4, stride = 8'
+    # whoever looks at a run need not know by which method it was made
+    seen = run_report('inspect', dict(run_dir=str(folders[1]), images=str(category.root / 'gravel' / 'test' / 'hole')), tmp_path / 'seen').metrics
+    assert seen['images'] == category.kinds.count('hole') and seen['threshold'] == result.metrics['operating_point']['threshold']
+    with_itself = run_report('compare', dict(first=str(folders[1]), second=str(folders[1])), tmp_path / 'compared').metrics
+    assert with_itself['verdicts_differ'] == 0 and with_itself['metrics']['image AUROC']['second'] == result.metrics['image']['auroc']
 
 
 def test_a_learning_curve_is_of_one_run(parts, tmp_path):
