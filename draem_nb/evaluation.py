@@ -386,11 +386,12 @@ def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
     return rows.drop_duplicates(['category', 'conditions', 'seed'])
 
 def runs_table(runs: Sequence[dict]) -> pd.DataFrame:
-    "A row for each class and set of conditions: mean and standard deviation over seeds, percent; how many seeds, on which devices."
+    "A row for each class and set of conditions: mean and standard deviation over seeds, percent, and the mean limits of the seeds' intervals; how many seeds, on which devices."
     if not runs: return pd.DataFrame()
     groups = _run_rows(runs).groupby(['category', 'conditions'])
+    limits = [f'{metric} {end}' for metric in _METRICS for end in ('low', 'high')]
     devices = groups.devices.agg(lambda names: ', '.join(sorted(set(names) - {''})))
-    return pd.concat([groups[[*_OURS]].mean(), groups[[*_OURS]].std().add_suffix(' sd'), groups.size().rename('seeds'), devices], axis=1).reset_index()
+    return pd.concat([groups[[*_OURS]].mean(), groups[[*_OURS]].std().add_suffix(' sd'), groups[limits].mean(), groups.size().rename('seeds'), devices], axis=1).reset_index()
 
 # %% ../nbs/10_evaluation.ipynb #08f43a3f
 def _published(metric: str) -> pd.DataFrame:

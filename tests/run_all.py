@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +48,22 @@ def run_notebooks() -> tuple[int, int]:
 
 def run_pytest() -> tuple[int, int]:
     "Passed and failed tests; errors count as failed, and no test at all is a failure."
-    report = ROOT / '.pytest_cache' / 'counts.xml'
-    status = subprocess.run([BIN / 'pytest', '-q', '--durations=8', f'--junitxml={report}', 'tests'], cwd=ROOT).returncode
+    # Two processes side by side, each with one thread: most of the time goes to processes that the tests start and wait for.
+    slow = ['tests/test_category.py', 'tests/test_reports.py']         # about as long as all others together
+    halves = {'slow': slow, 'others': ['tests', *(f'--ignore={path}' for path in slow)]}
+    with tempfile.TemporaryDirectory() as folder:
+        start = lambda name: subprocess.Popen([BIN / 'pytest', '-q', '-p', 'no:cacheprovider', '--durations=6', f'--junitxml={folder}/{name}.xml', *halves[name]], cwd=ROOT,
+                                              stdout=open(f'{folder}/{name}.txt', 'w'), stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        processes = {name: start(name) for name in halves}
+        print(f'pytest, in {len(processes)} processes side by side; their output comes when they end', flush=True)
+        counts = [pytest_counts(process.wait(), Path(folder, name)) for name, process in processes.items()]
+    return sum(passed for passed, _ in counts), sum(failed for _, failed in counts)
+
+
+def pytest_counts(status: int, output: Path) -> tuple[int, int]:
+    "Passed and failed tests of one process, whose output is printed."
+    print(output.with_suffix('.txt').read_text(), flush=True)
+    report = output.with_suffix('.xml')
     suite = re.search(r'<testsuite [^>]*>', report.read_text()) if report.exists() else None
     if suite is None: return 0, 1
     count = {key: int(value) for key, value in re.findall(r'(tests|failures|errors|skipped)="(\d+)"', suite[0])}
