@@ -170,8 +170,7 @@ class Detector(AnomalyDetector):
     @classmethod
     def from_official(cls, path: str | Path, seg_path: str | Path, device: str | torch.device | None = None) -> Detector:
         "From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px without antialiasing, their scoring and mask rule; no threshold until `calibrate`."
-        try: nets = {'reconstructive': load_checkpoint(path), 'discriminative': load_checkpoint(seg_path)}
-        except ValueError as e: raise ValueError(str(e).replace('delete it to train again', 'download it again')) from None
+        nets = {name: load_checkpoint(file, remedy='download it again') for name, file in (('reconstructive', path), ('discriminative', seg_path))}
         try: widths = nets['reconstructive']['encoder.block1.0.weight'].shape[0], nets['discriminative']['encoder_segment.block1.0.weight'].shape[0]
         except KeyError as e: raise ValueError(f'{path} and {seg_path} are not a pair of released DRAEM checkpoints: {e} is missing') from None
         recipe = official().replace(name='released checkpoint', color='bgr', base_width=widths[0], base_channels=widths[1])

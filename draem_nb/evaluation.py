@@ -25,7 +25,7 @@ from .simulator import AnomalySimulator
 from .training import RandomCrops
 
 # %% auto #0
-__all__ = ['wilson_interval', 'intervals', 'evaluate', 'with_interval', 'operating_point_in_words', 'results_table',
+__all__ = ['wilson_interval', 'intervals', 'evaluate', 'with_interval', 'headline', 'results_in_words', 'results_table',
            'evaluate_simulated', 'compare', 'paper_table', 'beside_paper', 'differing_conditions', 'ablation_table',
            'read_runs', 'conditions_name', 'runs_table', 'summary_table', 'mark_best', 'differences']
 
@@ -35,7 +35,7 @@ def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep:
     image = evaluate_scores(found.scores[keep], labels[keep])
     return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())), pixel=evaluate_maps(large_part(found.maps, keep), large_part(masks, keep)))
 
-def _notes(results: dict, category: CategoryData) -> list[str]:
+def _notes(results: dict, category: CategoryData, masks: torch.Tensor) -> list[str]:
     "What the class wants to be said, and a sentence for every metric without a value."
     image, rule, point = results['image'], results['conditions']['mask_rule'], results['operating_point']
     if not image['n']: return [*category.notes, 'There are no test images: no metric is defined.']
@@ -43,7 +43,6 @@ def _notes(results: dict, category: CategoryData) -> list[str]:
     if image['n_anomalous'] == image['n']: notes.append('There are no good test images: image AUROC is undefined, AP and F1-max are 1 whatever the detector does.')
     for kind, of in results['kinds'].items() if category.masks_known else ():        # else the class has said so
         if of['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect in the images of kind {kind} under the mask rule '{rule}': its pixel metrics are undefined.")
-    masks = category.masks if rule == 'half' else category.masks_official
     vanished = int((category.labels & ~masks.flatten(1).any(1)).sum())
     if category.masks_known and 0 < vanished < image['n_anomalous']:
         notes.append(f"{vanished} of {image['n_anomalous']} defective images have not one defect pixel under the mask rule '{rule}' at this size: their pixels count as normal.")
@@ -197,19 +196,23 @@ def evaluate(
     other = dict(half=category.masks_official, official=category.masks)[mask_rule][:, 0]
     results |= dict(intervals=intervals(found, masks, category.labels), other_mask_rule=dict(mask_rule='official' if mask_rule == 'half' else 'half', pixel=evaluate_maps(found.maps, other)),
                     operating_point=_operating_point(detector, found, category.labels), conditions=_conditions(detector, category, mask_rule))
-    return dict(results, notes=_notes(results, category))
+    return dict(results, notes=_notes(results, category, masks))
 
 # %% ../nbs/10_evaluation.ipynb #f0bf0889
 _NAMED = ('base_width', 'base_channels', 'batch', 'seed', 'texture_source', 'n_textures')       # conditions that go by a name of their own,
 _BY_OTHER_NAMES = ('name', 'size', 'steps', 'epochs')                                           # by another one,
 _WITHOUT_EFFECT = ('memory_format', 'compile', 'checkpoint_every')                              # and choices that change no result
 
+def changed_fields(recipe: object, usual: object, but: Sequence[str] = ()) -> dict[str, object]:
+    "The fields, `but` some, in which a recipe differs from another of its kind, as JSON has their values."
+    both = zip(*(json.loads(json.dumps(dataclasses.asdict(r))).items() for r in (recipe, usual)))     # JSON has lists, not tuples
+    return {field: value for (field, value), (_, other) in both if value != other and field not in but}
+
 def _changes(recipe: Recipe) -> dict:
     "Every other field in which a recipe differs from the one of its name (the official one where there is none of that name)."
     try: named = by_name(recipe.name)
     except ValueError: named = official()
-    both = zip(*(json.loads(json.dumps(dataclasses.asdict(r))).items() for r in (recipe, named)))     # JSON has lists, not tuples
-    return {field: value for (field, value), (_, usual) in both if value != usual and field not in (*_NAMED, *_BY_OTHER_NAMES, *_WITHOUT_EFFECT)}
+    return changed_fields(recipe, named, (*_NAMED, *_BY_OTHER_NAMES, *_WITHOUT_EFFECT))
 
 def _conditions(detector: object, category: CategoryData, mask_rule: str) -> dict:
     "What the metrics rest on; the recipe's part only where the detector has a recipe of ours."
@@ -226,13 +229,23 @@ def with_interval(results: dict, part: str, name: str) -> str:
     value, interval = results[part][name], results['intervals'][part][name]
     return 'undefined' if value is None else f'{value:.3f}' + (f' ({interval[0]:.2f} to {interval[1]:.2f})' if interval else '')
 
-def operating_point_in_words(point: dict | None) -> list[str]:
-    "What the threshold gives, and whether it keeps what it promised, as sentences in Markdown; none without a threshold."
-    if point is None: return []
+def headline(results: dict) -> dict[str, str]:
+    "Image AUROC, pixel AUROC, pixel AP and AUPRO, each `with_interval`."
+    return {metric: with_interval(results, *keys) for metric, keys in {**_METRICS, 'AUPRO': ('pixel', 'aupro')}.items()}
+
+def results_in_words(results: dict) -> list[str]:
+    "What a report says of a run in paragraphs of Markdown: metrics with their intervals, both mask rules, what the threshold gives, and whether it keeps what it promised."
     percent = lambda value: 'undefined' if value is None else f'{100 * value:.1f} %'
-    sure = lambda name, limits: percent(point[name]) + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})' if limits else '')
-    lines = [f'At the threshold {point["threshold"]:.3f} it finds **{sure("recall", point["recall_interval"])} of the defective images** (recall) and raises a false alarm on '
-             f'**{sure("false_alarm_rate", point["false_alarm_interval"])} of the good ones**; precision {sure("precision", point["precision_interval"])}, F1 {sure("f1", point["f1_interval"])}.']
+    sure = lambda value, limits: percent(value) + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})' if limits else '')
+    metric = lambda part, name: sure(results[part][name], results['intervals'][part][name])
+    rule, other, point = results['conditions']['mask_rule'], results['other_mask_rule'], results['operating_point']
+    lines = [f'**{results["conditions"]["category"]}**, {results["image"]["n"]} test images, {results["image"]["n_anomalous"]} of them with defects: image AUROC **{metric("image", "auroc")}**, '
+             f'pixel AUROC {metric("pixel", "auroc")}, pixel AP **{metric("pixel", "ap")}**, AUPRO {metric("pixel", "aupro")}; in brackets what 95 % of a thousand other draws of as many test images give.',
+             f'Pixels by the mask rule `{rule}`; by the rule `{other["mask_rule"]}` pixel AP is {percent(other["pixel"]["ap"])}, pixel AUROC {percent(other["pixel"]["auroc"])}.']
+    if point is None: return lines
+    given = lambda name, limits: sure(point[name], point[limits])
+    lines.append(f'At the threshold {point["threshold"]:.3f} it finds **{given("recall", "recall_interval")} of the defective images** (recall) and raises a false alarm on '
+                 f'**{given("false_alarm_rate", "false_alarm_interval")} of the good ones**; precision {given("precision", "precision_interval")}, F1 {given("f1", "f1_interval")}.')
     if (promised := point['promised_false_alarm_rate']) is not None:
         lines.append(f'The threshold promised {percent(promised)} of false alarms: that is all that {point["n_held_out"]} held-out normal images can promise.')
         if got := point['false_alarm_interval']: lines[-1] += f' The promise lies {"inside" if got[0] <= promised <= got[1] else "**outside**"} the interval of what it got.'

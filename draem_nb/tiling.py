@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .cutpaste import CutPasteDetector
 from .data import check_size, find_images, large_zeros, load_images
 from .detector import AnomalyDetector, Detections, Detector, as_images, image_score
 
@@ -108,6 +107,8 @@ def load_detector(
 ) -> AnomalyDetector:
     "The detector of a run, of DRAEM (in tiles where the recipe says so) or of CutPaste, with the thresholds if the run has been calibrated."
     folder = path if (path := Path(path)).is_dir() else path.parent
-    if (run := folder / 'run.json').exists() and json.loads(run.read_text()).get('method') == 'CutPaste': return CutPasteDetector.load(folder, device)
+    if (run := folder / 'run.json').exists() and json.loads(run.read_text()).get('method') == 'CutPaste':
+        from draem_nb.cutpaste import CutPasteDetector      # not at the start: scikit-learn takes a second
+        return CutPasteDetector.load(folder, device)
     detector = Detector.load(path, device)
     return detector if detector.recipe.image_size is None else TiledDetector(detector, detector.recipe.image_size)

@@ -232,11 +232,11 @@ def train(
     return checkpoint
 
 # %% ../nbs/07_training.ipynb #ae62af4c
-def load_checkpoint(path: str | Path, device: str | torch.device = 'cpu') -> dict:
-    "The content of a checkpoint.pt (weights only, nothing in it is executed); `ValueError` names a file that is none."
+def load_checkpoint(path: str | Path, device: str | torch.device = 'cpu', remedy: str = 'delete it to train again') -> dict:
+    "The content of a checkpoint.pt (weights only, nothing in it is executed); `ValueError` names a file that is none and says the `remedy`."
     try: return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError: raise FileNotFoundError(f'there is no checkpoint {path}; train first') from None
-    except Exception as e: raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}); delete it to train again') from None
+    except Exception as e: raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}); {remedy}') from None
 
 def _describe(category: CategoryData, textures: Tensor, trainer: Trainer, held_out: Tensor) -> dict:
     "What run.json says."
