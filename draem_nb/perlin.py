@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['perlin_noise', 'random_angles', 'Turns', 'rotate', 'perlin_mask', 'one_perlin_mask']
+__all__ = ['perlin_noise', 'random_angles', 'rotate', 'perlin_mask']
 
 # %% ../nbs/01_perlin.ipynb #b55fc6a3
 def _axis_basis(size: int, exponent: int, points: int) -> tuple[Tensor, Tensor]:
@@ -87,25 +86,16 @@ def random_angles(n: int, exponent: int, generator: torch.Generator | None = Non
     return torch.rand(n, 2**exponent + 1, 2**exponent + 1, generator=generator) * (2 * math.pi)
 
 # %% ../nbs/01_perlin.ipynb #4daa2450
-class Turns:
-    "What n turns of pictures of one size have in common, prepared once: call it with pictures and which of the turns they take."
-    def __init__(self, size: tuple[int, int], degrees: Tensor, device: torch.device):
-        self.size, (H, W) = size, size
-        radians = degrees.to(device, torch.float32).mul(math.pi / 180)
-        cos, sin = radians.cos(), radians.sin()
-        y, x = ((torch.arange(s, device=device) * 2 + 1) / s - 1 for s in size)         # the pixels' centres in -1 .. 1
-        # A position (x cos - y sin, x sin + y cos) is a function of x plus one of y; the ratio of the sides undoes the stretching to -1 .. 1.
-        self.across = (torch.stack([cos, sin * (W / H)], 1)[:, None] * x[:, None]).view(-1, 1, 2 * W)
-        self.down, self.y = torch.stack([sin * (-H / W), cos], 1).repeat(1, W)[:, None], y[:, None]
-
-    def __call__(self, images: Tensor, which: slice = slice(None)) -> Tensor:
-        "(n, C, H, W) float -> the same, turned counter-clockwise; bilinear, zeros outside."
-        grid = (self.y * self.down[which]).add_(self.across[which])     # not `addcmul`: it rounds once or twice as the processor likes
-        return F.grid_sample(images, grid.view(-1, *self.size, 2), align_corners=False)
-
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     "Turn each of (B, C, H, W) float images counter-clockwise by its own angle in degrees (B,); bilinear, zeros outside."
-    return Turns(tuple(images.shape[-2:]), degrees, images.device)(images)
+    (H, W), radians = images.shape[-2:], degrees.to(images.device, torch.float32).mul(math.pi / 180)
+    cos, sin = radians.cos(), radians.sin()
+    y, x = ((torch.arange(s, device=images.device) * 2 + 1) / s - 1 for s in (H, W))        # the pixels' centres in -1 .. 1
+    # A position (x cos - y sin, x sin + y cos) is a function of x plus one of y; the ratio of the sides undoes the stretching to -1 .. 1.
+    across = (torch.stack([cos, sin * (W / H)], 1)[:, None] * x[:, None]).view(-1, 1, 2 * W)
+    down = torch.stack([sin * (-H / W), cos], 1).repeat(1, W)[:, None]
+    grid = (y[:, None] * down).add_(across)
+    return F.grid_sample(images, grid.view(-1, H, W, 2), align_corners=False)
 
 # %% ../nbs/01_perlin.ipynb #421ba3bd
 def perlin_mask(
@@ -117,12 +107,3 @@ def perlin_mask(
 ) -> Tensor:                     # (B, 1, H, W) bool
     "Where the turned Perlin noise exceeds the threshold: the anomaly masks of the paper. A mask may be empty."
     return rotate(perlin_noise(scales, size, angles=angles), degrees) > threshold
-
-def one_perlin_mask(scales: Tensor, size: tuple[int, int], angles: Tensor, degrees: Tensor, threshold: float = 0.5) -> Callable[[int], Tensor]:
-    "The same for a CPU, where one sample at a time stays in the cache: a function of a sample's index that gives its mask (1, H, W)."
-    cos, sin, exponents, turns = *_vectors(angles), scales.tolist(), Turns(size, degrees, angles.device)
-    def mask(b: int) -> Tensor:
-        noise = torch.empty(1, 1, *size)
-        _one_noise(cos[b], sin[b], *exponents[b], noise[0, 0])
-        return torch.from_numpy(turns(noise, slice(b, b + 1))[0].numpy() > threshold)       # in numpy ten times as fast
-    return mask

@@ -5,16 +5,16 @@
 # %% ../nbs/03_simulator.ipynb #4029a0e1
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .perlin import Turns, one_perlin_mask, perlin_mask, random_angles, rotate
+from .compiled import Made, Work, chains_of, simulate
+from .perlin import perlin_mask, random_angles, rotate
 from .recipes import Recipe
-from .textures import Augmentation, augment, augment_pixels, draw_augmentation, fixed_tables
+from .textures import Augmentation, augment, draw_augmentation
 
 # %% auto #0
 __all__ = ['Plan', 'Simulated', 'generator_of', 'uniform', 'draw_plan', 'AnomalySimulator', 'has_color']
@@ -99,7 +99,7 @@ class AnomalySimulator:
         "`normal`: the images (N, 3, H, W) that will be painted on; `recipe.match_gray` looks at them, nothing else does."
         if recipe.n_textures is not None: textures = textures[:recipe.n_textures]
         if not len(textures): raise ValueError('the simulator needs at least one texture as anomaly source')
-        self.textures, self.recipe = textures, recipe
+        self.textures, self.recipe = textures.contiguous(), recipe
         self.gray = recipe.match_gray and normal is not None and not has_color(normal)
 
     def plan(self, n_images: int, batch: int, seed: int, step: int) -> Plan:
@@ -131,7 +131,7 @@ class AnomalySimulator:
         shape = (len(plan.image), *images.shape[1:])
         if out is None or out.target.shape != shape:
             out = Simulated(torch.empty(shape), torch.empty(shape), torch.empty(shape[0], 1, *shape[2:]), torch.empty(shape[0], dtype=torch.bool))
-        _one_by_one(self, images, plan, out)
+        simulate(_work(self, images, plan), Made(*(t.numpy() for t in vars(out).values())), torch.get_num_threads())
         return out
 
 # %% ../nbs/03_simulator.ipynb #be2dd199
@@ -172,37 +172,19 @@ def _at_once(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Simulat
     return Simulated(target, augmented, mask, mask.flatten(1).any(1))
 
 # %% ../nbs/03_simulator.ipynb #8039c681
-def _one_by_one(simulator: AnomalySimulator, images: Tensor, plan: Plan, out: Simulated) -> None:
-    "Sample by sample into `out`, on a CPU: the same bits as `_at_once`."
-    size, cpu = tuple(images.shape[-2:]), images.device
-    turn, anomaly = ({b: i for i, b in enumerate(some.tolist())} for some in (plan.turned, plan.anomalous))
-    turns, paint = Turns(size, plan.degrees, cpu) if turn else None, _painter(simulator, plan, size)
+def _turn_of(degrees: Tensor) -> Tensor:
+    "(n,) degrees -> (n, 2): cosine and sine, as `rotate` takes them."
+    radians = degrees.mul(np.pi / 180)
+    return torch.stack([radians.cos(), radians.sin()], 1)
 
-    def make(b: int, index: int) -> bool:
-        target = torch.div(images[index], 255, out=out.target[b])
-        if b in turn: target.copy_(turns(target[None], slice(turn[b], turn[b] + 1))[0])
-        out.augmented[b].copy_(target)
-        if b in anomaly: return paint(anomaly[b], target, out.augmented[b], out.mask[b])
-        out.mask[b].zero_()
-        return False
-
-    out.is_anomalous.copy_(torch.tensor([make(b, index) for b, index in enumerate(plan.image.tolist())]))
-
-def _painter(simulator: AnomalySimulator, plan: Plan, size: tuple[int, int]) -> Callable[..., bool]:
-    "Function that puts an anomaly of the plan on `augmented` (3, H, W), draws `mask` (1, H, W), and returns whether there is anything."
-    recipe, textures, tables, opacity = simulator.recipe, plan.texture.tolist(), fixed_tables(plan.augmentation), plan.opacity.tolist()
-    if recipe.mask_shape == 'rectangle': mask_of = _draw_rectangles(plan.rectangle, size).__getitem__
-    else: mask_of = one_perlin_mask(plan.scales, size, plan.angles, plan.mask_degrees, recipe.perlin_threshold)
-
-    def paint(a: int, target: Tensor, augmented: Tensor, mask: Tensor) -> bool:
-        mask.copy_(hit := mask_of(a))
-        pixels = torch.from_numpy(np.flatnonzero(hit.numpy()))      # four times as fast as torch's `nonzero`
-        if not len(pixels): return False
-        if recipe.texture_source == 'color': source = plan.color[a, :, None]
-        else: source = augment_pixels(simulator.textures[textures[a]], plan.augmentation, a, pixels, tables).float().div_(255)
-        normal = target.flatten(1).index_select(1, pixels)
-        painted = (simulator._shown(source[None])[0] - normal).mul_(opacity[a]).add_(normal)
-        augmented.flatten(1).index_copy_(1, pixels, painted)
-        return True
-
-    return paint
+def _work(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Work:
+    "The plan as arrays."
+    recipe, size = simulator.recipe, tuple(images.shape[-2:])
+    turn = torch.tensor([1., 0.]).repeat(len(plan.image), 1)
+    turn[plan.turned] = _turn_of(plan.degrees)
+    anomaly = torch.full((len(plan.image),), -1)
+    anomaly[plan.anomalous] = torch.arange(len(plan.anomalous))
+    tensors = dict(images=images.contiguous(), image=plan.image, turn=turn, anomaly=anomaly, scales=plan.scales, angles=plan.angles,
+                   mask_turn=_turn_of(plan.mask_degrees), rectangle=plan.rectangle, textures=simulator.textures, texture=plan.texture, color=plan.color, opacity=plan.opacity)
+    return Work(threshold=np.float32(recipe.perlin_threshold), chains=chains_of(plan.augmentation, size), is_rectangle=recipe.mask_shape == 'rectangle',
+                is_plain=recipe.texture_source == 'color', is_gray=simulator.gray, **{name: t.numpy() for name, t in tensors.items()})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -22,7 +23,7 @@ from .data import check_size, find_images, load_images
 # %% auto #0
 __all__ = ['OPERATIONS', 'load_textures', 'apply_tables', 'posterize', 'solarize', 'invert', 'brightness', 'gamma_contrast',
            'multiply_add', 'equalize', 'autocontrast', 'sharpness', 'color', 'add_hue_saturation', 'rotate',
-           'Augmentation', 'draw_augmentation', 'augment', 'augment_pixels', 'fixed_tables']
+           'Augmentation', 'draw_augmentation', 'augment']
 
 # %% ../nbs/02_textures.ipynb #9796c986
 _PHOTOGRAPHS = ('coffee', 'chelsea', 'retina', 'astronaut', 'rocket', 'hubble_deep_field')
@@ -63,25 +64,12 @@ def apply_tables(
 ) -> Tensor: # (n, 3, H, W) uint8
     "Look every pixel up in the table of its image and channel."
     _check(x)
-    tables = tables.to(x.device, non_blocking=True).expand(len(x), 3, 256)
-    return torch.cat([_look_up(t, p) for t, p in _pieces(tables, x.flatten(2))], 1).view(x.shape)
+    return _look_up(tables.to(x.device, non_blocking=True).expand(len(x), 3, 256), x.flatten(2)).view(x.shape)
 
-def _pieces(*tensors: Tensor) -> zip: # of (n, 3, ...): parts of the channels
-    "One channel at a time on a CPU, because what a channel needs in between fits into its cache and three do not; all at once elsewhere."
-    return zip(*(t.split(1 if _has_small_cache(t) else 3, 1) for t in tensors))
-
-def _has_small_cache(x: Tensor) -> bool:
-    return x.device.type == 'cpu'
-
-def _look_up(tables: Tensor, levels: Tensor) -> Tensor: # tables (n, c, 256), levels (n, c or 1, pixels) uint8
-    n, c = tables.shape[:2]
-    index = levels.int() # 32 bits: half the memory traffic of gather, and that is what counts
-    if n * c > 1: index = index + _starts(n * c, index.device).view(n, c, 1)
+def _look_up(tables: Tensor, levels: Tensor) -> Tensor: # tables (n, 3, 256), levels (n, 3 or 1, pixels) uint8
+    starts = torch.arange(0, tables.shape[0] * 3 * 256, 256, dtype=torch.int32, device=levels.device).view(-1, 3, 1)
+    index = levels.int() + starts # 32 bits: half the memory traffic of gather, and that is what counts
     return tables.flatten().index_select(0, index.flatten()).view(index.shape)
-
-@cache
-def _starts(n: int, device: torch.device) -> Tensor: # of n tables that lie one behind the other
-    return torch.arange(0, n * 256, 256, dtype=torch.int32, device=device)
 
 def _check(x: Tensor) -> None:
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
@@ -116,17 +104,17 @@ def invert(x: Tensor) -> Tensor:
     return apply_tables(x, _invert_tables())
 
 # %% ../nbs/02_textures.ipynb #e5e26dea
-def _rounded(levels: Tensor) -> Tensor:
-    return levels.round().clamp(0, 255).to(torch.uint8)
+def _rounded(levels: np.ndarray) -> Tensor: # in numpy: PyTorch would start its threads for these few numbers, and they would keep a core busy for a while
+    return torch.from_numpy(np.rint(levels)).clamp(0, 255).to(torch.uint8)
 
 def _brightness_tables(factor: float | Tensor) -> Tensor:
     return (_column(factor).float() * _LEVELS).clamp(0, 255).to(torch.uint8)
 
 def _gamma_contrast_tables(*gammas: float | Tensor) -> Tensor:
-    return _rounded(255 * (_LEVELS.double() / 255) ** torch.cat([_column(g) for g in gammas], 1))
+    return _rounded(255 * (_LEVELS.numpy() / 255) ** torch.cat([_column(g) for g in gammas], 1).double().numpy())
 
 def _multiply_add_tables(factor: float | Tensor, offset: float | Tensor) -> Tensor:
-    return _rounded(_column(factor).double() * _LEVELS + _column(offset))
+    return _rounded((_column(factor).double() * _LEVELS + _column(offset)).numpy())
 
 # %% ../nbs/02_textures.ipynb #1758f0b5
 def brightness(x: Tensor, factor: float | Tensor) -> Tensor:
@@ -144,13 +132,8 @@ def multiply_add(x: Tensor, factor: float | Tensor, offset: float | Tensor) -> T
 # %% ../nbs/02_textures.ipynb #6377cf66
 def _histograms(x: Tensor) -> Tensor: # (n, 3, 256) int64
     _check(x)
-    channels = x.flatten(0, 1).flatten(1)
-    if x.device.type == 'cpu': # twice as fast there; on a GPU bincount would make the host wait
-        counts = torch.stack([c.bincount(minlength=256) for c in channels])
-    else:
-        counts = torch.zeros(len(channels), 256, dtype=torch.int64, device=x.device)
-        counts.scatter_add_(1, channels.long(), torch.ones_like(channels, dtype=torch.int64))
-    return counts.view(len(x), 3, 256)
+    counts = torch.zeros(len(x), 3, 256, dtype=torch.int64, device=x.device)
+    return counts.scatter_add_(2, x.flatten(2).long(), torch.ones_like(x, dtype=torch.int64).flatten(2)) # `bincount` would make the host wait
 
 def _counts_after(tables: Tensor, counts: Tensor) -> Tensor: # histograms of images that have gone through their tables
     return torch.zeros_like(counts).scatter_add_(2, tables.long(), counts)
@@ -189,10 +172,7 @@ def _per_image(strength: float | Tensor, x: Tensor) -> Tensor: # (n or 1, 1, 1) 
     return torch.as_tensor(strength, dtype=torch.float32).to(x.device, non_blocking=True).reshape(-1, 1, 1)
 
 def _enhance(dull: Tensor, x: Tensor, factor: Tensor) -> Tensor: # uint8; x and dull are float32, x is overwritten
-    return _to_uint8(x.sub_(dull).mul_(factor).add_(dull).clamp_(0, 255))
-
-def _to_uint8(x: Tensor) -> Tensor:
-    return x.to(torch.int16).to(torch.uint8) # through int16: on a CPU twice as fast as at once
+    return x.sub_(dull).mul_(factor).add_(dull).clamp_(0, 255).to(torch.uint8)
 
 # %% ../nbs/02_textures.ipynb #f4630845
 def _sharpen(p: Tensor, w: int, factor: Tensor) -> Tensor: # (n, c, H * W) uint8
@@ -210,7 +190,7 @@ def sharpness(x: Tensor, factor: float | Tensor) -> Tensor:
     h, w = x.shape[-2:]
     if min(h, w) < 3: return x.clone()
     factor = _per_image(factor, x)
-    out = torch.cat([_sharpen(p, w, factor) for p, in _pieces(x.flatten(2))], 1).view(x.shape)
+    out = _sharpen(x.flatten(2), w, factor).view(x.shape)
     out[..., ::w - 1] = x[..., ::w - 1]
     return out
 
@@ -221,7 +201,7 @@ def color(x: Tensor, factor: float | Tensor) -> Tensor:
     red, green, blue = (c.int() for c in x.flatten(2).split(1, 1))
     gray = (red.mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(0x8000) >> 16).float()
     factor = _per_image(factor, x)
-    return torch.cat([_enhance(gray, p.float(), factor) for p, in _pieces(x.flatten(2))], 1).view(x.shape)
+    return _enhance(gray, x.flatten(2).float(), factor).view(x.shape)
 
 # %% ../nbs/02_textures.ipynb #583fab2c
 @cache
@@ -255,10 +235,8 @@ def add_hue_saturation(x: Tensor, hue: int | Tensor, saturation: int | Tensor) -
     s = saturations.index_select(0, value.int().mul_(256).add_(chroma).flatten()).view_as(red)
     vs = s.add_(_per_image(saturation, x)).clamp_(0, 255).mul_(value)
     wheel = _wheel(hue).to(x.device, non_blocking=True).expand(len(x), 3, 256)
-    return torch.cat([_less(value, w, h, vs) for w, in _pieces(wheel)], 1).view(x.shape)
-
-def _less(value: Tensor, wheel: Tensor, h: Tensor, vs: Tensor) -> Tensor: # V - V S w(H)
-    return value - _to_uint8(_look_up(wheel, h).float().mul_(vs).mul_(1 / (255 * 85)).round_())
+    less = _look_up(wheel, h).float().mul_(vs).mul_(1 / (255 * 85)).round_()
+    return (value - less.to(torch.uint8)).view(x.shape) # V - V S w(H)
 
 # %% ../nbs/02_textures.ipynb #42ca6f63
 def _fixed_point_affine(degrees: float | Tensor, h: int, w: int) -> Tensor: # (n, 6) int32
@@ -332,13 +310,6 @@ def draw_augmentation(
     return Augmentation(kind, operations, strengths)
 
 # %% ../nbs/02_textures.ipynb #ff37bf6a
-def _together(operation: Callable, images: list[Tensor], *arguments: Tensor) -> list[Tensor]:
-    "`operation` of n images (1, 3, H, W) and its n arguments: one after the other on a CPU, all at once elsewhere. n results (1, ...)."
-    size = 1 if _has_small_cache(images[0]) else len(images)
-    parts = [slice(i, i + size) for i in range(0, len(images), size)]
-    results = [operation(images[p.start] if size == 1 else torch.cat(images[p]), *(a[p] for a in arguments)) for p in parts]
-    return [y for result in results for y in result.split(1)]
-
 class _Chains:
     "n images (1, 3, H, W), each with the tables (1, 3, 256) that it has yet to be looked up in, or None."
     def __init__(self, x: Tensor):
@@ -355,12 +326,13 @@ class _Chains:
 
     def histograms(self, rows: list[int]) -> Tensor: # (len(rows), 3, 256) int64
         "Of the images as they would be if no table waited."
-        return _counts_after(self.waiting(rows), torch.cat(_together(_histograms, [self.images[i] for i in rows])))
+        return _counts_after(self.waiting(rows), _histograms(torch.cat([self.images[i] for i in rows])))
 
     def change(self, rows: list[int], operation: Callable, *arguments: Tensor) -> None:
         "The waiting tables first, then an operation on pixels."
         if operation is not apply_tables: self.settle(rows)
-        for i, y in zip(rows, _together(operation, [self.images[i] for i in rows], *arguments)): self.images[i], self.tables[i] = y, None
+        changed = operation(torch.cat([self.images[i] for i in rows]), *arguments)
+        for i, y in zip(rows, changed.split(1)): self.images[i], self.tables[i] = y, None
 
     def settle(self, rows: list[int]) -> None:
         "Carry out the waiting tables."
@@ -390,67 +362,3 @@ def augment(
             else: chains.change(rows, _PIXELS[name], *arguments)
     chains.settle(everyone)
     return torch.cat([textures[:0], *chains.images]) # a copy, also of none
-
-# %% ../nbs/02_textures.ipynb #dbf567f6
-def _at(image: Tensor, steps: list, pixels: Tensor) -> Tensor: # image (3, H, W) uint8, pixels (...) int64 -> (3, ...) uint8
-    "What the steps (name, arguments) make of the image at `pixels`, indices into H * W."
-    if not steps: return torch.stack([channel.index_select(0, pixels.flatten()).view(pixels.shape) for channel in image.flatten(1)])
-    *before, (name, arguments) = steps
-    if name == 'sharpness': return _sharpened_at(image, before, pixels, *arguments)
-    if name == 'rotate': return _turned_at(image, before, pixels, *arguments)
-    values = _at(image, before, pixels)
-    if name == 'table': return _look_up(arguments, values.view(1, 3, -1)).view_as(values)
-    return _PIXELS[name](values.view(1, 3, 1, -1), *arguments).view_as(values)
-
-def _turned_at(image: Tensor, before: list, pixels: Tensor, degrees: Tensor) -> Tensor:
-    h, w = image.shape[1:]
-    row, column = _before_turn(_fixed_point_affine(degrees, h, w), (pixels // w).int(), (pixels % w).int())
-    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-    return _at(image, before, torch.where(inside, row * w + column, 0).long()) * inside
-
-def _sharpened_at(image: Tensor, before: list, pixels: Tensor, factor: Tensor) -> Tensor:
-    h, w = image.shape[1:]
-    neighbours = (torch.tensor([[-w], [0], [w]]) + torch.tensor([-1, 0, 1])).view(9, *[1] * pixels.ndim)
-    values = _at(image, before, (pixels + neighbours).clamp_(0, h * w - 1)).to(torch.int16)
-    centre, row, column = values[:, 4], pixels // w, pixels % w
-    dull = values.sum(1, dtype=torch.int16).add_(centre, alpha=4).float().mul_(1 / 13).round_()
-    border = (row == 0) | (row == h - 1) | (column == 0) | (column == w - 1)
-    return torch.where(border, centre.to(torch.uint8), _enhance(dull, centre.float(), factor))
-
-# %% ../nbs/02_textures.ipynb #44d37626
-def augment_pixels(
-    texture: Tensor,             # (3, H, W) uint8 on the CPU
-    augmentation: Augmentation,  # of several textures
-    i: int,                      # this one's place among them
-    pixels: Tensor,              # (p,) int64, indices into H * W
-    tables: dict | None = None,  # `fixed_tables(augmentation)`, where it has been made for all of them
-) -> Tensor: # (3, p) uint8
-    "The bytes of `augment` at some pixels."
-    steps, operations, tables = [], OPERATIONS[augmentation.kind], fixed_tables(augmentation) if tables is None else tables
-    for k, index in enumerate(augmentation.operations[i].tolist()):
-        name = operations[index]
-        arguments = augmentation.strengths[i, k, :len(_STRENGTHS[augmentation.kind][name])].unbind()
-        if name in _PIXELS: steps.append((name, arguments)); continue
-        if name in _TABLES: table = tables[i, k]
-        else: texture, steps, table = _histogram_table(name, arguments, texture, steps)
-        if steps and steps[-1][0] == 'table': table = table.gather(2, steps.pop()[1].long())
-        steps.append(('table', table))
-    return _at(texture, steps, pixels)
-
-def fixed_tables(augmentation: Augmentation) -> dict[tuple[int, int], Tensor]:
-    "The tables (1, 3, 256) that do not depend on an image, by texture and place in its chain; those of one kind are made together."
-    tables = {}
-    for index, name in enumerate(OPERATIONS[augmentation.kind]):
-        if name not in _TABLES or not len(where := (augmentation.operations == index).nonzero()): continue
-        strengths = augmentation.strengths[where[:, 0], where[:, 1], :len(_STRENGTHS[augmentation.kind][name])]
-        made = _TABLES[name](*strengths.unbind(1)).expand(len(where), 3, 256)
-        tables.update(zip(map(tuple, where.tolist()), made.split(1)))
-    return tables
-
-def _histogram_table(name: str, arguments: tuple, texture: Tensor, steps: list) -> tuple[Tensor, list, Tensor]: # and the texture and steps to go on with
-    if any(step != 'table' for step, _ in steps):
-        for step, a in steps: texture = (apply_tables(texture[None], a) if step == 'table' else _PIXELS[step](texture[None], *a))[0]
-        steps = []
-    counts = _histograms(texture[None])
-    for _, table in steps: counts = _counts_after(table, counts)     # one at most
-    return texture, steps, _HISTOGRAM_TABLES[name](counts, *arguments)

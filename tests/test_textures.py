@@ -1,5 +1,7 @@
 "draem_nb.textures: every operation and every chain against Pillow, the draws, folders of images, other devices."
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from draem_nb import textures as T
+from draem_nb.recipes import official
+from draem_nb.simulator import AnomalySimulator
 from draem_nb.textures import OPERATIONS, Augmentation, augment, draw_augmentation, load_textures
 
 
@@ -116,20 +120,37 @@ def test_chains_equal_pillow(kind, size):
         assert torch.equal(augment(x, plan), one_by_one(x, plan))
 
 
-def test_the_way_of_a_gpu_gives_the_same_bytes(monkeypatch):
-    "What is done image by image on a CPU is done for all at once elsewhere: the same code, made to do so here."
-    x = random_images(60, (40, 56), gen(1))
-    plans = [draw_augmentation(kind, 60, gen(2)) for kind in ('official', 'paper')]
-    one_at_a_time = [augment(x, plan) for plan in plans]
-    monkeypatch.setattr(T, '_has_small_cache', lambda x: False)
-    for plan, expected in zip(plans, one_at_a_time): assert torch.equal(augment(x, plan), expected)
+@pytest.mark.parametrize('kind', ['official', 'paper'])
+@pytest.mark.parametrize('size', [(3, 3), (33, 47), (64, 64)], ids=str)
+def test_the_loops_of_a_cpu_give_the_same_bytes(kind, size):
+    "What the simulator paints there, where the mask is the whole picture and lets nothing through."
+    for k in (1, 3, 6):
+        recipe = official().replace(augmentation=kind, n_augmentations=k, mask_shape='rectangle', opacity=(1., 1.), clean_share=0., rotation_probability=0.)
+        textures, black = random_images(60, size, gen(k)), torch.zeros(1, 3, *size, dtype=torch.uint8)
+        simulator = AnomalySimulator(textures, recipe)
+        plan = simulator.plan(1, 60, 0, k)
+        plan.rectangle[:] = torch.tensor([0., 0., 1., 1.])
+        assert torch.equal(simulator(black, plan).augmented, augment(textures[plan.texture], plan.augmentation) / 255)
 
 
-def test_counting_on_a_gpu_is_the_same():
-    "A GPU counts by scattering ones; torch cannot be told to take that way on a CPU, so it is repeated here."
-    channels = random_images(5, (9, 8), gen())[:, 0].flatten(1)
-    counts = torch.zeros(5, 256, dtype=torch.int64).scatter_add_(1, channels.long(), torch.ones_like(channels, dtype=torch.int64))
-    assert torch.equal(counts, torch.stack([c.bincount(minlength=256) for c in channels]))
+def test_threads_share_a_batch_also_after_a_fork():
+    textures = random_images(4, (128, 128), gen())
+    simulator, threads = AnomalySimulator(textures, official()), torch.get_num_threads()
+    plan = simulator.plan(4, 24, 0, 0)
+    try:
+        torch.set_num_threads(1)
+        alone = simulator(textures, plan).augmented
+        torch.set_num_threads(2)
+        assert torch.equal(simulator(textures, plan).augmented, alone)
+        if not (child := os.fork()): os._exit(not np.array_equal(simulator(textures, plan).augmented.numpy(), alone.numpy()))      # torch.equal would want PyTorch's threads, which are gone
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally: torch.set_num_threads(threads)
+
+
+def test_nowhere_to_keep_what_was_compiled():
+    code = 'import torch; from draem_nb.compiled import _cells; print(_cells(8, 1)[0].tolist())'
+    done = subprocess.run([sys.executable, '-c', code], env=os.environ | {'NUMBA_CACHE_DIR': '/proc/none'}, capture_output=True, text=True)
+    assert done.stdout == '[0, 0, 0, 0, 1, 1, 1, 1]\n', done.stderr
 
 
 @pytest.mark.parametrize('kind', ['official', 'paper', 'none'])
