@@ -314,11 +314,12 @@ _CROP, _TEST = 128, (168, 344) # pixels: side of a crop; first column of the tes
 def _parts(photo: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]: # to learn from: both sides; to test: the middle
     return [photo[:, :_TEST[0]], photo[:, _TEST[1]:]], [photo[:, slice(*_TEST)]]
 
-def _crop(parts: list[np.ndarray], rng: np.random.Generator) -> np.ndarray: # float, 0..255
+def _crop(parts: list[np.ndarray], name: str, rng: np.random.Generator) -> np.ndarray: # float, 0..255
     photo = parts[rng.integers(len(parts))]
     y, x = (rng.integers(0, n - _CROP, endpoint=True) for n in photo.shape)
     crop = photo[y:y + _CROP, x:x + _CROP] * rng.uniform(0.92, 1.08)
-    return crop[:, ::-1] if rng.random() < 0.5 else crop
+    if rng.random() < 0.5: crop = crop[:, ::-1]
+    return crop if name == 'brick' else np.rot90(crop, rng.integers(4))
 
 # %% ../nbs/00_data.ipynb #b78f652a
 def _drawn(draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray: # cover 0..1
@@ -396,7 +397,7 @@ _DEFECTS = dict(crack=_crack, hole=_hole, missing_piece=_missing_piece, scratch=
 
 # %% ../nbs/00_data.ipynb #d26d6978
 _DEMO_COUNTS = dict(train=200, good=24, defect=8)
-_DEMO_VERSION = 2 # raise it when the drawing changes, so that older classes on disk are made again
+_DEMO_VERSION = 3 # raise it when the drawing changes, so that older classes on disk are made again
 
 def _write_demo(folder: Path, name: str, seed: int) -> None:
     def save(values: np.ndarray, *where: str) -> None:
@@ -406,11 +407,11 @@ def _write_demo(folder: Path, name: str, seed: int) -> None:
     rng = np.random.default_rng([seed, DEMO_CATEGORIES.index(name)])
     photo = getattr(skimage.data, name)().astype(np.float64)
     to_learn, to_test = _parts(photo)
-    for i in range(_DEMO_COUNTS['train']): save(_crop(to_learn, rng), 'train', 'good', f'{i:03}.png')
-    for i in range(_DEMO_COUNTS['good']): save(_crop(to_test, rng), 'test', 'good', f'{i:03}.png')
+    for i in range(_DEMO_COUNTS['train']): save(_crop(to_learn, name, rng), 'train', 'good', f'{i:03}.png')
+    for i in range(_DEMO_COUNTS['good']): save(_crop(to_test, name, rng), 'test', 'good', f'{i:03}.png')
     for kind, defect in _DEFECTS.items():
         for i in range(_DEMO_COUNTS['defect']):
-            image = _crop(to_test, rng)
+            image = _crop(to_test, name, rng)
             paint, cover = defect(image, rng) # may shade `image` around the defect: a shadow, a rim
             save((1 - cover) * image + cover * paint, 'test', kind, f'{i:03}.png')
             save(255. * (cover >= 0.5), 'ground_truth', kind, f'{i:03}_mask.png')

@@ -76,16 +76,19 @@ def _check(x: Tensor) -> None:
         raise ValueError(f"augmentation takes uint8 images (n, 3, H, W) with values 0..255, not {x.dtype} of shape {tuple(x.shape)}")
 
 # %% ../nbs/02_textures.ipynb #61b70da5
-_LEVELS = torch.arange(256)
+_LEVELS = np.arange(256)
 
-def _column(strength: float | Tensor) -> Tensor:
-    return torch.as_tensor(strength).reshape(-1, 1, 1)
+def _column(strength: float | Tensor) -> np.ndarray:
+    return np.asarray(strength).reshape(-1, 1, 1)
+
+def _tables(levels: np.ndarray) -> Tensor: # the fraction is cut off
+    return torch.from_numpy(levels.clip(0, 255).astype(np.uint8))
 
 def _posterize_tables(bits: int | Tensor) -> Tensor:
-    return (_LEVELS & -(1 << 8 - _column(bits).int())).to(torch.uint8)
+    return _tables(_LEVELS & -(1 << 8 - _column(bits).astype(int)))
 
 def _solarize_tables(threshold: float | Tensor) -> Tensor:
-    return torch.where(_LEVELS < _column(threshold), _LEVELS, 255 - _LEVELS).to(torch.uint8)
+    return _tables(np.where(_LEVELS < _column(threshold), _LEVELS, 255 - _LEVELS))
 
 def _invert_tables() -> Tensor:
     return _solarize_tables(0)
@@ -104,17 +107,14 @@ def invert(x: Tensor) -> Tensor:
     return apply_tables(x, _invert_tables())
 
 # %% ../nbs/02_textures.ipynb #e5e26dea
-def _rounded(levels: np.ndarray) -> Tensor: # in numpy: PyTorch would start its threads for these few numbers, and they would keep a core busy for a while
-    return torch.from_numpy(np.rint(levels)).clamp(0, 255).to(torch.uint8)
-
 def _brightness_tables(factor: float | Tensor) -> Tensor:
-    return (_column(factor).float() * _LEVELS).clamp(0, 255).to(torch.uint8)
+    return _tables(_column(factor).astype(np.float32) * _LEVELS.astype(np.float32))
 
 def _gamma_contrast_tables(*gammas: float | Tensor) -> Tensor:
-    return _rounded(255 * (_LEVELS.numpy() / 255) ** torch.cat([_column(g) for g in gammas], 1).double().numpy())
+    return _tables(np.rint(255 * (_LEVELS / 255) ** np.concatenate([_column(g) for g in gammas], 1)))
 
 def _multiply_add_tables(factor: float | Tensor, offset: float | Tensor) -> Tensor:
-    return _rounded((_column(factor).double() * _LEVELS + _column(offset)).numpy())
+    return _tables(np.rint(_column(factor).astype(float) * _LEVELS + _column(offset)))
 
 # %% ../nbs/02_textures.ipynb #1758f0b5
 def brightness(x: Tensor, factor: float | Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _counts_after(tables: Tensor, counts: Tensor) -> Tensor: # histograms of ima
 
 # %% ../nbs/02_textures.ipynb #ce371bea
 def _equalize_tables(counts: Tensor) -> Tensor:
-    levels = _LEVELS.to(counts.device, non_blocking=True)
+    levels = torch.arange(256, device=counts.device)
     highest = torch.where(counts > 0, levels, 0).amax(2, keepdim=True)
     below = counts.cumsum(2) - counts
     step = below.gather(2, highest) // 255
@@ -148,9 +148,9 @@ def _equalize_tables(counts: Tensor) -> Tensor:
     return torch.where(step > 0, tables, levels).to(torch.uint8) # too few pixels, or one value only: unchanged
 
 def _autocontrast_tables(counts: Tensor, cutoff: int | Tensor = 0) -> Tensor:
-    levels = _LEVELS.to(counts.device, non_blocking=True)
+    levels = torch.arange(256, device=counts.device)
     up, total = counts.cumsum(2), counts.sum(2, keepdim=True)
-    cut = total * _column(cutoff).long().to(counts.device, non_blocking=True) // 100
+    cut = total * torch.from_numpy(_column(cutoff).astype(int)).to(counts.device, non_blocking=True) // 100
     low = (up <= cut).sum(2, keepdim=True)
     high = 255 - (total - up + counts <= cut).sum(2, keepdim=True)
     span = (high - low).double()
@@ -219,9 +219,8 @@ def _hsv_tables(device: torch.device) -> tuple[Tensor, Tensor]: # uint8 hue[(R-G
 
 # %% ../nbs/02_textures.ipynb #c4bf2cc7
 def _wheel(shift: float | Tensor) -> Tensor: # (n, 3, 256) uint8: 85 times w of each channel, by hue
-    k = torch.tensor([5, 3, 1])[:, None] * 85 + (_LEVELS + _column(shift).long()).remainder(255) * 2
-    k = k.remainder(510)
-    return torch.minimum(k, 340 - k).clamp(0, 85).to(torch.uint8)
+    k = (np.array([5, 3, 1])[:, None] * 85 + (_LEVELS + _column(shift).astype(int)) % 255 * 2) % 510
+    return _tables(np.minimum(np.minimum(k, 340 - k), 85))
 
 def add_hue_saturation(x: Tensor, hue: int | Tensor, saturation: int | Tensor) -> Tensor:
     "Add to hue (255 steps a turn) and saturation (-255..255) of Pillow's 8-bit HSV."
@@ -314,7 +313,7 @@ class _Chains:
     "n images (1, 3, H, W), each with the tables (1, 3, 256) that it has yet to be looked up in, or None."
     def __init__(self, x: Tensor):
         self.images, self.tables = list(x.split(1)), [None] * len(x)
-        self.unchanged = _LEVELS.to(torch.uint8).to(x.device, non_blocking=True).expand(1, 3, 256)
+        self.unchanged = torch.arange(256, dtype=torch.uint8, device=x.device).expand(1, 3, 256)
 
     def waiting(self, rows: list[int]) -> Tensor: # (len(rows), 3, 256) uint8
         return torch.cat([self.unchanged if self.tables[i] is None else self.tables[i] for i in rows])
