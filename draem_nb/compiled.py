@@ -80,6 +80,7 @@ def _places(i: int, size: tuple, cos: np.float32, sin: np.float32, corner: np.nd
         weight[0, j], weight[1, j] = (_1 - east) * (_1 - south), east * (_1 - south)
         weight[2, j], weight[3, j] = (_1 - east) * south, east * south
 
+# %% ../nbs/02b_compiled.ipynb #893e8a70
 @_compiled
 def _turn_noise(frame: np.ndarray, size: tuple, cos: np.float32, sin: np.float32, threshold: np.float32, mask: np.ndarray, pixels: np.ndarray) -> int:
     "Where the turned noise exceeds the threshold: 1 in `mask` (H, W), else 0; its `pixels`, indices into H * W; returns how many."
@@ -273,6 +274,7 @@ def _needed(chains: Chains, a: int, lists: np.ndarray, counts: np.ndarray, width
             n = len(after)
         counts[k] = n
 
+# %% ../nbs/02b_compiled.ipynb #e7f28d0f
 @_compiled
 def _augment_at(texture: np.ndarray, chains: Chains, a: int, lists: np.ndarray, counts: np.ndarray, lut: np.ndarray, buffers: np.ndarray, width: int) -> np.ndarray:
     "Chain `a` of a texture (3, H * W) uint8, at the pixels `lists[-1]`: an image that is right at those, seen through `lut` (3, 256)."
@@ -348,6 +350,7 @@ def _blend(normal: np.ndarray, out: np.ndarray, pixels: np.ndarray, source: np.n
         out[1, p] = (g - normal[1, p]) * beta + normal[1, p]
         out[2, p] = (b - normal[2, p]) * beta + normal[2, p]
 
+# %% ../nbs/02b_compiled.ipynb #dd5fe8e2
 @_compiled
 def _make(samples: np.ndarray, work: Work, made: Made) -> None:
     "Make some samples of the batch."
