@@ -128,9 +128,9 @@ class AnomalySimulator:
         `out`: a batch that nobody needs any more; where that pays, the new one takes its memory."""
         _check(images, self.textures)
         if images.device.type != 'cpu': return _at_once(self, images, plan)
-        shape = (len(plan.image), *images.shape[1:])
-        if out is None or out.target.shape != shape:
-            out = Simulated(torch.empty(shape), torch.empty(shape), torch.empty(shape[0], 1, *shape[2:]), torch.empty(shape[0], dtype=torch.bool))
+        B, C, H, W = len(plan.image), *images.shape[1:]
+        if out is None or any(t.shape != shape or not t.is_contiguous() for t, shape in zip(vars(out).values(), ((B, C, H, W), (B, C, H, W), (B, 1, H, W), (B,)))):
+            out = Simulated(torch.empty(B, C, H, W), torch.empty(B, C, H, W), torch.empty(B, 1, H, W), torch.empty(B, dtype=torch.bool))
         simulate(_work(self, images, plan), Made(*(t.numpy() for t in vars(out).values())), torch.get_num_threads())
         return out
 
@@ -173,13 +173,16 @@ def _at_once(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Simulat
 
 # %% ../nbs/03_simulator.ipynb #8039c681
 def _turn_of(degrees: Tensor) -> Tensor:
-    "(n,) degrees -> (n, 2): cosine and sine, as `rotate` takes them."
-    radians = degrees.mul(np.pi / 180)
+    "(n,) degrees -> (n, 2): cosine and sine, as `rotate` computes them."
+    radians = degrees.float().mul(np.pi / 180)
     return torch.stack([radians.cos(), radians.sin()], 1)
 
 def _work(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Work:
     "The plan as arrays."
     recipe, size = simulator.recipe, tuple(images.shape[-2:])
+    for what, index, end in (('images', plan.image, len(images)), ('textures', plan.texture, len(simulator.textures)), ('lattice points', 2**plan.scales, plan.angles.shape[-1])):
+        if index.numel() and not 0 <= index.min() <= index.max() < end:       # compiled loops would read whatever lies there
+            raise IndexError(f'the plan was drawn for more {what} than the {end} that there are')
     turn = torch.tensor([1., 0.]).repeat(len(plan.image), 1)
     turn[plan.turned] = _turn_of(plan.degrees)
     anomaly = torch.full((len(plan.image),), -1)

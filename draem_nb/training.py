@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -145,7 +146,7 @@ class Trainer:
 
 def versions() -> dict[str, str]:
     "Versions of what a run's numbers depend on."
-    return dict(draem_nb=draem_nb.__version__, python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+    return dict(draem_nb=draem_nb.__version__, python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__, numba=numba.__version__)
 
 # %% ../nbs/07_training.ipynb #1bcaa2c5
 def _save(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:

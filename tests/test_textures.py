@@ -1,5 +1,6 @@
 "draem_nb.textures: every operation and every chain against Pillow, the draws, folders of images, other devices."
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from draem_nb import textures as T
-from draem_nb.recipes import official
-from draem_nb.simulator import AnomalySimulator
+from draem_nb.recipes import official, paper
+from draem_nb.simulator import AnomalySimulator, _at_once
 from draem_nb.textures import OPERATIONS, Augmentation, augment, draw_augmentation, load_textures
 
 
@@ -133,6 +134,33 @@ def test_the_loops_of_a_cpu_give_the_same_bytes(kind, size):
         assert torch.equal(simulator(black, plan).augmented, augment(textures[plan.texture], plan.augmentation) / 255)
 
 
+@pytest.mark.parametrize('size', [(1, 1), (2, 3), (3, 3), (5, 200), (33, 47)], ids=str)
+def test_both_ways_to_the_pixels_agree_at_any_size(size):
+    textures, images = random_images(7, size, gen(1)), random_images(5, size, gen(2))
+    textures[1], textures[2] = 0, 255
+    full = official().replace(perlin_threshold=-2., rotation_probability=1., n_augmentations=6)
+    for recipe in (official(), paper(), full, official().replace(perlin_scales=(0, 8)), official().replace(mask_shape='rectangle'),
+                   official().replace(texture_source='color', match_gray=True), official().replace(augmentation='none'), official().replace(clean_share=1.)):
+        normal = images[:, :1].repeat(1, 3, 1, 1) if recipe.match_gray else images
+        simulator = AnomalySimulator(textures, recipe, normal)
+        for seed in range(3):
+            plan = simulator.plan(5, 12, seed, seed)
+            loops, whole = simulator(normal, plan), _at_once(simulator, normal, plan)
+            same = loops.mask == whole.mask
+            assert (~same).sum() <= 1 and torch.equal(loops.is_anomalous, loops.mask.flatten(1).any(1))
+            torch.testing.assert_close(loops.target, whole.target, rtol=0, atol=1e-5)
+            torch.testing.assert_close(loops.augmented * same, whole.augmented * same, rtol=0, atol=1e-5)
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    simulator = AnomalySimulator(random_images(4, (32, 32), gen()), official())
+    images = random_images(3, (32, 32), gen())
+    with pytest.raises(IndexError, match='more images than the 3'): simulator(images, simulator.plan(100, 16, 0, 0))
+    plan = simulator.plan(3, 16, 0, 0)
+    plan.texture += 4
+    with pytest.raises(IndexError, match='more textures than the 4'): simulator(images, plan)
+
+
 def test_threads_share_a_batch_also_after_a_fork():
     textures = random_images(4, (128, 128), gen())
     simulator, threads = AnomalySimulator(textures, official()), torch.get_num_threads()
@@ -142,7 +170,12 @@ def test_threads_share_a_batch_also_after_a_fork():
         alone = simulator(textures, plan).augmented
         torch.set_num_threads(2)
         assert torch.equal(simulator(textures, plan).augmented, alone)
-        if not (child := os.fork()): os._exit(not np.array_equal(simulator(textures, plan).augmented.numpy(), alone.numpy()))      # torch.equal would want PyTorch's threads, which are gone
+        if not (child := os.fork()):
+            wrong = 1
+            try:
+                signal.alarm(60)        # ends a child that hangs
+                wrong = int(not np.array_equal(simulator(textures, plan).augmented.numpy(), alone.numpy()))     # torch.equal would want PyTorch's threads, which are gone
+            finally: os._exit(wrong)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally: torch.set_num_threads(threads)
 
