@@ -392,8 +392,10 @@ def simulate(
     cost = 2 * (work.anomaly >= 0) + (work.turn[:, 1] != 0)
     order = np.argsort(-cost, kind='stable')
     threads = min(threads, len(order)) if made.target.size >= 2**20 else 1
-    if threads == 1: return _make(order, work, made)
-    list(_pool(threads).map(lambda k: _make(order[k::threads].copy(), work, made), range(threads)))
+    hands = [order[k::threads].copy() for k in range(threads)]
+    others = [_pool(threads - 1).submit(_make, hand, work, made) for hand in hands[1:]]
+    _make(hands[0], work, made)
+    for other in others: other.result()
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
