@@ -218,16 +218,21 @@ def _sharpen(out: np.ndarray, image: np.ndarray, lut: np.ndarray, pixels: np.nda
                 out[c, p] = _enhanced(np.rint(np.float32(total) * np.float32(1 / 13)), np.float32(centre), factor)
 
 @_compiled
+def _seen(image: np.ndarray, lut: np.ndarray, p: int) -> tuple[int, int, int]:
+    "The three channels of a pixel, through `lut`."
+    return int(lut[0, image[0, p]]), int(lut[1, image[1, p]]), int(lut[2, image[2, p]])
+
+@_compiled
 def _recolor(out: np.ndarray, image: np.ndarray, lut: np.ndarray, pixels: np.ndarray, factor: np.float32) -> None:
     for p in pixels:
-        red, green, blue = int(lut[0, image[0, p]]), int(lut[1, image[1, p]]), int(lut[2, image[2, p]])
+        red, green, blue = _seen(image, lut, p)
         gray = np.float32((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)
         out[0, p], out[1, p], out[2, p] = _enhanced(gray, np.float32(red), factor), _enhanced(gray, np.float32(green), factor), _enhanced(gray, np.float32(blue), factor)
 
 @_compiled
 def _shift_hue(out: np.ndarray, image: np.ndarray, lut: np.ndarray, pixels: np.ndarray, shift: np.float32, wheel: np.ndarray, hues: np.ndarray, saturations: np.ndarray) -> None:
     for p in pixels:
-        red, green, blue = int(lut[0, image[0, p]]), int(lut[1, image[1, p]]), int(lut[2, image[2, p]])
+        red, green, blue = _seen(image, lut, p)
         value = max(red, green, blue)
         hue = hues[(red - green + 255) * 511 + blue - green + 255]
         saturation = saturations[value * 256 + value - min(red, green, blue)]
@@ -341,15 +346,15 @@ def _rectangle_pixels(rectangle: np.ndarray, mask: np.ndarray, pixels: np.ndarra
 def _blend(normal: np.ndarray, out: np.ndarray, pixels: np.ndarray, source: np.ndarray, lut: np.ndarray, work: Work, a: int) -> None:
     "Weighted mean of the normal image and what fills the mask; `normal`, `out` and `source` (3, H * W)."
     color, beta = work.color[a], work.opacity[a]
-    red, green, blue = color[0], color[1], color[2]
     for p in pixels:
-        if not work.is_plain:
-            red, green, blue = np.float32(lut[0, source[0, p]]) / _255, np.float32(lut[1, source[1, p]]) / _255, np.float32(lut[2, source[2, p]]) / _255
-        r, g, b = red, green, blue
-        if work.is_gray: r = g = b = np.float32(0.299) * red + np.float32(0.587) * green + np.float32(0.114) * blue
-        out[0, p] = (r - normal[0, p]) * beta + normal[0, p]
-        out[1, p] = (g - normal[1, p]) * beta + normal[1, p]
-        out[2, p] = (b - normal[2, p]) * beta + normal[2, p]
+        if work.is_plain: red, green, blue = color[0], color[1], color[2]
+        else:
+            r, g, b = _seen(source, lut, p)
+            red, green, blue = np.float32(r) / _255, np.float32(g) / _255, np.float32(b) / _255
+        if work.is_gray: red = green = blue = np.float32(0.299) * red + np.float32(0.587) * green + np.float32(0.114) * blue
+        out[0, p] = (red - normal[0, p]) * beta + normal[0, p]
+        out[1, p] = (green - normal[1, p]) * beta + normal[1, p]
+        out[2, p] = (blue - normal[2, p]) * beta + normal[2, p]
 
 # %% ../nbs/02b_compiled.ipynb #dd5fe8e2
 @_compiled
