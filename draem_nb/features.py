@@ -162,7 +162,7 @@ class FeatureRecipe:
             raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(names)}")
         return dataclasses.replace(self, **fields)
 
-# %% ../nbs/42_features.ipynb #ddde10de
+# %% ../nbs/42_features.ipynb #7553fff7
 class FeatureDetector(AnomalyDetector):
     """What detectors on pretrained features share. A method adds its name `method`, its `recipe_type`, and
 
@@ -175,7 +175,7 @@ class FeatureDetector(AnomalyDetector):
 
     def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         maps, scores = self.distances(batch)
-        return None, maps / (maps + self.farthest), scores
+        return None, 1 / (1 + (self.farthest / maps).square()), scores
 
     @property
     def conditions(self) -> dict:
