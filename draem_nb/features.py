@@ -228,7 +228,7 @@ def _keep(detector: FeatureDetector, about: dict, run_dir: Path) -> None:
     except OSError as e:
         raise ValueError(f'the run folder {run_dir} cannot be written ({e.strerror}); choose another run_dir') from None
 
-# %% ../nbs/42_features.ipynb #c9eb8cb7
+# %% ../nbs/42_features.ipynb #bd00b802
 def _batches(images: Tensor, indices: Tensor, device: torch.device, what: str) -> Iterator[Tensor]:
     "The images of these indices, 16 at a time, on the device."
     for part in tqdm(indices.split(16), what, unit='batch', mininterval=0.5, delay=2): yield images[part].to(device)
@@ -249,7 +249,7 @@ def fit_detector(
     if run_dir and _is_there(Path(run_dir), about): return type(detector).load(run_dir, device)
     detector.learned = detector.learn(_batches(images, kept, device, f'{detector.method}, {category.name}'), len(kept))
     normal = _batches(images, (held_out if len(held_out) else kept)[:32], device, 'the farthest normal pixel')
-    detector.farthest = max(float(detector.distances(part)[0].max()) for part in normal)
+    detector.farthest = max(1e-6, *(float(detector.distances(part)[0].max()) for part in normal))
     if len(held_out): detector.calibrate(large_part(images, held_out))
     if run_dir: _keep(detector, about, Path(run_dir))
     return detector
