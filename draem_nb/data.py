@@ -255,6 +255,7 @@ class CategoryData:
     masks_known: bool = True      # False: both masks are empty because nobody drew the defects exactly
     weak_masks: torch.Tensor | None = None  # (M, 1, H, W) bool, roughly around the defects; for pictures only
     notes: tuple[str, ...] = ()   # what a reader of the numbers has to know
+    antialias: bool = True        # how larger images were shrunk, see `load_images`
 
     def __repr__(self) -> str:
         test = ', '.join(f'{n} {kind}' for kind, n in sorted(Counter(self.kinds).items()))
@@ -305,7 +306,7 @@ def load_category(
     weak = None if files.truth != 'weak' else masks
     if not known: masks, masks_official = (large_zeros(masks.shape, torch.bool) for _ in range(2))
     return CategoryData(name, files.folder.parent, size, train, test, masks, masks_official, labels, files.kinds, files.test, files.train,
-                        known, weak, files.notes if known else (*files.notes, _UNKNOWN[files.truth]))
+                        known, weak, files.notes if known else (*files.notes, _UNKNOWN[files.truth]), antialias)
 
 # %% ../nbs/00_data.ipynb #c0f8ed38
 DEMO_CATEGORIES = ('brick', 'gravel', 'grass')

@@ -87,8 +87,10 @@ def _as_batch(images: np.ndarray | Tensor) -> Tensor:
     batch = images[None] if images.ndim == 3 else images
     if batch.ndim != 4 or batch.shape[1] != 3: raise ValueError(f'images must have three channels, (B, 3, H, W), got {tuple(images.shape)}')
     if batch.dtype == torch.uint8: return batch
-    if not batch.is_floating_point() or batch.numel() and not (0 <= batch.min() and batch.max() <= 1):
-        raise ValueError(f'images must be uint8, or float in 0..1; got {batch.dtype} in {batch.min()} .. {batch.max()}')
+    if not batch.is_floating_point():
+        raise ValueError(f'images must be uint8, or float in 0..1, not {str(batch.dtype).removeprefix("torch.")}; divide by the largest value there can be (65535. for 16 bits)')
+    if batch.numel() and not (0 <= batch.min() and batch.max() <= 1):
+        raise ValueError(f'images must be uint8, or float in 0..1, not float in {batch.min():g} .. {batch.max():g}')
     return (batch * 255).round().to(torch.uint8)
 
 # %% ../nbs/08_detector.ipynb #752081c6
@@ -153,6 +155,7 @@ class Detector(AnomalyDetector):
     "A trained DRAEM: `Detector.load(run_dir)`, then `predict`."
     def __init__(self, net: Draem, recipe: Recipe, device: str | torch.device | None = None):
         self.recipe, self.device, self.size, self.color = recipe, pick_device(device), check_size(recipe.size), recipe.color
+        self.antialias = recipe.antialias
         self.quantile, self.pixel_floor = recipe.quantile, 0.5 if recipe.discriminative else -math.inf
         self.memory_format = memory_format_of(recipe)
         self.net = fold_batchnorm(net).to(self.device, memory_format=self.memory_format)
@@ -163,7 +166,8 @@ class Detector(AnomalyDetector):
         path = Path(path)
         checkpoint = path / 'checkpoint.pt' if path.is_dir() else path
         state = load_checkpoint(checkpoint)
-        detector = cls(_filled(Recipe(**state['recipe']), state['net']), Recipe(**state['recipe']), device)
+        recipe = Recipe(**{'antialias': True} | state['recipe'])        # older checkpoints do not say it: all were antialiased
+        detector = cls(_filled(recipe, state['net']), recipe, device)
         detector.load_calibration(checkpoint.parent)
         return detector
 
@@ -175,7 +179,7 @@ class Detector(AnomalyDetector):
         except KeyError as e: raise ValueError(f'{path} and {seg_path} are not a pair of released DRAEM checkpoints: {e} is missing') from None
         recipe = official().replace(name='released checkpoint', color='bgr', base_width=widths[0], base_channels=widths[1])
         detector = cls(_filled(recipe, {f'{net}.{k}': v for net, state in nets.items() for k, v in state.items()}), recipe, device)
-        detector.mask_rule, detector.antialias = 'official', False
+        detector.mask_rule = 'official'
         return detector
 
     @cached_property
@@ -232,7 +236,7 @@ def fit(
     "Train DRAEM on a class and set its thresholds. The same seed gives the same bits on a CPU. For a recipe with an `image_size` see 08b_tiling."
     recipe = recipe or demo()
     if recipe.image_size is not None: raise ValueError('fit makes detectors of one size; for a recipe with an image_size call train and tiling.load_detector')
-    textures = load_textures(None, recipe.size) if textures is None else textures
+    textures = load_textures(None, recipe.size, recipe.antialias) if textures is None else textures
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
         detector, held_out = Detector.load(train(category, textures, recipe, folder, device), device), split_held_out(len(category.train), recipe)[1]
         if len(held_out): detector.calibrate(category.train[held_out]).save_calibration(folder)

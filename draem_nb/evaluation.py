@@ -199,7 +199,7 @@ def evaluate(
     return dict(results, notes=_notes(results, category, masks))
 
 # %% ../nbs/10_evaluation.ipynb #f0bf0889
-_NAMED = ('base_width', 'base_channels', 'batch', 'seed', 'texture_source', 'n_textures')       # conditions that go by a name of their own,
+_NAMED = ('antialias', 'base_width', 'base_channels', 'batch', 'seed', 'texture_source', 'n_textures')      # conditions that go by a name of their own,
 _BY_OTHER_NAMES = ('name', 'size', 'steps', 'epochs')                                           # by another one,
 _WITHOUT_EFFECT = ('memory_format', 'compile', 'checkpoint_every')                              # and choices that change no result
 
@@ -373,7 +373,7 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
 def conditions_name(results: dict) -> str:
     "What makes runs comparable, in short: 'demo, 128 x 128, widths 16/8, 1000 steps of 8, masks half, textures 0a1b2c3d'."
     c = results['conditions']
-    words = [c.get('recipe', 'no recipe'), f'{c["size"][0]} x {c["size"][1]}']
+    words = [c.get('recipe', 'no recipe'), f'{c["size"][0]} x {c["size"][1]}' + ('' if c.get('antialias', True) else ' not antialiased')]
     if 'base_width' in c: words.append(f'widths {c["base_width"]}/{c["base_channels"]}')
     # A class of more images takes more steps for the same epochs: where epochs were asked for, they are the condition.
     if 'steps' in c: words.append(f'{c["epochs"]:g} epochs in batches of {c["batch"]}' if c.get('epochs') else f'{c["steps"]} steps of {c["batch"]}')

@@ -24,6 +24,7 @@ class Recipe:
     # --- input
     size: int | tuple[int, int] = 256               # network input, S or (H, W) in pixels; multiples of 32
     image_size: int | tuple[int, int] | None = None # images are brought to this, learned from in random crops of `size`, tested in tiles; None: to `size`
+    antialias: bool = False                         # how larger images and textures are shrunk; False: each pixel from the nearest four alone
     color: str = 'rgb'                              # channel order of the network input; the authors' checkpoints want 'bgr'
     # --- networks
     base_width: int = 128                           # channels of the reconstructive net's first block
@@ -55,7 +56,7 @@ class Recipe:
     focal_weight: float = 1.
     focal_gamma: float = 2.
     # --- optimisation
-    epochs: float = 700.                            # one epoch = as many samples as there are training images
+    epochs: float = 700.                            # one epoch = as many steps as it takes to see as many samples as there are training images
     steps: int | None = None                        # optimiser steps; overrides `epochs`
     replacement: bool = True                        # draw images with replacement; False: each epoch is one shuffled pass
     batch: int = 8
@@ -91,7 +92,7 @@ class Recipe:
 
     def total_steps(self, n_images: int) -> int:
         "Optimiser steps of the whole run on `n_images` training images."
-        return self.steps or math.ceil(self.epochs * n_images / self.batch)
+        return self.steps or math.ceil(self.epochs * math.ceil(n_images / self.batch))
 
 # %% ../nbs/06_recipes.ipynb #9913e13e
 def _check_ranges(r: Recipe) -> None:
@@ -122,14 +123,14 @@ def official() -> Recipe:
 
 def paper() -> Recipe:
     "The paper's text: all normal images turned by up to 45 degrees, opacity U[0.1, 1], lr x0.1 after epochs 400 and 600 of 700."
-    return Recipe(name='paper', rotation_degrees=45., rotation_probability=1., opacity=(0.1, 1.0), augmentation='paper',
-                  replacement=False, lr_milestones=(400 / 700, 600 / 700), lr_decay=0.1)
+    return Recipe(name='paper', antialias=True, rotation_degrees=45., rotation_probability=1., opacity=(0.1, 1.0),
+                  augmentation='paper', replacement=False, lr_milestones=(400 / 700, 600 / 700), lr_decay=0.1)
 
 # %% ../nbs/06_recipes.ipynb #9700b6c8
 def demo() -> Recipe:
     "Small and quick, for two CPU cores: 96 px, widths 16 and 8, 2,400 steps of 4 images."
-    return Recipe(name='demo', size=96, base_width=16, base_channels=8, batch=4, steps=2400, lr=7.5e-4, init_std=0.057, anomaly_prior=0.05,
-                  rotation_probability=0., score_window=9, match_gray=True)
+    return Recipe(name='demo', size=96, antialias=True, base_width=16, base_channels=8, batch=4, steps=2400, lr=7.5e-4, init_std=0.057,
+                  anomaly_prior=0.05, rotation_probability=0., score_window=9, match_gray=True)
 
 def by_name(name: str) -> Recipe:
     "`'official'`, `'paper'` or `'demo'`; any other name raises `ValueError`."

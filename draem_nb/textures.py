@@ -28,31 +28,33 @@ __all__ = ['OPERATIONS', 'load_textures', 'apply_tables', 'posterize', 'solarize
 # %% ../nbs/02_textures.ipynb #9796c986
 _PHOTOGRAPHS = ('coffee', 'chelsea', 'retina', 'astronaut', 'rocket', 'hubble_deep_field')
 
-def _crops(photograph: Image.Image, size: tuple[int, int]) -> list[Image.Image]:
-    "The largest centred part that has the shape of `size`, and the four quarters of this part."
+def _crops(photograph: Image.Image, size: tuple[int, int], antialias: bool) -> list[Tensor]:
+    "The largest centred part that has the shape of `size`, and the four quarters of this part; (3, H, W) uint8 each."
     height = min(photograph.height, photograph.width * size[0] / size[1])
     width = height * size[1] / size[0]
     left, top = (photograph.width - width) / 2, (photograph.height - height) / 2
-    boxes = [(0, 0, 1, 1)] + [(x, y, x + .5, y + .5) for y in (0, .5) for x in (0, .5)]
-    return [photograph.resize(size[::-1], Image.Resampling.BILINEAR,
-                              box=(left + x0 * width, top + y0 * height, left + x1 * width, top + y1 * height))
-            for x0, y0, x1, y1 in boxes]
+    parts = [(0, 0, 1, 1)] + [(x, y, x + .5, y + .5) for y in (0, .5) for x in (0, .5)]
+    boxes = [(left + x0 * width, top + y0 * height, left + x1 * width, top + y1 * height) for x0, y0, x1, y1 in parts]
+    if antialias: return [_tensor(photograph.resize(size[::-1], Image.Resampling.BILINEAR, box=box)) for box in boxes]
+    cut = [_tensor(photograph.crop(box))[None].float() for box in boxes]
+    return [F.interpolate(x, size, mode='bilinear', align_corners=False)[0].round().byte() for x in cut]
 
 # %% ../nbs/02_textures.ipynb #a0940241
 def load_textures(
     root: str | Path | None = None,       # folder tree of images, e.g. DTD's `images`; None: the built-in photographs
     size: int | tuple[int, int] = 256,    # S or (H, W) in pixels, multiples of 32
+    antialias: bool = True,               # how larger images are shrunk, see `load_images`; a recipe says which
 ) -> Tensor: # (N, 3, H, W) uint8, RGB
     "The anomaly source images. A folder that is missing or holds no images raises `FileNotFoundError` that names it."
     size = check_size(size)
     if root is None:
-        crops = [_crops(Image.fromarray(getattr(photographs, name)()), size) for name in _PHOTOGRAPHS]
-        return torch.stack([_tensor(photo[i]) for i in range(5) for photo in crops])
+        crops = [_crops(Image.fromarray(getattr(photographs, name)()), size, antialias) for name in _PHOTOGRAPHS]
+        return torch.stack([photo[i] for i in range(5) for photo in crops])
     if not Path(root).is_dir():
         raise FileNotFoundError(f"the texture folder {root} does not exist; give a folder of images, or None for the built-in photographs")
     if not (paths := find_images(root)):
         raise FileNotFoundError(f"the texture folder {root} holds no images; give a folder of images, or None for the built-in photographs")
-    return load_images(paths, size, cache=True)
+    return load_images(paths, size, cache=True, antialias=antialias)
 
 def _tensor(image: Image.Image) -> Tensor:
     return torch.tensor(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)

@@ -42,13 +42,13 @@ def blend_weights(length: int, tile: int, overlap: int) -> Tensor: # (n tiles, t
     return torch.stack([ramp / total[start:start + tile] for start in starts]).float()
 
 # %% ../nbs/08b_tiling.ipynb #91786d31
-def _one_by_one(images: object, size: tuple[int, int]) -> tuple[int, Callable[[int], Tensor], list[Path] | None]:
+def _one_by_one(images: object, size: tuple[int, int], antialias: bool) -> tuple[int, Callable[[int], Tensor], list[Path] | None]:
     "How many, a function that gives the i-th as (3, H, W) uint8 RGB, and their paths; files are read one at a time."
     if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
     if isinstance(images, (list, tuple)) and images:
         paths = [Path(p) for p in images]
-        return len(paths), lambda i: load_images([paths[i]], size)[0], paths
-    batch, _ = as_images(images, size)
+        return len(paths), lambda i: load_images([paths[i]], size, antialias=antialias)[0], paths
+    batch, _ = as_images(images, size, antialias=antialias)
     return len(batch), lambda i: batch[i], None
 
 # %% ../nbs/08b_tiling.ipynb #6510bc79
@@ -83,12 +83,12 @@ class TiledDetector(AnomalyDetector):
         self.starts, self.weights = [tile_starts(*side) for side in sides], [blend_weights(*side).to(self.device) for side in sides]
         if (recipe := getattr(detector, 'recipe', None)) is not None: self.recipe = recipe
         self.window = getattr(recipe, 'score_window', 21)
-        for name in ('quantile', 'pixel_floor', 'threshold', 'pixel_threshold', 'held_out_scores'): setattr(self, name, getattr(detector, name))
+        for name in ('antialias', 'quantile', 'pixel_floor', 'threshold', 'pixel_threshold', 'held_out_scores'): setattr(self, name, getattr(detector, name))
 
     @torch.inference_mode()
     def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
         "As `AnomalyDetector.predict`; `batch` counts tiles."
-        n, image, paths = _one_by_one(images, self.size)
+        n, image, paths = _one_by_one(images, self.size, self.antialias)
         maps, scores = large_zeros((n, *self.size)), torch.zeros(n)
         restored = large_zeros((n, 3, *self.size), torch.uint8) if reconstructions else None
         masks = None if self.pixel_threshold is None else large_zeros((n, *self.size), torch.bool)

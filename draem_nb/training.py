@@ -106,7 +106,8 @@ class Trainer:
         milestones = [round(fraction * self.total) for fraction in recipe.lr_milestones]
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, recipe.lr_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.history = torch.zeros(self.total, 3, device=device)
+        self.history = torch.zeros(self.total, 3, device=device)            # SSIM, L2 and focal loss of every step
+        self.rates = torch.zeros(self.total, dtype=torch.float64)           # the optimiser's learning rate in it; on the host
 
     def step(self) -> None:
         "One optimiser step on one simulated batch; no device-to-host copy."
@@ -116,6 +117,7 @@ class Trainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             restoration, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
         losses = draem_loss(restoration, logits, batch.target, batch.mask, self.recipe)
+        self.rates[self.done] = self.optimizer.param_groups[0]['lr']
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses.total).backward()
         self.scaler.step(self.optimizer)
@@ -136,13 +138,13 @@ class Trainer:
     def state_dict(self) -> dict:
         "Everything that the next step depends on, and what tells what it is."
         parts = {name: getattr(self, name).state_dict() for name in ('net', 'optimizer', 'scheduler', 'scaler')}
-        return dict(parts, step=self.done, history=self.history[:self.done].cpu(), recipe=dataclasses.asdict(self.recipe), versions=versions())
+        return dict(parts, step=self.done, history=self.history[:self.done].cpu(), rates=self.rates[:self.done].clone(), recipe=dataclasses.asdict(self.recipe), versions=versions())
 
     def load_state_dict(self, state: dict) -> None:
         "Go on from what `state_dict` gave."
         for name in ('net', 'optimizer', 'scheduler', 'scaler'): getattr(self, name).load_state_dict(state[name])
         self.done = state['step']
-        self.history[:self.done] = state['history'].to(self.device)
+        self.history[:self.done], self.rates[:self.done] = state['history'].to(self.device), state['rates'].cpu()
 
 def versions() -> dict[str, str]:
     "Versions of what a run's numbers depend on."
@@ -157,11 +159,10 @@ def _save(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:
         with open(temporary, 'wb') as f:
             torch.save(trainer.state_dict(), f)
             f.flush(); os.fsync(f.fileno())           # on the disk before the old one goes
-    lr = [trainer.recipe.lr * trainer.recipe.lr_decay ** sum(s >= m for m in trainer.scheduler.milestones.elements()) for s in range(trainer.done)]
     with replacing(run_dir / 'losses.csv') as temporary, open(temporary, 'w', newline='') as f:
         rows = csv.writer(f)
         rows.writerow(['step', 'ssim', 'l2', 'focal', 'lr'])
-        rows.writerows([i + 1, *losses, lr[i]] for i, losses in enumerate(trainer.history[:trainer.done].tolist()))
+        rows.writerows([i + 1, *losses, lr] for i, (losses, lr) in enumerate(zip(trainer.history[:trainer.done].tolist(), trainer.rates.tolist())))
 
 # %% ../nbs/07_training.ipynb #78d015ee
 def _fingerprint(t: Tensor) -> str:
@@ -212,6 +213,8 @@ def train(
     fit, held_out = split_held_out(len(category.train), recipe)
     if recipe.image_size is not None and category.size != check_size(recipe.image_size):
         raise ValueError(f'recipe field image_size is {recipe.image_size}, but the class was loaded at {category.size}; load it at the image_size')
+    if category.antialias != recipe.antialias:
+        raise ValueError(f'recipe field antialias is {recipe.antialias}, but the class was loaded otherwise; load it with antialias={recipe.antialias}')
     trainer = Trainer(category.train[fit] if recipe.image_size is None else RandomCrops(category.train, recipe, fit), textures, recipe, device)
     checkpoint = run_dir / 'checkpoint.pt'
     _claim(run_dir, _describe(category, textures, trainer, held_out), resume)

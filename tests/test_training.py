@@ -175,3 +175,17 @@ def test_every_ablation_trains_and_predicts(root, tmp_path, fields):
     found = detector.predict(category.test[:3])
     assert found.maps.shape == (3, *category.size) and found.maps.isfinite().all()
     assert (found.is_anomalous is None) == (recipe.holdout == 0)
+
+
+def test_losses_csv_has_the_learning_rates_that_the_optimiser_used(category, textures, tmp_path):
+    "The schedule's, falling after its milestones; the optimiser's own where somebody changed it; the same after a resume."
+    recipe = demo().replace(**{**TINY, 'steps': 10, 'lr': 1e-3, 'lr_milestones': (0.5, 0.8), 'lr_decay': 0.5})
+    train(category, textures, recipe, tmp_path, 'cpu')
+    lines = (tmp_path / 'losses.csv').read_text().splitlines()
+    assert [float(line.split(',')[-1]) for line in lines[1:]] == pytest.approx([1e-3] * 5 + [5e-4] * 3 + [2.5e-4] * 2, rel=1e-12)
+    state = load_checkpoint(tmp_path / 'checkpoint.pt')
+    trainer = Trainer(category.train, textures, recipe.replace(steps=12), torch.device('cpu'))
+    trainer.load_state_dict(state)
+    trainer.optimizer.param_groups[0]['lr'] = 0.125
+    trainer.step()
+    assert trainer.rates[:10].tolist() == state['rates'].tolist() and trainer.rates[10] == 0.125
