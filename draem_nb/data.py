@@ -33,10 +33,10 @@ import PIL
 import pandas as pd
 import skimage.data
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from .layouts import ClassFiles, find_classes, find_images, list_files
+from .layouts import ClassFiles, UnreadableImage, find_classes, find_images, list_files, open_image, shown
 
 # %% auto #0
 __all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'replacing', 'write_json', 'check_size', 'find_categories', 'read_image',
@@ -48,7 +48,8 @@ __all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'replacing', 'write_json',
 def replacing(path: str | Path) -> Iterator[Path]:
     "Gives a temporary path beside `path`; what was written there replaces `path` at the end, or vanishes on an error."
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.tmp') # two writers, of two machines even, never meet
+    start = os.fsdecode(os.fsencode(path.name)[:200])   # a name has at most 255 bytes
+    temporary = path.with_name(f'.{start}.{os.urandom(4).hex()}.tmp') # two writers, of two machines even, never meet
     try:
         yield temporary
         os.replace(temporary, path)
@@ -87,16 +88,11 @@ def find_categories(
 
 # %% ../nbs/00_data.ipynb #5e0e8ff3
 def read_image(
-    path: str | Path, # png, jpg, jpeg, bmp, tif or tiff; 8 or 16 bit
+    path: str | Path, # one of layouts.IMAGE_SUFFIXES; 8 or 16 bit
+    max_pixels: int | None = None, # as in layouts.open_image
 ) -> Image.Image: # at its own size, mode 'L' (gray) or 'RGB'
-    "One image as 8-bit gray or RGB. An empty, truncated or otherwise unreadable file raises `ValueError` that names it."
-    if not Path(path).exists(): raise FileNotFoundError(f"the image {path} does not exist")
-    try:
-        with Image.open(path) as file: image = ImageOps.exif_transpose(file)
-    except Exception as error: # Pillow raises OSError, SyntaxError, struct.error and more, depending on the format
-        reason = ('the file is empty' if Path(path).is_file() and not Path(path).stat().st_size
-                  else 'no known image format' if isinstance(error, UnidentifiedImageError) else str(error))
-        raise ValueError(f"cannot read the image {path}: {reason}") from error
+    "One image as 8-bit gray or RGB. An empty, truncated or otherwise unreadable file raises `UnreadableImage` that names it."
+    with open_image(path, max_pixels) as file: image = ImageOps.exif_transpose(file)
     return _to_8_bit(image, path)
 
 def _to_8_bit(image: Image.Image, path: str | Path) -> Image.Image:
@@ -104,7 +100,7 @@ def _to_8_bit(image: Image.Image, path: str | Path) -> Image.Image:
         return image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB')
     values = np.asarray(image)
     if values.dtype.kind == 'f' or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"cannot read the image {path}: its values are not 8 or 16 bit; save it as one of these")
+        raise UnreadableImage(path, 'its values are not 8 or 16 bit; save it as one of these')
     return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8)) # round(value / 257)
 
 # %% ../nbs/00_data.ipynb #ea0cd623
@@ -185,16 +181,16 @@ def load_images(
     size, paths = _pair(size), [Path(p) for p in paths]
     if color not in ('rgb', 'bgr'): raise ValueError(f"color is {color!r}; choose 'rgb' or 'bgr'")
     for path in paths:
-        if not path.exists(): raise FileNotFoundError(f"the image {path} does not exist")
+        if not path.exists(): raise FileNotFoundError(f"the image {shown(path)} does not exist")
     images = torch.from_numpy((_cached if cache and paths else _in_memory)(paths, size, antialias))
     return images if color == 'rgb' else images.flip(1)
 
 # %% ../nbs/00_data.ipynb #164a14fc
 def _read_mask(path: Path, image: Path, any_value: bool = False) -> np.ndarray: # (H, W) uint8, 255 on the defect
     mask = read_image(path).convert('L')
-    with Image.open(image) as header: size = header.size # reads no pixels
+    with open_image(image) as header: size = header.size # reads no pixels
     if size != mask.size != (size := read_image(image).size): # the header of a photograph may give the size before its turn
-        raise ValueError(f"the mask {path} has {mask.width} x {mask.height} pixels (width x height), but its image {image} "
+        raise ValueError(f"the mask {shown(path)} has {mask.width} x {mask.height} pixels (width x height), but its image {shown(image)} "
                          f"has {size[0]} x {size[1]}; they must agree")
     values = np.asarray(mask)
     # Some tools write 0 and 1, or 0, 1, 2, ... per kind; some layouts number kinds up to 255.
@@ -455,7 +451,7 @@ _FEW = 16 # pixels: a mask of fewer is called near-empty
 def _seen(path: Path) -> tuple[str, str, str] | str: # size, mode as stored, hash of the pixels; or what is wrong
     try:
         image = read_image(path)
-        with Image.open(path) as header: mode = header.mode
+        with open_image(path) as header: mode = header.mode
     except (OSError, ValueError) as error: return str(error)
     return f'{image.width} x {image.height}', mode, hashlib.sha256(f'{image.mode} {image.size}'.encode() + image.tobytes()).hexdigest()
 
@@ -473,6 +469,7 @@ def _mask_problem(image: Path, paths: list[Path], any_value: bool) -> tuple[str,
 
 def _problems(files: ClassFiles) -> Iterator[tuple[str, Path | str, str]]: # problem, file, detail
     paths = [*files.train, *files.test]
+    yield from (('not looked at', path, f'{reason}; save pictures as png or jpg') for path, reason in files.skipped.items())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         seen = dict(zip(paths, tqdm(pool.map(_seen, paths), f'checking {files.name}', len(paths), mininterval=0.5, delay=2)))
         masked = [(image, masks) for image, masks in zip(files.test, files.masks) if masks and not isinstance(seen[image], str)]
@@ -492,12 +489,12 @@ def check(
     name: str | None = None,    # one class; None: all
     layout: str | None = None,
 ) -> pd.DataFrame: # a row a finding: class, problem, file, detail; empty if nothing was found
-    "Look at every file: unreadable, mixed sizes and modes, masks that do not fit or are near-empty, test images that are training images."
+    "Look at every file: not looked at, unreadable, mixed sizes and modes, masks that do not fit or are near-empty, test images that are training images."
     rows = []
     for category in [name] if name is not None else find_categories(root, layout):
         try: found = list(_problems(list_files(root, category, layout)))
-        except (FileNotFoundError, ValueError) as error: found = [('cannot be loaded', '', str(error))]
-        rows += [dict(zip(('class', 'problem', 'file', 'detail'), (category, problem, str(file), detail))) for problem, file, detail in found]
+        except (OSError, ValueError) as error: found = [('cannot be loaded', '', str(error))]
+        rows += [dict(zip(('class', 'problem', 'file', 'detail'), (category, problem, shown(file), detail))) for problem, file, detail in found]
     return pd.DataFrame(rows, columns=['class', 'problem', 'file', 'detail'])
 
 # %% ../nbs/00_data.ipynb #7bdb9c90

@@ -19,6 +19,7 @@ from scipy import ndimage
 import draem_nb
 from .data import CategoryData, large_part
 from .detector import Detections
+from .layouts import as_markdown
 from .metrics import evaluate_maps, evaluate_scores
 from .recipes import Recipe, by_name, official
 from .simulator import AnomalySimulator
@@ -239,7 +240,7 @@ def results_in_words(results: dict) -> list[str]:
     sure = lambda value, limits: percent(value) + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})' if limits else '')
     metric = lambda part, name: sure(results[part][name], results['intervals'][part][name])
     rule, other, point = results['conditions']['mask_rule'], results['other_mask_rule'], results['operating_point']
-    lines = [f'**{results["conditions"]["category"]}**, {results["image"]["n"]} test images, {results["image"]["n_anomalous"]} of them with defects: image AUROC **{metric("image", "auroc")}**, '
+    lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, {results["image"]["n_anomalous"]} of them with defects: image AUROC **{metric("image", "auroc")}**, '
              f'pixel AUROC {metric("pixel", "auroc")}, pixel AP **{metric("pixel", "ap")}**, AUPRO {metric("pixel", "aupro")}; in brackets what 95 % of a thousand other draws of as many test images give.',
              f'Pixels by the mask rule `{rule}`; by the rule `{other["mask_rule"]}` pixel AP is {percent(other["pixel"]["ap"])}, pixel AUROC {percent(other["pixel"]["auroc"])}.']
     if point is None: return lines

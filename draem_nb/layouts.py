@@ -9,26 +9,117 @@ import csv
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'LAYOUTS', 'find_images', 'ClassFiles', 'Layout', 'detect_layout', 'find_classes', 'list_files']
+__all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'LAYOUTS', 'shown', 'as_markdown', 'Found', 'find_files', 'find_images',
+           'skipped_in_words', 'UnreadableImage', 'open_image', 'ClassFiles', 'Layout', 'detect_layout', 'find_classes',
+           'list_files']
+
+# %% ../nbs/00b_layouts.ipynb #3ad10c41
+# Control characters, line separators, signs that turn the direction of writing, and bytes that are not UTF-8.
+_UNSHOWN = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+
+def shown(name: str | Path) -> str:
+    "A name as one line that can be printed and stored as UTF-8: what cannot be shown becomes \\n, \\xff and the like."
+    def code(found: re.Match) -> str:
+        byte = ord(found[0]) - 0xdc00       # how Python holds a byte of a name that is not UTF-8
+        return f'\\x{byte:02x}' if 0x80 <= byte <= 0xff else found[0].encode('unicode_escape').decode()
+    return _UNSHOWN.sub(code, str(name))
+
+def as_markdown(text: str | Path) -> str:
+    "Text for a sentence of Markdown, in which it is nothing but text."
+    return re.sub(r'[^\w ,.%()-]|_', lambda found: f'&#{ord(found[0])};', shown(text))
 
 # %% ../nbs/00b_layouts.ipynb #b1b7fb96
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
+_READ = ('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.tif', '.tiff', '.webp', '.avif')
+IMAGE_SUFFIXES = tuple(suffix for suffix in _READ if suffix in Image.registered_extensions())   # Pillow may be built without the last two
+_NO_PICTURE = ('.txt', '.md', '.csv', '.tsv', '.json', '.yaml', '.yml', '.xml', '.html', '.ini', '.db', '.log', '.py', '.pyb', '.ipynb', '.lnk',
+               '.pkl', '.npy', '.npz', '.mat', '.pt', '.zip', '.gz', '.tar', '.xz')
 
-def find_images(
+class Found(NamedTuple):
+    "What a folder holds."
+    images: list[Path]          # sorted
+    skipped: dict[Path, str]    # files that may be pictures and are not looked at, each with the reason
+    locked: dict[Path, str]     # folders that cannot be read, each with the reason
+
+# %% ../nbs/00b_layouts.ipynb #51563e87
+def find_files(
     folder: str | Path, # searched with all its subfolders; links are followed, hidden names are not looked at
+) -> Found:
+    "The image files of a folder, and what is not looked at. `FileNotFoundError` if there is no such folder."
+    if not Path(folder).is_dir(): raise FileNotFoundError(f"the image folder {shown(folder)} does not exist")
+    found, folders, links, entered = Found([], {}, {}), [Path(folder)], [], set()
+    while folders or links:
+        here = (folders or links).pop(0)
+        try:
+            about = os.stat(here)
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name) if (about.st_dev, about.st_ino) not in entered else ()
+        except OSError as error: found.locked[here] = f'the folder cannot be read: {error.strerror}'; continue
+        entered.add((about.st_dev, about.st_ino))
+        for entry in entries:
+            # macOS puts a '._000.png', which is no image, beside each '000.png'.
+            if entry.name.startswith('.'): continue
+            if entry.is_dir(): (links if entry.is_symlink() else folders).append(here / entry.name)
+            elif not entry.name.lower().endswith(IMAGE_SUFFIXES + _NO_PICTURE): found.skipped[here / entry.name] = 'not a format that is read'
+            elif not entry.name.lower().endswith(IMAGE_SUFFIXES): continue
+            elif entry.is_file(): found.images.append(here / entry.name)
+            else: found.skipped[here / entry.name] = 'not a regular file'
+    found.images.sort()
+    return found
+
+# %% ../nbs/00b_layouts.ipynb #bb2fcec9
+def find_images(
+    folder: str | Path, # as in find_files
 ) -> list[Path]: # sorted
-    "All image files in `folder`; an empty list if there are none, `FileNotFoundError` if there is no such folder."
-    if not Path(folder).is_dir(): raise FileNotFoundError(f"the image folder {folder} does not exist")
-    # Hidden names are left out because macOS puts a '._000.png', which is no image, beside each '000.png'.
-    return sorted(Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names
-                  if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.'))
+    "All image files in `folder`; `FileNotFoundError` if there is no such folder, `PermissionError` that names one that cannot be read."
+    found = find_files(folder)
+    for path, reason in found.locked.items():
+        raise PermissionError(f"{shown(path)}: {reason}; allow it to be read, or take it out of {shown(folder)}")
+    return found.images
+
+def skipped_in_words(skipped: dict[Path, str]) -> str:
+    "A sentence that counts and names files that were not looked at; nothing where there are none."
+    if not skipped: return ''
+    names = ', '.join(shown(path.name) for path in list(skipped)[:3]) + (', ...' if len(skipped) > 3 else '')
+    return f"{len(skipped)} file{'s' * (len(skipped) > 1)} not looked at: {names}; save pictures as png or jpg."
+
+# %% ../nbs/00b_layouts.ipynb #46347b62
+class UnreadableImage(ValueError):
+    "A file that is not read as an image; the message names it, `reason` says why."
+    def __init__(self, path: str | Path, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f'cannot read the image {shown(path)}: {reason}')
+
+_FORMATS = tuple(name for name in ('PNG', 'JPEG', 'MPO', 'BMP', 'DIB', 'TIFF', 'WEBP', 'AVIF') if name in Image.OPEN)
+MAX_PIXELS = 1 << 27    # 134 million, as of 12,000 x 11,000; the variable DRAEM_NB_MAX_PIXELS sets another limit
+
+@contextmanager
+def open_image(
+    path: str | Path,
+    max_pixels: int | None = None,  # None: DRAEM_NB_MAX_PIXELS, else MAX_PIXELS
+) -> Iterator[Image.Image]: # its pixels are not read yet
+    "An image file; `FileNotFoundError`, or `UnreadableImage` also for what goes wrong while it is used."
+    limit = max_pixels or int(os.environ.get('DRAEM_NB_MAX_PIXELS') or MAX_PIXELS)
+    try:
+        if not stat.S_ISREG((about := os.stat(path)).st_mode): raise OSError('it is not a regular file')
+        if not about.st_size: raise OSError('the file is empty')
+        if Image.MAX_IMAGE_PIXELS: Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limit)  # no warning below our own limit
+        with Image.open(path, formats=_FORMATS) as file:
+            if file.width * file.height > limit:
+                raise OSError(f'{file.width} x {file.height} pixels are more than {limit}; set DRAEM_NB_MAX_PIXELS to allow them')
+            yield file
+    except FileNotFoundError: raise FileNotFoundError(f"the image {shown(path)} does not exist") from None
+    except Exception as error: # Pillow raises OSError, SyntaxError, struct.error and more, depending on the format
+        reason = 'no known image format' if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise UnreadableImage(path, reason) from error
 
 # %% ../nbs/00b_layouts.ipynb #538ac713
 @dataclass(frozen=True)
@@ -44,6 +135,7 @@ class ClassFiles:
     truth: str = 'exact'        # 'exact', 'weak' or 'none', see above
     any_value: bool = False     # in a mask every value but 0 is defect (numbers of kinds); False: white on black
     notes: tuple[str, ...] = () # what a reader of the numbers has to know, in sentences
+    skipped: dict[Path, str] = field(default_factory=dict)  # files in its folder that are not looked at, with the reason
 
 # %% ../nbs/00b_layouts.ipynb #52c42a1e
 def _images(folder: Path) -> list[Path]: # none if there is no such folder
@@ -62,7 +154,7 @@ def _no_mask(image: Path, there: Path) -> FileNotFoundError:
 
 def _aside(names: Sequence[str], share: float) -> set[str]:
     "A share of the names (at least one of two), by the hash of each: the same on every machine, and in no order that means something."
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    ranked = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).hexdigest())
     return set(ranked[:max(1, round(share * len(ranked)))]) if len(ranked) > 1 else set()
 
 # %% ../nbs/00b_layouts.ipynb #fd3a8ce3
@@ -110,17 +202,25 @@ def _mvtec_loco(folder: Path) -> ClassFiles:
 _VISA = Path('split_csv', '1cls.csv')
 
 def _visa_rows(root: Path) -> list[dict[str, str]]:
-    with open(root / _VISA, newline='', encoding='utf-8-sig') as file:
-        table = csv.DictReader(file)
-        if missing := {'object', 'split', 'label', 'image', 'mask'} - set(table.fieldnames or ()):
-            raise ValueError(f"{root / _VISA} has no column {', '.join(sorted(missing))}; VisA's table has object, split, label, image, mask")
-        return list(table)
+    path, columns = root / _VISA, ('object', 'split', 'label', 'image', 'mask')
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file: rows = list(table := csv.DictReader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error: raise ValueError(f"{path} is not a table of comma-separated values in UTF-8: {error}") from None
+    if missing := sorted(set(columns) - set(table.fieldnames or ())):
+        raise ValueError(f"{path} has no column {', '.join(missing)}; VisA's table has {', '.join(columns)}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values(): raise ValueError(f"{path}, line {number}: {'more' if None in row else 'fewer'} values than columns")
+    return rows
+
+def _in_class(name: str, file: str) -> bool: # whether a path of the table stays inside of the class's folder
+    return Path(file).parts[:1] == (name,) and '..' not in Path(file).parts
 
 def _visa(folder: Path) -> ClassFiles:
     root, rows = folder.parent, [row for row in _visa_rows(folder.parent) if row['object'] == folder.name]
     for row in rows:
-        if (row['split'] not in ('train', 'test') or row['label'] not in ('normal', 'anomaly') or '..' in Path(row['image']).parts
-                or Path(row['image']).parts[:1] != (folder.name,)): raise ValueError(f"{root / _VISA} has a row that is none of VisA's: {', '.join(row.values())}")
+        if (row['split'] not in ('train', 'test') or row['label'] not in ('normal', 'anomaly')
+                or not all(_in_class(folder.name, row[column]) for column in ('image', 'mask') if column == 'image' or row[column])):
+            raise ValueError(f"{root / _VISA} has a row that is none of VisA's: {', '.join(row.values())}")
     train = [root / row['image'] for row in rows if row['split'] == 'train' and row['label'] == 'normal']
     if not train: raise FileNotFoundError(f"{root / _VISA} names no normal training images of {folder.name}")
     test = [row for row in rows if row['split'] == 'test']
@@ -136,9 +236,7 @@ def _kolektor_pairs(folder: Path) -> list[tuple[Path, Path, bool]]: # image, mas
         if not stem.isdigit(): continue
         if f'{stem}_GT' not in files: raise _no_mask(path, folder / f'{stem}_GT.png')
         mask = files[f'{stem}_GT']
-        try:
-            with Image.open(mask) as opened: pairs.append((path, mask, opened.convert('L').getbbox() is not None))
-        except Exception as error: raise ValueError(f"cannot read the image {mask}: {error}") from error
+        with open_image(mask) as opened: pairs.append((path, mask, opened.convert('L').getbbox() is not None))
     return pairs
 
 def _kolektor(folder: Path) -> ClassFiles:
@@ -264,7 +362,9 @@ def list_files(
     there, root = find_classes(root, layout), Path(root)
     if name in there:
         folder, found = there[name]
-        return LAYOUTS[found].read(folder)
+        files, skipped = LAYOUTS[found].read(folder), find_files(folder).skipped
+        kinds = [shown(kind) for kind in files.kinds]
+        return replace(files, kinds=kinds, skipped=skipped, notes=(*files.notes, *filter(None, [skipped_in_words(skipped)])))
     if (root / 'train' / 'good').is_dir():
         raise ValueError(f"{root} is itself a class; give the folder that holds it as root and {root.resolve().name!r} as the class")
     if name and (root / name).is_dir():

@@ -9,6 +9,7 @@ __all__ = ['NORMAL', 'DEFECT', 'TRUTH', 'PREDICTION', 'DASHES', 'IMAGES', 'PIXEL
            'against_paper', 'class_differences', 'learning_curve']
 
 # %% ../nbs/11_plots.ipynb #b488b506
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from matplotlib import patheffects
+from matplotlib import font_manager, patheffects
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -40,8 +41,14 @@ MUTED = '#767676'                         # words and lines that stand back
 HEAT = 'inferno'                          # black, purple, orange, yellow: its lightness grows evenly
 WIDTH = 9.5                               # inches: the text column of a report at 100 dots an inch
 
+# Names may be in any script: fonts that many systems have lend what the first one lacks. A sign that none of them has is a box.
+_MORE_FONTS = [name for name in ('Noto Sans CJK JP', 'Noto Sans CJK KR', 'Noto Sans CJK SC', 'NanumGothic', 'WenQuanYi Micro Hei', 'Noto Emoji', 'Symbola')
+               if name in font_manager.get_font_names()]
+warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from font', UserWarning)
+
+# `text.parse_math`: a name with two dollar signs is no formula.
 STYLE = sns.axes_style('whitegrid') | {
-    'font.sans-serif': ['DejaVu Sans'], 'font.size': 10, 'figure.dpi': 100,
+    'font.family': ['DejaVu Sans', *_MORE_FONTS], 'text.parse_math': False, 'font.size': 10, 'figure.dpi': 100,
     'axes.titlesize': 11, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.titlepad': 8,
     'axes.labelsize': 10, 'xtick.labelsize': 9, 'ytick.labelsize': 9, 'legend.fontsize': 9, 'legend.frameon': False,
     'axes.spines.top': False, 'axes.spines.right': False, 'grid.color': '#e8e8e8', 'axes.edgecolor': '#b0b0b0',

@@ -37,15 +37,17 @@ from matplotlib.figure import Figure
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+from pandas.io.formats.style import Styler
 from papermill.exceptions import PapermillExecutionError
 
 import draem_nb
 from .data import replacing, write_json
+from .layouts import as_markdown, shown
 
 # %% auto #0
 __all__ = ['report_names', 'report_notebook', 'report_parameters', 'check_parameters', 'default_folder', 'peak_memory_mib',
-           'timing', 'finish', 'Figures', 'RunFailed', 'to_html', 'locked', 'RunResult', 'run_report', 'run_many',
-           'metrics_table', 'main']
+           'timing', 'finish', 'Figures', 'styled', 'as_csv', 'RunFailed', 'to_html', 'locked', 'RunResult',
+           'run_report', 'run_many', 'metrics_table', 'main']
 
 # %% ../nbs/12_reports.ipynb #4dd9a738
 def _report_folder() -> Path:
@@ -152,6 +154,23 @@ class Figures:
         with replacing(self.folder / f'{name}.png') as temporary: figure.savefig(temporary, format='png', bbox_inches='tight')
         display(figure)
 
+# %% ../nbs/12_reports.ipynb #ca276241
+def styled(
+    table: pd.DataFrame,
+    formatter: object = None,   # as in `Styler.format`
+    **how: object,              # precision, na_rep
+) -> Styler:
+    "A table for a report, in which names are text, never HTML."
+    return table.style.format(formatter, escape='html', **how).format_index(escape='html').format_index(escape='html', axis=1)
+
+# %% ../nbs/12_reports.ipynb #9ad34552
+def as_csv(table: pd.DataFrame, **how: object) -> str:
+    "A table as CSV text, `how` as in `DataFrame.to_csv`; no name in it is a formula to a spreadsheet."
+    def text(value: object) -> object:
+        if not isinstance(value, str): return value
+        return ("'" if value.startswith(('=', '+', '-', '@', '\t', '\r')) else '') + shown(value)
+    return table.map(text).rename(index=text).to_csv(**how)
+
 # %% ../nbs/12_reports.ipynb #ca86dd9d
 class _Kernel(AsyncKernelManager):
     def __init__(self, **kwargs: object) -> None:
@@ -193,7 +212,7 @@ class RunFailed(RuntimeError):
         super().__init__(f'{reason}{where}' + (f'\n{last_lines}' if last_lines else ''))
 
 # %% ../nbs/12_reports.ipynb #2b15119c
-_PLAIN = ('ValueError', 'FileNotFoundError', 'FileExistsError', 'PermissionError', 'NotADirectoryError', 'RunFailed')  # whose text is a sentence by itself
+_PLAIN = ('ValueError', 'UnreadableImage', 'FileNotFoundError', 'FileExistsError', 'PermissionError', 'NotADirectoryError', 'RunFailed')  # whose text is a sentence by itself
 
 def _reason(error: Exception) -> str:
     "One line for people."
@@ -220,7 +239,7 @@ def _execute(notebook: Path, to: Path, params: dict) -> None:
 def _keep(temporary: Path, final: Path, error: str = '') -> Path:
     "Move an executed notebook to its place, its streams joined; `error` is put at its top."
     nb, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.read(temporary, 4), {})
-    if error: nb.cells.insert(0, nbformat.v4.new_markdown_cell(f'**This report failed.** {error}'))
+    if error: nb.cells.insert(0, nbformat.v4.new_markdown_cell(f'**This report failed.** {as_markdown(error)}'))
     nb.metadata.papermill['output_path'] = str(final)
     nbformat.write(nb, temporary)
     os.replace(temporary, final)
@@ -229,7 +248,9 @@ def _keep(temporary: Path, final: Path, error: str = '') -> Path:
 # %% ../nbs/12_reports.ipynb #dded623e
 _TEMPLATE = """
 {%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock -%}
+{%- block html_head_js -%}
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; form-action 'none'; base-uri 'none'">
+{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
@@ -325,6 +346,8 @@ def _asked(name: str | Path, params: dict) -> tuple[dict, dict]:
     "The parameters as JSON has them, and what `parameters.json` says."
     plain = lambda values: json.loads(json.dumps(values, allow_nan=False))
     params = plain({key: str(value) if isinstance(value, Path) else value for key, value in params.items()})
+    for key, value in params.items():
+        if isinstance(value, str) and re.search('[\ud800-\udfff]', value): raise ValueError(f'{key} is {shown(value)}, which is no UTF-8; rename that folder')
     return params, plain(dict(report=Path(name).stem) | check_parameters(name, params))
 
 def _begin(run_dir: Path, asked: dict) -> None:
@@ -407,14 +430,15 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
                                if not key.startswith('n')} for row, found in rows.items()}).T.astype(float)
 
 # %% ../nbs/12_reports.ipynb #0d19180e
-def _value(key: str, default: object):
-    "What turns an option's text into the type of its default: text, or JSON for numbers, lists and dictionaries."
-    def parse(text: str) -> object:
-        if isinstance(default, str) or (default is None and not text.startswith(('[', '{'))): return text
-        try: value = json.loads(text)
-        except ValueError: value = None
-        if default is not None and type(value) is not type(default) and not (isinstance(default, float) and isinstance(value, int)):
-            raise argparse.ArgumentTypeError(f'{key} must be a value like {json.dumps(default)} (JSON), not {text!r}')
+def _value(key: str, default: object, text: str = ''):
+    "What turns an option into the type of its default: text, or JSON for numbers, lists and dictionaries, or where the help says so."
+    def parse(given: str) -> object:
+        if isinstance(default, str) or (default is None and 'JSON' not in text): return given
+        like = {} if isinstance(default, dict) else default if default is not None else ['a', 'b']
+        fault = argparse.ArgumentTypeError(f'{key} must be a value like {json.dumps(like)} (JSON), not {given!r}')
+        try: value = json.loads(given)
+        except ValueError: raise fault from None
+        if type(value) is not type(like) and not (isinstance(like, float) and isinstance(value, int)): raise fault
         return value
     return parse
 
@@ -430,7 +454,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in report_names():
         command = commands.add_parser(name, help=_subtitle(name), description=_subtitle(name), allow_abbrev=False)
         for key, (default, text) in {**report_parameters(name), _folder_parameter(name): (None, "the report's own folder")}.items():
-            command.add_argument('--' + key.replace('_', '-'), type=_value(key, default), default=argparse.SUPPRESS,
+            command.add_argument('--' + key.replace('_', '-'), type=_value(key, default, text), default=argparse.SUPPRESS,
                                  help=f'{text} (default: {default})'.replace('%', '%%'))
     commands.add_parser('table', help='every class, seed and recipe side by side, on this machine or a cluster, then the summary (table --help)', add_help=False)
     return parser
@@ -446,7 +470,7 @@ def _show(result: RunResult) -> None:
 
 # %% ../nbs/12_reports.ipynb #a925312a
 def main(argv: list[str] | None = None) -> int:
-    "The command `draem_nb`. Returns its exit status."
+    "The command `draem_nb`. Returns its exit status: 0; 1 failed; 3 done, but some files could not be read or were not looked at; 130 stopped."
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['table']:
         from draem_nb.fanout import table
@@ -455,9 +479,9 @@ def main(argv: list[str] | None = None) -> int:
     name = params.pop('report')
     try:
         run_dir = params.pop(_folder_parameter(name), None) or default_folder(name, params)
-        print(f'report {name!r} into {run_dir}')
-        _show(run_report(name, params, run_dir))
-        return 0
+        print(f'report {name!r} into {shown(run_dir)}')
+        _show(result := run_report(name, params, run_dir))
+        return 3 if result.metrics.get('unreadable') or result.metrics.get('not_looked_at') else 0
     except KeyboardInterrupt: print('draem_nb: stopped; the same command goes on from the last checkpoint', file=sys.stderr); return 130
     except RunFailed as e: print(f'draem_nb: {e.reason}' + (f'\nthe notebook with the error: {e.notebook}' if e.notebook else ''), file=sys.stderr)
     except (ValueError, OSError) as e: print(f'draem_nb: {e}', file=sys.stderr)

@@ -1,0 +1,195 @@
+"""Names and files that come from somebody else: shown as they are, never executed, never the end of the whole."""
+
+import csv
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from draem_nb import reports
+from draem_nb.layouts import as_markdown, find_files, find_images, list_files, shown
+from draem_nb.reports import main, run_report
+
+ATTACKS = ('<svg onload=window.ran=1>', '<img src=x onerror=window.ran=1>', '[a](javascript:window.ran=1)')
+
+
+class Scripts(HTMLParser):
+    "Collects all that a browser would execute."
+    def __init__(self) -> None: super().__init__(); self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        if tag in ('script', 'iframe', 'object', 'embed'): self.found.append(tag)
+        self.found += [f'{tag} {name}' for name, value in attributes if name.startswith('on') or 'javascript:' in (value or '').lower()]
+
+
+def scripts(page: str) -> list[str]:
+    parser = Scripts()
+    parser.feed(page)
+    return parser.found
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> Path:
+    "A run of the built-in class, twenty steps, calibrated."
+    from draem_nb.data import demo_category, load_category
+    from draem_nb.detector import Detector
+    from draem_nb.recipes import demo
+    from draem_nb.textures import load_textures
+    from draem_nb.training import train
+    root, run = demo_category('brick'), tmp_path_factory.mktemp('run')
+    tiny = demo().replace(size=64, base_width=4, base_channels=4, steps=4, score_window=5, precision='float32')
+    train(load_category(root.parent, 'brick', 64), load_textures(size=64), tiny, run, 'cpu')
+    Detector.load(run, 'cpu').calibrate(root / 'test' / 'good').save_calibration(run)
+    return run
+
+
+NAMES = ('$x_$.png', 'a"b\'c.png', 'line\nbreak.png', '가나다.png', '🔩 bolt.png', '=cmd|calc.png', ATTACKS[1].replace('/', '') + '.png', 'n' * 251 + '.png',
+         os.fsdecode(b'caf\xe9.png'))
+
+
+def test_one_name_or_one_file_does_not_end_an_inspection(trained, tmp_path, capfd):
+    from draem_nb.data import demo_category
+    image, photos = demo_category('brick') / 'test' / 'good' / '000.png', tmp_path / 'photos'
+    photos.mkdir()
+    for name in NAMES: shutil.copy(image, photos / name)
+    (photos / 'broken.jpg').write_bytes(image.read_bytes()[:500])
+    for name in ('IMG_0001.HEIC', 'b.heic'): shutil.copy(image, photos / name)
+    assert main(['inspect', '--run-dir', str(trained), '--images', str(photos), '--out-dir', str(tmp_path / 'seen')]) == 3
+    said = capfd.readouterr().out
+    assert '2 files not looked at: IMG_0001.HEIC, b.heic; save pictures as png or jpg.' in said and 'unreadable: ' in said and 'broken.jpg' in said
+    rows = list(csv.DictReader(open(tmp_path / 'seen' / 'verdicts.csv', encoding='utf-8')))
+    assert len(rows) == len(NAMES) + 1 and rows[0]['verdict'].startswith('unreadable: ') and rows[0]['file'] == str(photos / 'broken.jpg')
+    assert {row['file'] for row in rows[1:]} == {shown(photos / name) for name in NAMES}
+    assert all(row['verdict'] in ('normal', 'anomalous') and float(row['margin']) == pytest.approx(float(row['score']) - float(row['threshold']), abs=2e-6) for row in rows[1:])
+    metrics = json.loads((tmp_path / 'seen' / 'metrics.json').read_text())
+    assert (metrics['images'], metrics['unreadable'], metrics['not_looked_at']) == (len(NAMES) + 1, 1, 2)
+    page = (tmp_path / 'seen' / 'report.html').read_text()
+    assert '가나다.png' in page and '🔩 bolt.png' in page and r'line\nbreak.png' in page and r'caf\xe9.png' in page and '2 files not looked at' in page
+    assert len(list((tmp_path / 'seen' / 'overlays').iterdir())) == len(NAMES) and scripts(page) == []
+
+
+def test_nothing_from_the_data_is_executed(tmp_path):
+    "The three attacks as kinds of defect and as a class, in the report of a class."
+    from draem_nb.data import demo_category
+    names = [a.replace('/', '') for a in ATTACKS]
+    source = demo_category('brick')
+    target = tmp_path / names[2]
+    shutil.copytree(source / 'train', target / 'train')
+    shutil.copytree(source / 'test' / 'good', target / 'test' / 'good')
+    for path in target.rglob('*.png'):
+        if int(path.stem) > 15: path.unlink()
+    for kind, name in zip(('crack', 'hole'), names):
+        shutil.copytree(source / 'test' / kind, target / 'test' / name)
+        shutil.copytree(source / 'ground_truth' / kind, target / 'ground_truth' / name)
+    (target / 'train' / 'good' / (names[0] + '.heic')).touch()
+    tiny = dict(size=32, base_width=4, base_channels=4, steps=2, batch=2, score_window=5, perlin_scales=[0, 2], precision='float32')
+    for report, overrides in (('category', tiny), ('cutpaste', dict(steps=3, width=4, batch=2, stride=8))):
+        page = run_report(report, dict(category=names[2], data_root=str(tmp_path), overrides=overrides), tmp_path / report).report.read_text()
+        assert scripts(page) == [] and '<svg' not in page and '&lt;svg onload' in page
+        assert re.search('<meta (content="default-src \'none\'[^>]*http-equiv="Content-Security-Policy"|http-equiv="Content-Security-Policy"[^>]*default-src \'none\')', page)
+    assert '1 file not looked at' in page
+
+
+def test_names_are_shown_as_one_line_of_text():
+    assert shown(os.fsdecode(b'caf\xe9')) == r'caf\xe9' and shown('a\nb\u202eb') == r'a\nb\u202eb' and shown('가 🔩 é') == '가 🔩 é'
+    from nbconvert.filters.markdown_mistune import markdown2html_mistune
+    for text in (*ATTACKS, '$x_$', '**a** `b` _c_ https://example.org', 'a|b~c~'):
+        page = markdown2html_mistune(f'**{as_markdown(text)}**')
+        assert scripts(page) == [] and re.fullmatch(r'<p><strong>[^<]*</strong></p>\s*', page), page
+
+
+def test_options_that_do_not_parse_are_named(capsys):
+    for option, given in (('--kinds', '["crack"'), ('--kinds', 'spot'), ('--overrides', '[1'), ('--overrides', '[1]'), ('--seed', 'null')):
+        with pytest.raises(SystemExit) as caught: main(['category', option, given])
+        assert caught.value.code == 2 and f'{option[2:]} must be a value like' in capsys.readouterr().err
+    assert reports._parser().parse_args(['category', '--data-root', '[mvtec]/x']).data_root == '[mvtec]/x'
+    assert reports._parser().parse_args(['category', '--kinds', '["crack"]']).kinds == ['crack']
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b'caf\xe9')
+    folder.mkdir()
+    assert main(['category', '--data-root', str(folder), '--run-dir', str(tmp_path / 'run')]) == 1
+    assert r'caf\xe9, which is no UTF-8; rename that folder' in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_only_regular_files_are_read_and_each_folder_once(tmp_path):
+    from PIL import Image
+    photos = tmp_path / 'photos'
+    (photos / 'a' / 'b').mkdir(parents=True)
+    for name in ('1.png', 'a/2.webp', 'a/b/3.jfif', 'a/4.avif'): Image.new('L', (8, 8)).save(photos / name, format={'.jfif': 'jpeg'}.get(Path(name).suffix))
+    os.mkfifo(photos / 'pipe.png')
+    os.symlink('/dev/zero', photos / 'zero.png')
+    os.symlink('nowhere', photos / 'broken.png')
+    for i, target in enumerate(('.', '.', '..', '../..')): os.symlink(target, photos / 'a' / f'0-link{i}')
+    found = find_files(photos)
+    assert [p.relative_to(photos).as_posix() for p in found.images] == ['1.png', 'a/2.webp', 'a/4.avif', 'a/b/3.jfif']
+    assert {p.name: reason for p, reason in found.skipped.items()} == dict.fromkeys(('pipe.png', 'zero.png', 'broken.png'), 'not a regular file')
+    from draem_nb.data import load_images, read_image
+    assert len(load_images(found.images, 8)) == 4
+    for name in ('pipe.png', 'zero.png'):
+        with pytest.raises(ValueError, match=f'cannot read the image .*{name}: it is not a regular file'): read_image(photos / name)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for name in ('train/good/0.png', 'train/good/locked/1.png'):
+        (tmp_path / 'nut' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'nut' / name).touch()
+    scan = os.scandir
+    def refuse(path: Path):         # as another user's folder does; this test may run as root
+        if Path(path).name == 'locked': raise PermissionError(13, 'Permission denied', str(path))
+        return scan(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(PermissionError, match='locked: the folder cannot be read: Permission denied; allow it'): list_files(tmp_path, 'nut')
+    assert list(find_files(tmp_path).locked) == [tmp_path / 'nut' / 'train' / 'good' / 'locked'] and len(find_files(tmp_path).images) == 1
+
+
+def test_only_a_few_formats_are_opened_and_no_huge_image(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from draem_nb.data import read_image
+    (tmp_path / 'a.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n')
+    with pytest.raises(ValueError, match='a.png: no known image format'): read_image(tmp_path / 'a.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1 << 28)
+    Image.new('1', (20000, 10000)).save(tmp_path / 'large.png')
+    with pytest.raises(ValueError, match='20000 x 10000 pixels are more than 134217728; set DRAEM_NB_MAX_PIXELS'): read_image(tmp_path / 'large.png')
+    Image.new('1', (200, 100)).save(tmp_path / 'small.png')
+    with pytest.raises(ValueError, match='200 x 100 pixels are more than 19999'): read_image(tmp_path / 'small.png', 19999)
+    assert read_image(tmp_path / 'small.png', 20000).size == (200, 100)
+    monkeypatch.setenv('DRAEM_NB_MAX_PIXELS', '5000')
+    with pytest.raises(ValueError, match='more than 5000'): read_image(tmp_path / 'small.png')
+
+
+def test_files_that_are_not_looked_at_are_named_in_training_and_check(tmp_path):
+    from draem_nb.data import check, demo_category
+    shutil.copytree(demo_category('brick'), tmp_path / 'nut')
+    for i in range(4): (tmp_path / 'nut' / 'train' / 'good' / f'IMG_{i}.HEIC').touch()
+    said = '4 files not looked at: IMG_0.HEIC, IMG_1.HEIC, IMG_2.HEIC, ...; save pictures as png or jpg.'
+    assert said in list_files(tmp_path, 'nut').notes
+    found = check(tmp_path, 'nut')
+    assert list(found.problem) == ['not looked at'] * 4 and found.file[0].endswith('IMG_0.HEIC') and 'not a format that is read' in found.detail[0]
+
+
+@pytest.mark.parametrize('row, says', [('nut,test,anomaly,nut/a.png,/etc/passwd', "a row that is none of VisA's"), ('nut,test,anomaly,nut/a.png,nut/../../x.png', "a row that is none of VisA's"),
+                                       ('nut,test,anomaly,other/a.png,nut/m.png', "a row that is none of VisA's"), ('nut,test', 'line 3: fewer values than columns'),
+                                       ('nut,test,normal,nut/a.png,,more', 'line 3: more values than columns'), ('nut,test,normal,nut/caf\udce9.png,', 'not a table of comma-separated values in UTF-8')])
+def test_rows_of_visa_that_are_none(tmp_path, row, says):
+    (tmp_path / 'nut').mkdir()
+    (tmp_path / 'split_csv').mkdir()
+    (tmp_path / 'split_csv' / '1cls.csv').write_bytes(f'object,split,label,image,mask\nnut,train,normal,nut/0.png,\n{row}\n'.encode('utf-8', 'surrogateescape'))
+    with pytest.raises(ValueError, match=re.escape(says)): list_files(tmp_path, 'nut')
+
+
+def test_latex_of_the_summary_holds_no_command(tmp_path):
+    conditions = dict(category='bottle', recipe=r'\input{/etc/passwd} $x~^{', size=[64, 64], base_width=8, base_channels=4, steps=20, batch=4, seed=0, mask_rule='half')
+    (tmp_path / '=run').mkdir()
+    (tmp_path / '=run' / 'run.json').write_text('{"device": "=cmd|calc"}')
+    (tmp_path / '=run' / 'metrics.json').write_text(json.dumps(dict(image=dict(auroc=.9, f1_max=.9), pixel=dict(auroc=.9, ap=.5, f1_max=.6, aupro=.7), conditions=conditions)))
+    run_report('summary', dict(runs_dir=str(tmp_path)), tmp_path / 'summary')
+    tex = (tmp_path / 'summary' / 'detection.tex').read_text()
+    assert r'\input' not in tex and r'\textbackslash{}input\{/etc/passwd\} \$x\textasciitilde{}\textasciicircum{}\{' in tex
+    assert "'=cmd|calc" in (tmp_path / 'summary' / 'runs.csv').read_text()
