@@ -15,7 +15,7 @@ __all__ = ['Recipe', 'official', 'paper', 'demo', 'by_name', 'ablations']
 # %% ../nbs/06_recipes.ipynb #8351510f
 _CHOICES = dict(color=('rgb', 'bgr'), mask_shape=('perlin', 'rectangle'), texture_source=('images', 'color'),
                 augmentation=('official', 'paper', 'none'), reconstruction_map=('ssim', 'msgms'),
-                precision=('auto', 'float32', 'bfloat16', 'float16'), memory_format=('channels_last', 'contiguous'))
+                schedule=('milestones', 'linear'), precision=('auto', 'float32', 'bfloat16', 'float16'), memory_format=('channels_last', 'contiguous'))
 
 @dataclass(frozen=True)
 class Recipe:
@@ -60,7 +60,10 @@ class Recipe:
     steps: int | None = None                        # optimiser steps; overrides `epochs`
     replacement: bool = True                        # draw images with replacement; False: each epoch is one shuffled pass
     batch: int = 8
-    lr: float = 1e-4                                # Adam
+    lr: float = 1e-4                                # Adam's
+    kernel_lr: float | None = None                  # Muon's, which then trains the inner kernels (06b_optimizers); None: Adam alone
+    deep_supervision: float = 0.                    # weight of the side heads at the start (05b_supervision); 0: no heads
+    schedule: str = 'milestones'                    # of the learning rates: falls at the milestones, or 'linear' down to zero
     lr_milestones: tuple[float, ...] = (0.8, 0.9)   # fractions of the run after which ...
     lr_decay: float = 0.2                           # ... the learning rate is multiplied by this
     seed: int = 0                                   # every random choice of the run follows from it
@@ -104,9 +107,10 @@ def _check_ranges(r: Recipe) -> None:
         need(getattr(r, field) is None or isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field, 'None or a whole number of at least 1')
     for field in ('rotation_probability', 'clean_share', 'holdout', 'quantile'):
         need(0 <= getattr(r, field) <= 1, field, 'between 0 and 1')
+    need(r.kernel_lr is None or r.kernel_lr > 0, 'kernel_lr', 'None or greater than 0')
     need(r.anomaly_prior is None or 0 < r.anomaly_prior < 1, 'anomaly_prior', 'None or between 0 and 1')
     for field in ('lr', 'epochs', 'lr_decay', 'init_std'): need(getattr(r, field) > 0, field, 'greater than 0')
-    for field in ('ssim_weight', 'l2_weight', 'focal_weight', 'focal_gamma'): need(getattr(r, field) >= 0, field, 'at least 0')
+    for field in ('ssim_weight', 'l2_weight', 'focal_weight', 'focal_gamma', 'deep_supervision'): need(getattr(r, field) >= 0, field, 'at least 0')
     need(len(r.opacity) == 2 and 0 <= r.opacity[0] <= r.opacity[1] <= 1, 'opacity', 'a pair (low, high) with 0 <= low <= high <= 1')
     need(len(r.perlin_scales) == 2 and 0 <= r.perlin_scales[0] <= r.perlin_scales[1] <= 8, 'perlin_scales', 'a pair of exponents (low, high) with 0 <= low <= high <= 8')
     both = lambda size: size if isinstance(size, tuple) else (size, size)
@@ -128,9 +132,9 @@ def paper() -> Recipe:
 
 # %% ../nbs/06_recipes.ipynb #9700b6c8
 def demo() -> Recipe:
-    "Small and quick, for two CPU cores: 96 px, widths 16 and 8, 2,400 steps of 4 images."
-    return Recipe(name='demo', size=96, antialias=True, base_width=16, base_channels=8, batch=4, steps=2400, lr=7.5e-4, init_std=0.057,
-                  anomaly_prior=0.05, rotation_probability=0., score_window=9, match_gray=True)
+    "Small and quick, for two CPU cores: 96 px, widths 16 and 8, 1,200 steps of 8 images, side heads and Muon."
+    return Recipe(name='demo', size=96, antialias=True, base_width=16, base_channels=8, batch=8, steps=1200, lr=3e-3, kernel_lr=0.05,
+                  deep_supervision=1., schedule='linear', anomaly_prior=0.05, rotation_probability=0., score_window=9, match_gray=True)
 
 def by_name(name: str) -> Recipe:
     "`'official'`, `'paper'` or `'demo'`; any other name raises `ValueError`."

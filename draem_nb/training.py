@@ -15,6 +15,7 @@ import platform
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -27,8 +28,10 @@ import draem_nb
 from .data import CategoryData, check_size, replacing, write_json
 from .losses import draem_loss
 from .networks import Draem, initialise
+from .optimizers import learning_rate_factor, make_optimizers
 from .recipes import Recipe
 from .simulator import AnomalySimulator, Plan
+from .supervision import SideHeads, supervision_weight
 
 # %% auto #0
 __all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'Trainer', 'versions', 'train',
@@ -102,12 +105,18 @@ class Trainer:
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
         self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior, recipe.init_std).to(device, memory_format=self.memory_format)
         self.forward = torch.compile(self.net) if recipe.compile else self.net
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=recipe.lr, fused=device.type in ('cpu', 'cuda'))
-        milestones = [round(fraction * self.total) for fraction in recipe.lr_milestones]
-        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones, recipe.lr_decay)
+        self.heads = self.side_heads() if recipe.reconstructive and recipe.deep_supervision else None
+        self.optimizers = make_optimizers(self.net, recipe, self.heads.parameters() if self.heads else ())
+        factor = partial(learning_rate_factor, recipe, total=self.total)
+        self.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.history = torch.zeros(self.total, 3, device=device)            # SSIM, L2 and focal loss of every step
         self.rates = torch.zeros(self.total, dtype=torch.float64)           # the optimiser's learning rate in it; on the host
+
+    def side_heads(self) -> SideHeads:
+        "Side heads that listen to the reconstructive net (05b_supervision), on its device."
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        return SideHeads(self.net.reconstructive, self.recipe.base_width, generator).to(self.device)
 
     def step(self) -> None:
         "One optimiser step on one simulated batch; no device-to-host copy."
@@ -117,12 +126,14 @@ class Trainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             restoration, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
         losses = draem_loss(restoration, logits, batch.target, batch.mask, self.recipe)
-        self.rates[self.done] = self.optimizer.param_groups[0]['lr']
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()
-        self.scaler.step(self.optimizer)
+        weight, total = supervision_weight(self.recipe.deep_supervision, self.done / self.total), losses.total
+        if weight and self.heads: total = total + weight * self.heads.loss(batch.target)
+        self.rates[self.done] = self.optimizers[0].param_groups[0]['lr']
+        for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        for optimizer in self.optimizers: self.scaler.step(optimizer)
         self.scaler.update()
-        self.scheduler.step()
+        for scheduler in self.schedulers: scheduler.step()
         self.history[self.done] = torch.stack(losses[1:]).detach()
         self.done += 1
 
@@ -135,14 +146,22 @@ class Trainer:
                                      f"or precision='float32' usually helps; the last checkpoint is from before and is kept")
         return losses.mean(0).tolist()
 
+    def aids(self) -> dict[str, list]:
+        "What a run needs on its way and leaves behind at its end."
+        return dict(optimizers=self.optimizers, schedulers=self.schedulers, heads=[self.heads] if self.heads else [])
+
     def state_dict(self) -> dict:
         "Everything that the next step depends on, and what tells what it is."
-        parts = {name: getattr(self, name).state_dict() for name in ('net', 'optimizer', 'scheduler', 'scaler')}
+        parts = dict(net=self.net.state_dict(), scaler=self.scaler.state_dict())
+        if self.done < self.total:              # what helps to train, and nobody needs afterwards
+            parts |= {name: [part.state_dict() for part in parts_of] for name, parts_of in self.aids().items()}
         return dict(parts, step=self.done, history=self.history[:self.done].cpu(), rates=self.rates[:self.done].clone(), recipe=dataclasses.asdict(self.recipe), versions=versions())
 
     def load_state_dict(self, state: dict) -> None:
         "Go on from what `state_dict` gave."
-        for name in ('net', 'optimizer', 'scheduler', 'scaler'): getattr(self, name).load_state_dict(state[name])
+        self.net.load_state_dict(state['net']); self.scaler.load_state_dict(state['scaler'])
+        for name, parts in self.aids().items():
+            for part, kept in zip(parts, state.get(name, ())): part.load_state_dict(kept)
         self.done = state['step']
         self.history[:self.done], self.rates[:self.done] = state['history'].to(self.device), state['rates'].cpu()
 

@@ -16,7 +16,9 @@ import torch
 
 from draem_nb.data import demo_category, load_category
 from draem_nb.detector import Detector
+from draem_nb.networks import Draem
 from draem_nb.recipes import demo
+from draem_nb.supervision import SideHeads
 from draem_nb.textures import load_textures
 from draem_nb.training import Trainer, load_checkpoint, split_held_out, train
 
@@ -26,6 +28,7 @@ TRAIN = """
 import json, sys
 from draem_nb.data import demo_category, load_category
 from draem_nb.recipes import demo
+from draem_nb.supervision import SideHeads
 from draem_nb.textures import load_textures
 from draem_nb.training import train
 root, run_dir, recipe = sys.argv[1:]
@@ -110,7 +113,7 @@ def test_a_compiled_step_is_one_graph_and_the_same_step(category, textures, monk
 
 def test_initial_weights_are_the_recipes(category, textures):
     for std in (0.02, 0.057):
-        net = Trainer(category.train, textures, demo().replace(**TINY, init_std=std), torch.device('cpu')).net
+        net = Trainer(category.train, textures, demo().replace(**TINY, init_std=std, kernel_lr=None), torch.device('cpu')).net
         weights = torch.cat([m.weight.flatten() for m in net.modules() if isinstance(m, torch.nn.Conv2d)])
         assert abs(weights.std() / std - 1) < 0.05
 
@@ -179,13 +182,46 @@ def test_every_ablation_trains_and_predicts(root, tmp_path, fields):
 
 def test_losses_csv_has_the_learning_rates_that_the_optimiser_used(category, textures, tmp_path):
     "The schedule's, falling after its milestones; the optimiser's own where somebody changed it; the same after a resume."
-    recipe = demo().replace(**{**TINY, 'steps': 10, 'lr': 1e-3, 'lr_milestones': (0.5, 0.8), 'lr_decay': 0.5})
+    recipe = demo().replace(**{**TINY, 'steps': 10, 'lr': 1e-3, 'schedule': 'milestones', 'lr_milestones': (0.5, 0.8), 'lr_decay': 0.5})
     train(category, textures, recipe, tmp_path, 'cpu')
     lines = (tmp_path / 'losses.csv').read_text().splitlines()
     assert [float(line.split(',')[-1]) for line in lines[1:]] == pytest.approx([1e-3] * 5 + [5e-4] * 3 + [2.5e-4] * 2, rel=1e-12)
     state = load_checkpoint(tmp_path / 'checkpoint.pt')
     trainer = Trainer(category.train, textures, recipe.replace(steps=12), torch.device('cpu'))
     trainer.load_state_dict(state)
-    trainer.optimizer.param_groups[0]['lr'] = 0.125
+    trainer.optimizers[0].param_groups[0]['lr'] = 0.125
     trainer.step()
     assert trainer.rates[:10].tolist() == state['rates'].tolist() and trainer.rates[10] == 0.125
+
+
+def test_the_linear_schedule_reaches_every_optimiser(category, textures):
+    trainer = Trainer(category.train, textures, demo().replace(**{**TINY, 'steps': 4}), torch.device('cpu'))
+    for step in range(4):
+        assert [group['lr'] for o in trainer.optimizers for group in o.param_groups] == [3e-3 * (1 - step / 4), 0.05 * (1 - step / 4)]
+        trainer.step()
+
+
+def test_training_aids_leave_no_trace_in_the_finished_checkpoint(category, textures):
+    trainer, released = Trainer(category.train, textures, demo().replace(**{**TINY, 'steps': 3}), torch.device('cpu')), set(Draem(4, 4).state_dict())
+    trainer.step()
+    assert {'heads', 'optimizers', 'schedulers'} <= set(trainer.state_dict()) and set(trainer.state_dict()['net']) == released
+    while trainer.done < 3: trainer.step()
+    assert not {'heads', 'optimizers', 'schedulers'} & set(trainer.state_dict()) and set(trainer.state_dict()['net']) == released
+
+
+def test_side_heads_hear_the_clean_image_and_fade(category, textures, monkeypatch):
+    seen, weights = [], []
+    monkeypatch.setattr(SideHeads, 'loss', lambda self, target: seen.append(target.clone()) or sum(h.weight.sum() for h in self.heads))
+    trainer = Trainer(category.train, textures, demo().replace(**{**TINY, 'steps': 10}), torch.device('cpu'))
+    for _ in range(10):
+        before = [h.weight.clone() for h in trainer.heads.heads]
+        trainer.step()
+        weights.append(any(not torch.equal(b, h.weight) for b, h in zip(before, trainer.heads.heads)))
+        if len(seen) == trainer.done: assert torch.equal(seen[-1], trainer.batch.target)
+    assert len(seen) == 9 and trainer.net.state_dict().keys() == Draem(4, 4).state_dict().keys()
+
+
+def test_without_a_reconstructive_net_there_are_no_heads(category, textures):
+    trainer = Trainer(category.train, textures, demo().replace(**TINY, reconstructive=False), torch.device('cpu'))
+    trainer.step()
+    assert trainer.heads is None
