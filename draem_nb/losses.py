@@ -20,14 +20,14 @@ __all__ = ['ssim_map', 'ssim_loss', 'focal_loss', 'Losses', 'draem_loss', 'recon
 
 # %% ../nbs/05_losses.ipynb #0beca4e1
 @lru_cache(maxsize=32)
-def _band(size: int, device: torch.device) -> Tensor:
+def _band(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     "The (size, size) matrix whose product blurs along one axis: 11 taps, sigma 1.5, zeros outside."
     offset = torch.arange(size)[:, None] - torch.arange(size)[None]
-    taps = torch.exp(-torch.arange(-5., 6.)**2 / (2 * 1.5**2))
+    taps = torch.exp(-torch.arange(-5., 6., dtype=dtype)**2 / (2 * 1.5**2))
     return torch.where(offset.abs() <= 5, (taps / taps.sum())[(offset + 5).clamp(0, 10)], 0.).to(device)
 
 def _blur(x: Tensor) -> Tensor:
-    return _band(x.shape[-2], x.device) @ x @ _band(x.shape[-1], x.device)      # the band is symmetric
+    return _band(x.shape[-2], x.device, x.dtype) @ x @ _band(x.shape[-1], x.device, x.dtype)      # the band is symmetric
 
 # %% ../nbs/05_losses.ipynb #6ee29fff
 def ssim_map(x: Tensor, y: Tensor) -> Tensor:
@@ -41,18 +41,18 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
 
 # %% ../nbs/05_losses.ipynb #515a2980
 @lru_cache(maxsize=32)
-def _strips(size: int, device: torch.device) -> list[tuple[slice, slice, Tensor]]:
+def _strips(size: int, device: torch.device, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
     "Inputs, outputs and the piece of the band between them, (outputs, inputs), for every 32 outputs."
     starts = range(0, size, 32)
     strips = [(slice(max(0, i - 5), min(size, i + 37)), slice(i, min(size, i + 32))) for i in starts]
-    return [(inputs, outputs, _band(size, device)[outputs, inputs].contiguous()) for inputs, outputs in strips]
+    return [(inputs, outputs, _band(size, device, dtype)[outputs, inputs].contiguous()) for inputs, outputs in strips]
 
 def _blur_strips(maps: Tensor) -> Tensor:
     "Blur n maps (H, n, W) that lie row by row."
     H, n, W = maps.shape
     down, out = torch.empty_like(maps), torch.empty_like(maps)
-    for inputs, outputs, band in _strips(H, maps.device): torch.mm(band, maps.view(H, -1)[inputs], out=down.view(H, -1)[outputs])
-    for inputs, outputs, band in _strips(W, maps.device): torch.mm(down.view(-1, W)[:, inputs], band.mT, out=out.view(-1, W)[:, outputs])
+    for inputs, outputs, band in _strips(H, maps.device, maps.dtype): torch.mm(band, maps.view(H, -1)[inputs], out=down.view(H, -1)[outputs])
+    for inputs, outputs, band in _strips(W, maps.device, maps.dtype): torch.mm(down.view(-1, W)[:, inputs], band.mT, out=out.view(-1, W)[:, outputs])
     return out
 
 # %% ../nbs/05_losses.ipynb #a245da3d
@@ -123,19 +123,19 @@ class Losses(NamedTuple):
     focal: Tensor
 
 def draem_loss(restoration: Tensor | None, logits: Tensor | None, target: Tensor, mask: Tensor, recipe: Recipe) -> Losses:
-    "Weighted sum of the three losses in float32, whatever autocast gave; the terms of an absent net (None) are zero."
+    "Weighted sum of the three losses in the target's type (float32), whatever autocast gave; the terms of an absent net (None) are zero."
     ssim = l2 = focal = target.new_zeros(())
     with torch.autocast(target.device.type, enabled=False):
         if restoration is not None:
-            restoration = restoration.float()
+            restoration = restoration.to(target.dtype)
             ssim, l2 = ssim_loss(target, restoration), F.mse_loss(restoration, target)
-        if logits is not None: focal = focal_loss(logits.float(), mask, recipe.focal_gamma)
+        if logits is not None: focal = focal_loss(logits.to(target.dtype), mask, recipe.focal_gamma)
     return Losses(recipe.ssim_weight * ssim + recipe.l2_weight * l2 + recipe.focal_weight * focal, ssim, l2, focal)
 
 # %% ../nbs/05_losses.ipynb #8341253e
 def _gradient(gray: Tensor) -> Tensor:
     "Prewitt gradient magnitude of (B, 1, H, W), replicated border."
-    prewitt = torch.tensor([[-1., 0., 1.]] * 3, device=gray.device) / 3
+    prewitt = torch.tensor([[-1., 0., 1.]] * 3, device=gray.device, dtype=gray.dtype) / 3
     g = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode='replicate'), torch.stack([prewitt, prewitt.T])[:, None])
     return g.square().sum(1, keepdim=True).add(1e-12).sqrt()
 

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% auto #0
@@ -17,11 +18,37 @@ __all__ = ['BatchNorm2d', 'ReconstructiveSubNetwork', 'DiscriminativeSubNetwork'
            'WinogradConv2d', 'winograd']
 
 # %% ../nbs/04_networks.ipynb #8a158529
+class _Normalised(torch.autograd.Function):
+    "Batch normalisation of (B, C, H, W) with statistics of two passes; gives the mean and the variance (C,) as well."
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean = x.sum((0, 2, 3)) / (x.numel() / x.shape[1])
+        var = (x - mean[:, None, None]).square_().sum((0, 2, 3)) / (x.numel() / x.shape[1])
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return nn.functional.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        upstream = upstream.contiguous(memory_format=torch.channels_last)
+        return *torch.ops.aten.native_batch_norm_backward(upstream, x, weight, None, None, mean, inverse, True, ctx.eps, [True] * 3), None
+
 class BatchNorm2d(nn.BatchNorm2d):
-    "`torch.nn.BatchNorm2d`, which on a CPU sees fewer than 16 channels in the default layout; (B, C, H, W) -> the same, in the layout it came in."
+    "`torch.nn.BatchNorm2d`, exact and quick in channels-last on a CPU as well; (B, C, H, W) -> the same, in the layout it came in."
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != 'cpu' or x.shape[1] >= 16 or x.is_contiguous(): return super().forward(x)
-        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        if x.device.type != 'cpu' or x.is_contiguous(): return super().forward(x)
+        if x.shape[1] < 16: return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        n = x.numel() // x.shape[1]
+        if not self.training or x.dtype != torch.float32 or n == 1: return super().forward(x)
+        y, mean, var = _Normalised.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
+        return y
 
 # %% ../nbs/04_networks.ipynb #5a32d5e0
 def _double_conv(c_in: int, c_mid: int, c_out: int) -> nn.Sequential:
