@@ -1,4 +1,4 @@
-# make report    train and test a detector on one class; without more words on the built-in class `brick`
+# make report    train and test a detector on one class; without more words DRAEM on the built-in class `brick`; METHOD=memory in a minute
 # make inspect   RUN=runs/... IMAGES=folder: a trained detector on a folder of new images
 # make table     DATA=folder SEEDS=0,1,2: every class, seed and recipe side by side, then the summary; SCHEDULER=tcp://... on a cluster, DRY_RUN=1 the plan only
 # make summary   the paper's two tables with the classes of RUNS beside them
@@ -9,6 +9,7 @@
 
 CATEGORY ?= brick
 RECIPE ?= demo
+METHOD ?=
 SEED ?= 0
 RUNS ?= runs
 # make report CATEGORY=screw DATA=/data/mvtec TEXTURES=/data/dtd/images RECIPE=official OVERRIDES='{"steps": 5000}' RUN=runs/mine
@@ -36,7 +37,7 @@ option = $(if $(2),$(1) '$(2)')
 
 .PHONY: report inspect table summary bench test readme
 report: $(made)
-	$(bin)/draem_nb category --category '$(CATEGORY)' --recipe '$(RECIPE)' --seed $(SEED) $(call option,--data-root,$(DATA)) \
+	$(bin)/draem_nb category --category '$(CATEGORY)' --recipe '$(RECIPE)' --seed $(SEED) $(call option,--method,$(METHOD)) $(call option,--data-root,$(DATA)) \
 	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--kinds,$(KINDS)) $(call option,--device,$(DEVICE)) $(call option,--run-dir,$(RUN))
 
 inspect: $(made)

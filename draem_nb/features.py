@@ -26,7 +26,7 @@ from .training import load_checkpoint, pick_device, split_held_out, versions
 
 # %% auto #0
 __all__ = ['LEVELS', 'PACKAGE', 'EfficientNetLite0', 'weights_path', 'load_network', 'levels_of', 'as_maps', 'FeatureRecipe',
-           'FeatureDetector', 'fit_detector']
+           'FeatureDetector', 'describe_run', 'is_there', 'keep_run', 'fit_detector']
 
 # %% ../nbs/42_features.ipynb #341eefc4
 # kernel, stride, how many times wider inside, channels, blocks
@@ -162,12 +162,14 @@ class FeatureRecipe:
             raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(names)}")
         return dataclasses.replace(self, **fields)
 
-# %% ../nbs/42_features.ipynb #7553fff7
+# %% ../nbs/42_features.ipynb #331b739e
 class FeatureDetector(AnomalyDetector):
     """What detectors on pretrained features share. A method adds its name `method`, its `recipe_type`, and
 
     `learn(batches, n)`: (B, 3, H, W) uint8 batches of n normal images on the device -> tensors by name;
     `distances(images)`: (B, 3, H, W) uint8 -> maps (B, 1, H, W) and scores (B,), none below 0."""
+    backbone = 'EfficientNet-Lite0'
+
     def __init__(self, recipe: FeatureRecipe, device: str | torch.device | None = None):
         self.recipe, self.device = recipe, pick_device(device)
         self.size, self.quantile, self.net = check_size(recipe.size), recipe.quantile, load_network(self.device)
@@ -176,12 +178,6 @@ class FeatureDetector(AnomalyDetector):
     def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         maps, scores = self.distances(batch)
         return None, 1 / (1 + (self.farthest / maps).square()), scores
-
-    @property
-    def conditions(self) -> dict:
-        "What an evaluation says of the method."
-        recipe = dict(recipe=f'{self.method} {self.recipe.name}', seed=self.recipe.seed)
-        return recipe | dict(method=self.method, backbone='EfficientNet-Lite0')
 
     def save(self, run_dir: str | Path) -> None:
         "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
@@ -202,25 +198,25 @@ class FeatureDetector(AnomalyDetector):
         detector.load_calibration(run_dir)
         return detector
 
-# %% ../nbs/42_features.ipynb #e7bff685
-def _describe(detector: FeatureDetector, category: CategoryData, held_out: Tensor) -> dict:
-    "What run.json says."
-    device, recipe = detector.device, detector.recipe
-    names = [category.train_paths[i].name for i in held_out.tolist()]
+# %% ../nbs/42_features.ipynb #0c664591
+def describe_run(method: str, category: CategoryData, recipe: object, device: torch.device) -> dict:
+    "What run.json says of a run of a method; the recipe is a dataclass with seed and holdout."
+    names = [category.train_paths[i].name for i in split_held_out(len(category.train), recipe)[1].tolist()]
     of = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    return dict(method=detector.method, category=category.name, recipe=dataclasses.asdict(recipe), seed=recipe.seed,
+    return dict(method=method, category=category.name, recipe=dataclasses.asdict(recipe), seed=recipe.seed,
                 fingerprint=category.fingerprint, n_train=len(category.train) - len(names), held_out=names,
                 device=f'{device.type}: {of}', threads=torch.get_num_threads(), versions=versions())
 
-def _is_there(run_dir: Path, about: dict) -> bool:
-    "Whether the folder holds this run; `ValueError` where it holds another one."
+def is_there(run_dir: Path, about: dict) -> bool:
+    "Whether the folder holds the run that `describe_run` is about; `ValueError` where it holds another one."
     if not (run_dir / 'run.json').exists(): return False
     old, new = json.loads((run_dir / 'run.json').read_text()), json.loads(json.dumps(about))
     if differ := [key for key in ('method', 'category', 'fingerprint', 'recipe') if old.get(key) != new[key]]:
         raise ValueError(f'{run_dir} holds a run with another {", ".join(differ)}; choose another run_dir or delete it')
     return (run_dir / 'checkpoint.pt').exists() and (not about['held_out'] or (run_dir / 'threshold.json').exists())
 
-def _keep(detector: FeatureDetector, about: dict, run_dir: Path) -> None:
+def keep_run(detector: AnomalyDetector, about: dict, run_dir: Path) -> None:
+    "Write a fitted detector and its run.json into the folder, which is made if it is missing."
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         detector.save(run_dir)
@@ -228,7 +224,7 @@ def _keep(detector: FeatureDetector, about: dict, run_dir: Path) -> None:
     except OSError as e:
         raise ValueError(f'the run folder {run_dir} cannot be written ({e.strerror}); choose another run_dir') from None
 
-# %% ../nbs/42_features.ipynb #bd00b802
+# %% ../nbs/42_features.ipynb #174aeb7e
 def _batches(images: Tensor, indices: Tensor, device: torch.device, what: str) -> Iterator[Tensor]:
     "The images of these indices, 16 at a time, on the device."
     for part in tqdm(indices.split(16), what, unit='batch', mininterval=0.5, delay=2): yield images[part].to(device)
@@ -245,11 +241,11 @@ def fit_detector(
         raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
                          f'{recipe.size}; load it with size={recipe.size}')
     kept, held_out = split_held_out(len(images), recipe)
-    about = _describe(detector, category, held_out)
-    if run_dir and _is_there(Path(run_dir), about): return type(detector).load(run_dir, device)
+    about = describe_run(detector.method, category, recipe, device)
+    if run_dir and is_there(Path(run_dir), about): return type(detector).load(run_dir, device)
     detector.learned = detector.learn(_batches(images, kept, device, f'{detector.method}, {category.name}'), len(kept))
     normal = _batches(images, (held_out if len(held_out) else kept)[:32], device, 'the farthest normal pixel')
     detector.farthest = max(1e-6, *(float(detector.distances(part)[0].max()) for part in normal))
     if len(held_out): detector.calibrate(large_part(images, held_out))
-    if run_dir: _keep(detector, about, Path(run_dir))
+    if run_dir: keep_run(detector, about, Path(run_dir))
     return detector

@@ -105,11 +105,12 @@ def default_folder(
     if report == 'summary': return Path(p['runs_dir']) / 'summary'
     if report == 'official': return Path(runs_dir) / 'official'
     # Where the data lie and what computes them do not make another run of it.
-    named = {'category', 'recipe', 'seed', 'seeds', 'data_root', 'textures_root', 'device'}
+    named = {'category', 'method', 'recipe', 'seed', 'seeds', 'data_root', 'textures_root', 'device'}
     rest = {key: value for key, value in params.items() if key not in named and value}
     code = f"-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]}" if rest else ''
     seeds = f"seeds{'-'.join(map(str, p['seeds']))}" if 'seeds' in p else f"seed{p['seed']}"
     before = f'{report}-' if report in ('ablation', 'cutpaste', 'learning_curve') else ''
+    if p.get('method', 'draem') != 'draem': before += f"{p['method']}-"
     return Path(runs_dir) / f"{before}{p['category']}-{p['recipe']}-{seeds}{code}"
 
 # %% ../nbs/12_reports.ipynb #475fb697

@@ -105,10 +105,10 @@ def load_detector(
     path: str | Path,                           # a run folder or its checkpoint.pt
     device: str | torch.device | None = None,
 ) -> AnomalyDetector:
-    "The detector of a run, of DRAEM (in tiles where the recipe says so) or of CutPaste, with the thresholds if the run has been calibrated."
+    "The detector of a run, by the method that its run.json names, with the thresholds if the run has been calibrated."
     folder = path if (path := Path(path)).is_dir() else path.parent
-    if (run := folder / 'run.json').exists() and json.loads(run.read_text()).get('method') == 'CutPaste':
-        from draem_nb.cutpaste import CutPasteDetector      # not at the start: scikit-learn takes a second
-        return CutPasteDetector.load(folder, device)
+    if (run := folder / 'run.json').exists() and (name := json.loads(run.read_text()).get('method', 'draem').lower()) != 'draem':
+        from draem_nb.methods import method     # here, not at the start: that module needs this one
+        return method(name).load(folder, device)
     detector = Detector.load(path, device)
     return detector if detector.recipe.image_size is None else TiledDetector(detector, detector.recipe.image_size)
