@@ -4,6 +4,7 @@
 # make summary   the paper's two tables with the classes of RUNS beside them
 # make bench     each fast path against the plain one; runs/bench.json and runs/bench.ipynb
 # make test      everything that is checked
+# make mutants   plants faults in a copy of the library, one at a time, and says which of them no test notices
 # make readme    README.md from nbs/index.ipynb
 # Each makes .venv first, if it is missing or older than what it is made from.
 
@@ -35,7 +36,7 @@ made := .venv/made
 # $(call option,--name,value): the option where there is a value, else nothing
 option = $(if $(2),$(1) '$(2)')
 
-.PHONY: report inspect table summary bench test readme
+.PHONY: report inspect table summary bench test mutants readme
 report: $(made)
 	$(bin)/draem_nb category --category '$(CATEGORY)' --recipe '$(RECIPE)' --seed $(SEED) $(call option,--method,$(METHOD)) $(call option,--data-root,$(DATA)) \
 	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--kinds,$(KINDS)) $(call option,--device,$(DEVICE)) $(call option,--run-dir,$(RUN))
@@ -59,6 +60,9 @@ bench: $(made)
 
 test: $(made)
 	$(bin)/python tests/run_all.py
+
+mutants: $(made)
+	$(bin)/python tests/mutants.py
 
 readme: $(made)
 	$(bin)/python nbs/make_readme.py

@@ -17,7 +17,7 @@ import torch
 from draem_nb.data import demo_category, load_category
 from draem_nb.detector import Detector
 from draem_nb.networks import Draem
-from draem_nb.recipes import demo
+from draem_nb.recipes import demo, official
 from draem_nb.supervision import SideHeads
 from draem_nb.textures import load_textures
 from draem_nb.training import Trainer, load_checkpoint, split_held_out, train
@@ -27,7 +27,7 @@ TINY = dict(size=64, base_width=4, base_channels=4, steps=600, batch=2, checkpoi
 TRAIN = """
 import json, sys
 from draem_nb.data import demo_category, load_category
-from draem_nb.recipes import demo
+from draem_nb.recipes import demo, official
 from draem_nb.supervision import SideHeads
 from draem_nb.textures import load_textures
 from draem_nb.training import train
@@ -225,3 +225,48 @@ def test_without_a_reconstructive_net_there_are_no_heads(category, textures):
     trainer = Trainer(category.train, textures, demo().replace(**TINY, reconstructive=False), torch.device('cpu'))
     trainer.step()
     assert trainer.heads is None
+
+
+def small(**fields):
+    "A trainer on ten random images of 32 px."
+    drawn = lambda seed: torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Trainer(drawn(0), drawn(1), official().replace(size=32, base_width=2, base_channels=2, batch=2, precision='float32', **fields), torch.device('cpu'))
+
+
+def test_the_published_optimiser():
+    "Adam at 1e-4 without weight decay, betas and epsilon as PyTorch has them, one group of all weights; times 0.2 at 80 % and 90 %."
+    trainer = small(epochs=10)
+    optimizer, = trainer.optimizers
+    group, = optimizer.param_groups
+    assert type(optimizer) is torch.optim.Adam and (group['lr'], group['betas'], group['eps'], group['weight_decay'], group['amsgrad']) == (1e-4, (0.9, 0.999), 1e-8, 0, False)
+    assert len(group['params']) == len(list(trainer.net.parameters()))
+    while trainer.done < trainer.total: trainer.step()
+    assert trainer.total == 50 and trainer.rates.tolist() == pytest.approx([1e-4] * 40 + [2e-5] * 5 + [4e-6] * 5)
+
+
+def test_every_random_choice_follows_the_seed():
+    "Initial weights, which images are held out, and the batches."
+    a, again, other = small(seed=1), small(seed=1), small(seed=2)
+    weights = lambda trainer: torch.cat([p.detach().flatten() for p in trainer.net.parameters()])
+    assert torch.equal(weights(a), weights(again)) and not torch.equal(weights(a), weights(other))
+    held_out = [split_held_out(100, trainer.recipe)[1].tolist() for trainer in (a, again, other)]
+    assert held_out[0] == held_out[1] != held_out[2]
+    for trainer in (a, again, other): trainer.step()
+    assert torch.equal(a.batch.augmented, again.batch.augmented) and not torch.equal(a.batch.target, other.batch.target)
+    first = a.batch.target.clone(); a.step()
+    assert not torch.equal(a.batch.target, first)
+
+
+def test_channel_order_of_what_is_trained_on():
+    rgb, bgr = small(), small(color='bgr')
+    assert torch.equal(rgb.images, bgr.images.flip(1)) and torch.equal(rgb.simulator.textures, bgr.simulator.textures.flip(1))
+
+
+def test_a_snapshot_has_the_weights_after_its_step(category, textures, tmp_path):
+    recipe = demo().replace(**{**TINY, 'steps': 5})
+    train(category, textures, recipe, tmp_path, 'cpu', snapshots=[3])
+    fit, _ = split_held_out(len(category.train), recipe)
+    trainer = Trainer(category.train[fit], textures, recipe, torch.device('cpu'))
+    while trainer.done < 3: trainer.step()
+    kept = load_checkpoint(tmp_path / 'checkpoint-3.pt')
+    assert kept['step'] == 3 and all(torch.equal(v, kept['net'][k]) for k, v in trainer.net.state_dict().items())

@@ -1,0 +1,80 @@
+"""Planted faults: each row of FAULTS is put into a copy of the library, one at a time, and its tests must fail. `make mutants`.
+
+Prints a line a fault and ends with an error if one survives; names or parts of names as arguments run those rows alone."""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# name: (module, text, other text, test file, which of its tests)
+FAULTS = {
+    'align_corners off': ('networks', 'align_corners=True', 'align_corners=False', 'test_golden', 'networks and eval'),
+    'reconstruction and image swapped': ('networks', 'torch.cat([restoration, x], dim=1)', 'torch.cat([x, restoration], dim=1)', 'test_golden', 'networks and eval'),
+    'skip and upsampled part swapped': ('networks', 'torch.cat([up(x), skip], dim=1)', 'torch.cat([skip, up(x)], dim=1)', 'test_golden', 'networks and eval'),
+    'reconstruction detached': ('networks', 'torch.cat([restoration, x], dim=1)', 'torch.cat([restoration.detach(), x], dim=1)', 'test_golden', 'six_joint'),
+    'batch norm with another epsilon': ('networks', 'weight, bias, eps=eps), mean, var', 'weight, bias, eps=1e-3), mean, var', 'test_networks', 'batch_norm'),
+    'batch norm with another momentum': ('networks', 'self.running_mean.lerp_(mean, self.momentum)', 'self.running_mean.lerp_(mean, 0.01)', 'test_networks', 'batch_norm'),
+    'initial weights of another size': ('networks', 'm.weight.normal_(0, std, generator=generator)', 'm.weight.normal_(0, 0.03, generator=generator)', 'test_networks', 'initial'),
+    'L2 made L1': ('losses', 'F.mse_loss(restoration, target)', 'F.l1_loss(restoration, target)', 'test_golden', 'losses'),
+    'MSGMS divided by 3': ('losses', 'return 1 - total / 4', 'return 1 - total / 3', 'test_losses', 'msgms'),
+    'focal mask inverted': ('losses', 'target = mask.clamp(', 'target = (1 - mask).clamp(', 'test_golden', 'losses'),
+    'focal exponent 1': ('losses', 'gamma: float = 2.', 'gamma: float = 1.', 'test_golden', 'losses'),
+    'focal exponent of the recipe ignored': ('losses', 'mask, recipe.focal_gamma)', 'mask)', 'test_losses', 'focal'),
+    'SSIM with a wider window': ('losses', '(2 * 1.5**2)', '(2 * 2.0**2)', 'test_golden', 'losses'),
+    'SSIM with another constant': ('losses', 'x.shape, 0.01**2, 0.03**2', 'x.shape, 0.01**2, 0.02**2', 'test_golden', 'losses'),
+    'SSIM weight on L2 as well': ('losses', 'recipe.l2_weight * l2', 'recipe.ssim_weight * l2', 'test_losses', 'weight'),
+    "the paper's decay 0.2": ('recipes', 'lr_decay=0.1)', 'lr_decay=0.2)', 'test_recipes', 'published'),
+    'steps without whole epochs': ('recipes', 'math.ceil(self.epochs * math.ceil(n_images / self.batch))', 'math.ceil(self.epochs * n_images / self.batch)', 'test_recipes', 'epoch'),
+    'no learning-rate schedule': ('optimizers', 'recipe.lr_decay ** sum(', '1. ** sum(', 'test_training', 'published'),
+    'the schedule never steps': ('training', 'for scheduler in self.schedulers: scheduler.step()', 'pass', 'test_training', 'published'),
+    'weight decay': ('optimizers', 'lr=recipe.lr, fused=fused)', 'lr=recipe.lr, fused=fused, weight_decay=1e-4)', 'test_training', 'published'),
+    'other Adam betas': ('optimizers', 'lr=recipe.lr, fused=fused)', 'lr=recipe.lr, fused=fused, betas=(0.5, 0.999))', 'test_training', 'published'),
+    'initial weights that ignore the seed': ('training', 'manual_seed(recipe.seed), recipe.anomaly_prior', 'manual_seed(0), recipe.anomaly_prior', 'test_training', 'random_choice'),
+    'held-out images that ignore the seed': ('training', 'default_rng([recipe.seed, 2])', 'default_rng([0, 2])', 'test_training', 'random_choice'),
+    'textures in another channel order': ('training', 'images.flip(1), textures.flip(1)', 'images.flip(1), textures', 'test_training', 'channel_order'),
+    'a snapshot one step late': ('training', 'trainer.done in snapshots)', 'trainer.done - 1 in snapshots)', 'test_training', 'snapshot'),
+    'the pixel floor a ceiling': ('detector', 'max(self.pixel_floor,', 'min(self.pixel_floor,', 'test_detector', 'floor'),
+    'a score that does not count the padding': ('detector', '(0, window // 2))', '(0, window // 2), count_include_pad=False)', 'test_detector', 'padding'),
+    'the quantile one too low': ('detector', 'math.ceil(quantile * values.size)', 'math.floor(quantile * values.size)', 'test_detector', 'upper_quantile'),
+    'a threshold that is reached is exceeded': ('detector', 'scores > self.threshold', 'scores >= self.threshold', 'test_detector', 'exceeded'),
+    'the same of pixels': ('detector', 'maps > self.pixel_threshold', 'maps >= self.pixel_threshold', 'test_detector', 'exceeded'),
+    'reconstructions left in BGR': ('detector', "restored.flip(1) if restored is not None and self.color == 'bgr'", "restored if restored is not None and self.color == 'bgr'", 'test_detector', 'channel_order'),
+    'images antialiased whatever the recipe says': ('detector', 'self.antialias = recipe.antialias', 'self.antialias = True', 'test_detector', 'without_antialiasing'),
+}
+
+
+def fails(library: Path, file: str, which: str) -> bool:
+    "Whether the tests find something wrong with the copy of the library."
+    environment = os.environ | dict(PYTHONPATH=str(library), PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1')
+    command = [Path(sys.executable).with_name('pytest'), '-q', '-x', '-p', 'no:cacheprovider', f'tests/{file}.py', '-k', which]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1): raise SystemExit(f'{file} -k {which!r} did not run:\n{done.stdout}{done.stderr}')
+    return done.returncode == 1
+
+
+def main(wanted: list[str]) -> None:
+    "Every fault that is asked for: planted, tested, taken out again."
+    faults = {name: row for name, row in FAULTS.items() if not wanted or any(w in name for w in wanted)}
+    with tempfile.TemporaryDirectory() as folder:
+        library, survivors = Path(folder), []
+        shutil.copytree(ROOT / 'draem_nb', library / 'draem_nb')
+        for file, which in {row[3:]: None for row in faults.values()}:
+            if fails(library, file, which): raise SystemExit(f'{file} -k {which!r} fails without any fault')
+        for name, (module, text, other, file, which) in faults.items():
+            path, before = library / 'draem_nb' / f'{module}.py', time.perf_counter()
+            whole = path.read_text()
+            if whole.count(text) != 1: raise SystemExit(f'{name}: {text!r} stands {whole.count(text)} times in {module}.py, not once')
+            path.write_text(whole.replace(text, other))
+            if not fails(library, file, which): survivors.append(name)
+            path.write_text(whole)
+            print(f'{"SURVIVES" if name in survivors[-1:] else "caught":8} {name} ({file}, {time.perf_counter() - before:.0f} s)', flush=True)
+    print(f'{len(faults) - len(survivors)} of {len(faults)} faults caught')
+    if survivors: raise SystemExit('nobody noticed: ' + '; '.join(survivors))
+
+
+if __name__ == '__main__': main(sys.argv[1:])
