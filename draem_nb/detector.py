@@ -94,6 +94,27 @@ def _as_batch(images: np.ndarray | Tensor) -> Tensor:
     return (batch * 255).round().to(torch.uint8)
 
 # %% ../nbs/08_detector.ipynb #752081c6
+def _check_batch(batch: int) -> None:
+    if not isinstance(batch, int) or batch < 1: raise ValueError(f'batch is {batch!r}; it must be a whole number of at least 1')
+
+def _check_finite(maps: Tensor, scores: Tensor, names: Sequence[object]) -> None:
+    "Of a batch: a map or score that is not a number is above no threshold, and would be called good."
+    wrong = ~(scores.isfinite() & maps.flatten(1).isfinite().all(1))
+    if wrong.any(): raise ValueError(f'the score of image {names[int(wrong.nonzero()[0])]} is not finite: the weights of the detector are damaged; train it again or load another checkpoint')
+
+_CALIBRATION = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
+
+def _read_calibration(path: Path) -> dict[str, object]:
+    "The content of a threshold.json; `ValueError` where it is not what `save_calibration` writes."
+    try: values = json.loads(path.read_text())
+    except ValueError: values = None
+    known = isinstance(values, dict) and set(values) == set(_CALIBRATION) and isinstance(values['held_out_scores'], list)
+    numbers = [v for name in _CALIBRATION for v in (values[name] if name == 'held_out_scores' else [values[name]])] if known else []
+    if not known or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers):
+        raise ValueError(f'{path} is damaged or not ours: it must hold {", ".join(_CALIBRATION)}, all of them finite numbers, and nothing else; delete it and calibrate again')
+    return values
+
+# %% ../nbs/08_detector.ipynb #f66978be
 class AnomalyDetector:
     "What all methods share: a method has `size`, `device`, `quantile` and `_look`, and gets `predict` and `calibrate`."
     size: tuple[int, int]               # (H, W) of what it looks at, in pixels
@@ -119,10 +140,13 @@ class AnomalyDetector:
     @torch.inference_mode()
     def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
         "Maps, scores and, with thresholds, masks and verdicts for images of any form and size (see `as_images`)."
+        _check_batch(batch)
         images, paths = as_images(images, self.size, self.color, self.antialias)
+        names = paths or range(len(images))
         maps, scores, restored = [torch.zeros(0, *self.size)], [torch.zeros(0)], []
         for part in tqdm(images.split(batch) if len(images) else (), 'predicting', unit='batch', mininterval=0.5, delay=2):
             restoration, part_maps, part_scores = self._look(part.to(self.device))
+            _check_finite(part_maps, part_scores, names[sum(map(len, scores)):])
             maps.append(part_maps[:, 0].cpu()); scores.append(part_scores.cpu())
             if reconstructions and restoration is not None: restored.append((restoration.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
         maps, scores, restored = torch.cat(maps), torch.cat(scores), torch.cat(restored) if restored else None
@@ -132,23 +156,22 @@ class AnomalyDetector:
 
     def calibrate(self, normal_images: object, quantile: float | None = None) -> AnomalyDetector:
         "Set both thresholds from normal images that were not trained on; gives the detector itself."
-        self.quantile = self.quantile if quantile is None else quantile
+        quantile = self.quantile if quantile is None else quantile
+        if not 0 <= quantile <= 1: raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
         seen = self.predict(normal_images)
         if not len(seen): raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
-        self.held_out_scores = seen.scores.tolist()
+        self.quantile, self.held_out_scores = quantile, seen.scores.tolist()
         self.threshold = upper_quantile(seen.scores.numpy(), self.quantile)
         self.pixel_threshold = max(self.pixel_floor, upper_quantile(seen.maps.numpy().ravel(), self.quantile))
         return self
 
     def save_calibration(self, run_dir: str | Path) -> None:
         "Write threshold.json into the folder, where `load_calibration` finds it."
-        names = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
-        write_json({name: getattr(self, name) for name in names}, Path(run_dir) / 'threshold.json')
+        write_json({name: getattr(self, name) for name in _CALIBRATION}, Path(run_dir) / 'threshold.json')
 
     def load_calibration(self, run_dir: str | Path) -> None:
-        "Take the thresholds of threshold.json, if the folder holds one."
-        if (known := Path(run_dir) / 'threshold.json').exists():
-            for name, value in json.loads(known.read_text()).items(): setattr(self, name, value)
+        "Take the thresholds of threshold.json, if the folder holds one; `ValueError` where that is damaged."
+        if (known := Path(run_dir) / 'threshold.json').exists(): self.__dict__.update(_read_calibration(known))
 
 # %% ../nbs/08_detector.ipynb #973060d4
 class Detector(AnomalyDetector):

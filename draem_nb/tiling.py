@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import check_size, find_images, large_zeros, load_images
-from .detector import AnomalyDetector, Detections, Detector, as_images, image_score
+from .detector import AnomalyDetector, Detections, Detector, _check_batch, _check_finite, as_images, image_score
 
 # %% auto #0
 __all__ = ['tile_starts', 'blend_weights', 'TiledDetector', 'load_detector']
@@ -88,6 +88,7 @@ class TiledDetector(AnomalyDetector):
     @torch.inference_mode()
     def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
         "As `AnomalyDetector.predict`; `batch` counts tiles."
+        _check_batch(batch)
         n, image, paths = _one_by_one(images, self.size, self.antialias)
         maps, scores = large_zeros((n, *self.size)), torch.zeros(n)
         restored = large_zeros((n, 3, *self.size), torch.uint8) if reconstructions else None
@@ -95,6 +96,7 @@ class TiledDetector(AnomalyDetector):
         for i in tqdm(range(n), 'predicting', unit='image', mininterval=0.5, delay=2):
             score_map, restoration = _blended(self, image(i), batch, reconstructions)
             maps[i], scores[i] = score_map.cpu(), image_score(score_map[None, None], self.window)[0].cpu()
+            _check_finite(maps[i:i + 1], scores[i:i + 1], [paths[i] if paths else i])
             if masks is not None: masks[i] = maps[i] > self.pixel_threshold
             if restoration is None: restored = None
             else: restored[i] = restoration

@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -255,11 +256,22 @@ def train(
     return checkpoint
 
 # %% ../nbs/07_training.ipynb #ae62af4c
+def _not_finite(value: object, name: str = '') -> str:
+    "The name of the first tensor with a value that is not finite, '' if there is none."
+    if isinstance(value, Tensor): return name if value.is_floating_point() and not value.isfinite().all() else ''
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return next(filter(None, (_not_finite(v, f'{name}.{k}'.lstrip('.')) for k, v in items)), '')
+
 def load_checkpoint(path: str | Path, device: str | torch.device = 'cpu', remedy: str = 'delete it to train again') -> dict:
-    "The content of a checkpoint.pt (weights only, nothing in it is executed); `ValueError` names a file that is none and says the `remedy`."
-    try: return torch.load(path, map_location=device, weights_only=True)
+    "The content of a checkpoint.pt (weights only, nothing in it is executed); `ValueError` names a file that is none or damaged and says the `remedy`."
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None     # PyTorch writes checksums and does not look at them
     except FileNotFoundError: raise FileNotFoundError(f'there is no checkpoint {path}; train first') from None
     except Exception as e: raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}); {remedy}') from None
+    if damaged: raise ValueError(f'{path} is damaged: {damaged} in it does not have its checksum; {remedy}')
+    if name := _not_finite(state): raise ValueError(f'{path} is damaged: a value of {name} is not finite; {remedy}')
+    return state
 
 def _describe(category: CategoryData, textures: Tensor, trainer: Trainer, held_out: Tensor) -> dict:
     "What run.json says."

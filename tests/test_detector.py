@@ -1,5 +1,9 @@
 "What a detector takes and refuses, and what a checkpoint keeps of the recipe."
 
+import dataclasses
+import json
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +11,10 @@ from PIL import Image
 
 from draem_nb.data import demo_category, load_category
 from draem_nb.detector import AnomalyDetector, Detector, as_images, fit, image_score, upper_quantile
+from draem_nb.networks import Draem, initialise
 from draem_nb.recipes import demo
 from draem_nb.textures import load_textures
-from draem_nb.tiling import load_detector
+from draem_nb.tiling import TiledDetector, load_detector
 from draem_nb.training import load_checkpoint, train
 
 TINY = dict(size=32, base_width=4, base_channels=2, steps=3, batch=2, score_window=5, precision='float32', checkpoint_every=2)
@@ -106,3 +111,74 @@ def test_channel_order():
     for color, seen in (('rgb', red), ('bgr', blue)):
         found = Red(color=color).predict(seen, reconstructions=True)
         assert found.maps.max() == pytest.approx(200 / 255) and torch.equal(found.reconstructions, seen)
+
+
+@pytest.mark.parametrize('detector', [Red(), TiledDetector(Red(), (64, 32))])
+def test_nonsense_is_refused(detector):
+    for batch in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f'batch is {batch}; it must be a whole number of at least 1'): detector.predict(images(1), batch=batch)
+    for quantile in (5., -0.1, float('nan')):
+        with pytest.raises(ValueError, match=f'quantile is {quantile}; it must be between 0 and 1'): detector.calibrate(images(1), quantile)
+    assert detector.quantile == 0.995 and detector.threshold is None
+
+
+class Broken(Red):
+    "Nothing that it says of a red image is a number."
+    def _look(self, batch): return None, torch.where(batch[:, :1] > 0, torch.nan, 0.), torch.where(batch[:, 0].amax((1, 2)) > 0, torch.inf, 0.)
+
+
+@pytest.mark.parametrize('detector', [Broken(), TiledDetector(Broken(), (64, 32))])
+def test_scores_that_are_not_finite_are_refused(detector, tmp_path):
+    "NaN exceeds no threshold: the image would be called good."
+    size = detector.size
+    batch = torch.zeros(20, 3, *size, dtype=torch.uint8)
+    batch[17, 0] = 9
+    for look in (detector.predict, detector.calibrate):
+        with pytest.raises(ValueError, match='the score of image 17 is not finite: the weights of the detector are damaged'): look(batch)
+    Image.new('RGB', size[::-1], 'red').save(tmp_path / 'part7.png')
+    with pytest.raises(ValueError, match='the score of image .*part7.png is not finite'): detector.predict(tmp_path)
+    assert detector.threshold is None
+
+
+@pytest.mark.parametrize('change', [dict(threshold=float('nan')), dict(pixel_threshold=float('inf')), dict(threshold=None), dict(threshold='0.5'), dict(held_out_scores=[0.1, None]),
+                                    dict(held_out_scores=0.1), dict(quantile=True), dict(predict='oops'), dict(mask_rule='official')])
+def test_damaged_calibrations_are_refused(change, tmp_path):
+    Red().calibrate(images(51, 102)).save_calibration(tmp_path)
+    kept = json.loads((tmp_path / 'threshold.json').read_text())
+    same = Red(); same.load_calibration(tmp_path)
+    assert same.threshold == kept['threshold'] and same.held_out_scores == kept['held_out_scores']
+    for text in (json.dumps(kept | change), json.dumps(kept)[:40], '[]', json.dumps({k: v for k, v in kept.items() if k != 'quantile'})):
+        (tmp_path / 'threshold.json').write_text(text)
+        other = Red()
+        with pytest.raises(ValueError, match='threshold.json is damaged or not ours: .*; delete it and calibrate again'): other.load_calibration(tmp_path)
+        assert other.threshold is None and callable(other.predict)
+
+
+def checkpoint(tmp_path):
+    "Of an untrained net, as a run keeps it."
+    net = initialise(Draem(4, 2), torch.Generator().manual_seed(0))
+    torch.save(dict(net=net.state_dict(), recipe=dataclasses.asdict(demo().replace(**TINY))), tmp_path / 'checkpoint.pt')
+    return tmp_path / 'checkpoint.pt'
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    state = load_checkpoint(checkpoint(tmp_path))
+    state['net']['discriminative.encoder_segment.block1.1.running_mean'][0] = value
+    torch.save(state, tmp_path / 'checkpoint.pt')
+    with pytest.raises(ValueError, match='checkpoint.pt is damaged: a value of net.discriminative.encoder_segment.block1.1.running_mean is not finite'): Detector.load(tmp_path, 'cpu')
+
+
+def test_random_bytes_in_a_checkpoint_are_refused(tmp_path):
+    "Wherever they lie in the weights; PyTorch alone loads them."
+    path = checkpoint(tmp_path)
+    whole, g = path.read_bytes(), torch.Generator().manual_seed(0)
+    with zipfile.ZipFile(path) as archive: largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    start = largest.header_offset + 200
+    for place in (start + largest.file_size // 2, *(torch.randint(len(whole) // 4, 3 * len(whole) // 4, (8,), generator=g).tolist())):
+        damaged = bytearray(whole)
+        for i in range(place, place + 64): damaged[i] ^= 0x15
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match='is damaged|not a readable checkpoint'): Detector.load(tmp_path, 'cpu')
+    path.write_bytes(whole)
+    assert Detector.load(tmp_path, 'cpu').threshold is None
