@@ -5,8 +5,12 @@
 # %% ../nbs/00_data.ipynb #dd575691
 from __future__ import annotations
 
+import errno
+import fcntl
+import gzip
 import hashlib
 import json
+import lzma
 import math
 import os
 import shutil
@@ -14,6 +18,7 @@ import tarfile
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 import zlib
@@ -39,11 +44,24 @@ from tqdm import tqdm
 from .layouts import ClassFiles, UnreadableImage, find_classes, find_images, list_files, open_image, shown
 
 # %% auto #0
-__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'replacing', 'write_json', 'check_size', 'find_categories', 'read_image',
-           'load_images', 'large_zeros', 'large_part', 'CategoryData', 'load_category', 'demo_category', 'check',
-           'download_mvtec', 'download_dtd']
+__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'DiskFull', 'replacing', 'write_json', 'read_json', 'remove_leftovers',
+           'temporary_folder', 'check_size', 'find_categories', 'read_image', 'content_hash', 'load_images',
+           'large_zeros', 'large_part', 'CategoryData', 'load_category', 'demo_category', 'check', 'download_mvtec',
+           'download_dtd']
 
 # %% ../nbs/00_data.ipynb #d57d55e2
+class DiskFull(OSError):
+    "There is no room left where something was to be written."
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(errno.ENOSPC, f'the disk is full at {folder}; make room there, and the same command goes on')
+
+    def __str__(self) -> str: return self.strerror
+
+def _no_room(error: Exception, folder: Path) -> bool:
+    "Whether a full disk is behind an error; torch.save tells of it as a RuntimeError."
+    if isinstance(error, OSError): return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 1 << 20
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     "Gives a temporary path beside `path`; what was written there replaces `path` at the end, or vanishes on an error."
@@ -51,14 +69,63 @@ def replacing(path: str | Path) -> Iterator[Path]:
     start = os.fsdecode(os.fsencode(path.name)[:200])   # a name has at most 255 bytes
     temporary = path.with_name(f'.{start}.{os.urandom(4).hex()}.tmp') # two writers, of two machines even, never meet
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with open(temporary, 'wb') as held:
+            _lock(held.fileno())
+            yield temporary
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if _no_room(error, path.parent): raise DiskFull(path.parent) from error
+        raise
     finally: temporary.unlink(missing_ok=True)
 
 def write_json(value: object, path: str | Path) -> None:
     "`value` as indented JSON, atomically; nan and infinity are refused (`ValueError`)."
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + '\n'
     with replacing(path) as temporary: temporary.write_text(text, encoding='utf-8')
+
+def read_json(path: str | Path) -> dict:
+    "The object that a JSON file holds; `FileNotFoundError` or `ValueError` that names the file."
+    try: value = json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError: raise FileNotFoundError(f'{shown(path)} is missing') from None
+    except (ValueError, RecursionError) as error: raise ValueError(f'{shown(path)} is damaged: it is no JSON ({error})') from None
+    if isinstance(value, dict): return value
+    raise ValueError(f'{shown(path)} is damaged: it holds {type(value).__name__} instead of an object')
+
+# %% ../nbs/00_data.ipynb #3fc63d5b
+def _lock(file: int) -> bool:
+    "Lock an open file or folder until it is closed; False where another process has it, or where there are no locks."
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: return False
+    return True
+
+def remove_leftovers(
+    folder: str | Path,
+    name: str = '*',    # of what was to be written
+) -> None:
+    "Take away the temporary files and folders that processes left in `folder` (not below it) when they were killed."
+    for path in Path(folder).glob(f'.{name}.' + 8 * '[0-9a-f]' + '.tmp'):
+        try: file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OSError: continue                                # another user's, or gone just now
+        try:
+            if _lock(file): shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        finally: os.close(file)
+
+@contextmanager
+def temporary_folder(
+    parent: str | Path,
+    name: str,          # what it is for
+) -> Iterator[Path]:
+    "A folder that is gone at the end; folders of that name that killed processes left go first."
+    remove_leftovers(parent, name)
+    path = Path(parent) / f'.{name}.{os.urandom(4).hex()}.tmp'
+    path.mkdir(mode=0o700)
+    file = os.open(path, os.O_RDONLY)
+    try:
+        _lock(file)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(file)
 
 # %% ../nbs/00_data.ipynb #70255cf4
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -119,17 +186,19 @@ def _decoded(paths: list[Path], size: tuple[int, int], antialias: bool) -> Itera
         while waiting: yield waiting.popleft().result()
 
 # %% ../nbs/00_data.ipynb #09af87b4
-def _content(path: Path) -> str:
+def content_hash(path: str | Path) -> str:
+    "sha256 (hex) of a file's content."
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
 def _cache_file(paths: list[Path], size: tuple[int, int], antialias: bool) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool: # hashing releases Python's lock, as decoding does
-        contents = list(tqdm(pool.map(_content, paths), 'looking for changes', len(paths), mininterval=0.5, delay=2))
+        contents = list(tqdm(pool.map(content_hash, paths), 'looking for changes', len(paths), mininterval=0.5, delay=2))
     key = hashlib.sha256(json.dumps(['v2', PIL.__version__, size, contents] + ['four pixels'] * (not antialias)).encode()).hexdigest()[:32]
     return Path(os.environ.get('DRAEM_NB_CACHE') or Path.home() / '.cache' / 'draem_nb') / f'{key}.npy'
 
 def _write_cache(file: Path, images: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(file.parent)
     with replacing(file) as temporary, open(temporary, 'wb') as temp:
         np.lib.format.write_array_header_1_0(temp, dict(descr='|u1', fortran_order=False, shape=shape))
         crc = 0
@@ -437,11 +506,11 @@ def demo_category(
     if folder.exists() and not (folder / _MARKER).is_file():
         raise ValueError(f"{folder} exists and is not a demo class; choose another root, or remove that folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{name}-', suffix='.tmp', dir=folder.parent) as temp:
-        _write_demo(new := Path(temp) / 'new', name, seed)
+    with temporary_folder(folder.parent, name) as temp:
+        _write_demo(new := temp / 'new', name, seed)
         (new / _MARKER).write_text(marker)
         if _is_whole(folder, marker): return folder # another process was quicker
-        if folder.exists(): folder.rename(Path(temp) / 'old')
+        if folder.exists(): folder.rename(temp / 'old')
         new.rename(folder)
     return folder
 
@@ -508,8 +577,8 @@ def _fetch_once(url: str, part: Path) -> bool: # True when all has arrived
         elif have and not reply.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
             part.unlink() # what came and what comes do not fit together: from the start
             raise OSError('the server sent another part than was asked for')
-        length = reply.headers.get('Content-Length')
-        total = have + int(length) if length else None
+        length = reply.headers.get('Content-Length') or ''
+        total = have + int(length) if length.isdecimal() else None # a server may write nonsense: then the checksum decides
         with open(part, 'ab' if have else 'wb') as file, tqdm(
                 desc=part.stem, total=total, initial=have, unit='B', unit_scale=True, mininterval=0.5, delay=2) as bar:
             while chunk := reply.read1(1 << 16): # as it arrives: what a stalled connection has brought is kept
@@ -520,13 +589,15 @@ def _fetch_once(url: str, part: Path) -> bool: # True when all has arrived
 # %% ../nbs/00_data.ipynb #79dfa8a6
 def _fetch(url: str, part: Path, archive: Path) -> None:
     def size() -> int: return part.stat().st_size if part.exists() else 0
+    if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
+        raise ValueError(f"{url} is no address of a server; it must begin with https:// or http://")
     idle, most, error = 0, size(), 'the connection was cut'
     while idle < _TRIES:
         try:
             if _fetch_once(url, part): return
         except urllib.error.HTTPError as e:
             e.close()
-            if e.code == 416: return # nothing is left to send: the checksum decides
+            if e.code == 416 and size(): return # nothing is left to send: the checksum decides
             error, idle = str(e), idle if e.code >= 500 else _TRIES # an address that is wrong stays wrong
         except (OSError, HTTPException) as e: error = str(e)
         idle = 0 if size() > most else idle + 1 # the most so far: a server without ranges starts over each time
@@ -548,17 +619,29 @@ def _verify(archive: Path, sha256: str) -> None:
     if digest.hexdigest() != sha256:
         raise ValueError(f"{archive} is not the published archive (sha256 {digest.hexdigest()} instead of {sha256})")
 
+_UNPACKED = 32 << 30 # bytes: an archive that grows to more is none of ours
+
 def _unpack(archive: Path, folder: Path) -> None:
-    with _reading(archive, 'unpacking') as file, tarfile.open(fileobj=file) as tar:
-        for member in tar:
-            name = PurePosixPath(member.name)
-            if not (member.isfile() or member.isdir()) or name.is_absolute() or '..' in name.parts:
-                raise ValueError(f"{archive} is not safe to unpack: {member.name!r} is a link, a device or lies outside of the folder")
-            path = folder / name
-            (path if member.isdir() else path.parent).mkdir(parents=True, exist_ok=True)
-            # Written by hand rather than with tar.extract: no owner, no mode, no time is taken from the archive.
-            if member.isfile():
-                with open(path, 'wb') as out: shutil.copyfileobj(tar.extractfile(member), out)
+    try:
+        with _reading(archive, 'unpacking') as file, tarfile.open(fileobj=file) as tar: _unpack_members(tar, archive, folder)
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{archive} cannot be unpacked, it is cut short or no archive: {error}") from None
+    except OSError as error:
+        if _no_room(error, folder.parent): raise DiskFull(folder.parent) from error
+        raise
+
+def _unpack_members(tar: tarfile.TarFile, archive: Path, folder: Path) -> None:
+    total = 0
+    for member in tar:
+        name = PurePosixPath(member.name)
+        if not (member.isfile() or member.isdir()) or name.is_absolute() or '..' in name.parts:
+            raise ValueError(f"{archive} is not safe to unpack: {shown(repr(member.name))} is a link, a device or lies outside of the folder")
+        if (total := total + member.size) > _UNPACKED: raise ValueError(f"{archive} is not safe to unpack: it holds more than {_UNPACKED >> 30} GiB")
+        path = folder / name
+        (path if member.isdir() else path.parent).mkdir(parents=True, exist_ok=True)
+        # Written by hand rather than with tar.extract: no owner, no mode, no time is taken from the archive.
+        if member.isfile():
+            with open(path, 'wb') as out: shutil.copyfileobj(tar.extractfile(member), out)
 
 # %% ../nbs/00_data.ipynb #dc9e46e8
 def _obtain(folder: Path, archive: Path, inner: str, url: str, sha256: str, licence: str) -> Path:
@@ -572,9 +655,9 @@ def _obtain(folder: Path, archive: Path, inner: str, url: str, sha256: str, lice
     except ValueError as error:
         if not by_hand: part.unlink() # no use in continuing it
         raise ValueError(f"{error}; " + ('remove it' if by_hand else 'it was removed') + ' and get it again, perhaps from another address') from None
-    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}-', suffix='.tmp', dir=folder.parent) as temp:
-        _unpack(part, Path(temp) / 'new')
-        (Path(temp) / 'new' / inner).rename(folder)
+    with temporary_folder(folder.parent, folder.name) as temp:
+        _unpack(part, temp / 'new')
+        (temp / 'new' / inner).rename(folder)
     if not by_hand: part.unlink()
     return folder
 

@@ -17,7 +17,7 @@ import torch
 from scipy import ndimage
 
 import draem_nb
-from .data import CategoryData, large_part
+from .data import CategoryData, large_part, read_json
 from .detector import Detections
 from .layouts import as_markdown
 from .metrics import evaluate_maps, evaluate_scores
@@ -363,9 +363,9 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
     runs, incomplete = [], []
     for run in sorted(p.parent for p in runs_dir.rglob('run.json')):
         if not (run / 'metrics.json').exists(): incomplete.append(str(run.relative_to(runs_dir))); continue
-        results = json.loads((run / 'metrics.json').read_text())
+        try: results, about = read_json(run / 'metrics.json'), read_json(run / 'run.json')
+        except ValueError as error: incomplete.append(str(error)); continue
         if 'conditions' not in results: continue                                    # the run of another kind of report
-        about = json.loads((run / 'run.json').read_text())
         if 'textures_fingerprint' in about: results['conditions']['textures'] = about['textures_fingerprint'][:8]
         if 'device' in about: results['conditions']['device'] = about['device']
         runs.append(results)

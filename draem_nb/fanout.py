@@ -33,7 +33,7 @@ import pandas as pd
 
 import draem_nb
 from . import recipes, reports
-from .data import DEMO_CATEGORIES, find_categories
+from .data import DEMO_CATEGORIES, find_categories, read_json, temporary_folder
 from .reports import RunFailed, default_folder, locked, report_notebook, run_report
 
 # %% auto #0
@@ -57,7 +57,8 @@ def plan(param_sets: list[dict], runs_dir: str | Path = 'runs', name: str | Path
 def _other_recipe(run_dir: Path, params: dict) -> str:
     "A sentence where the folder's run was trained by a recipe that is no longer this one."
     if 'recipe' not in params or not (run_dir / 'run.json').exists(): return ''
-    held = json.loads((run_dir / 'run.json').read_text())['recipe']
+    held = read_json(run_dir / 'run.json').get('recipe')
+    if not isinstance(held, dict): return f"{run_dir / 'run.json'} is damaged: it names no recipe; remove {run_dir}, or choose another folder for the runs"
     asked = recipes.by_name(params['recipe']).replace(seed=params.get('seed', 0), **(params.get('overrides') or {}))
     now = json.loads(json.dumps(vars(asked)))
     differ = [f'{key} {held.get(key)!r} there, {value!r} now' for key, value in now.items() if held.get(key) != value]
@@ -71,8 +72,8 @@ def estimate(planned: pd.DataFrame, n_workers: int, name: str | Path = 'category
     for folder in {Path(row).parent for row in planned.run_dir if row}:
         for done in folder.glob('*/metrics.json'):
             with contextlib.suppress(OSError, ValueError, KeyError):            # something else than a run
-                held = json.loads((done.parent / 'parameters.json').read_text())
-                if held['report'] == Path(name).stem: known.setdefault(like(held), []).append(json.loads((done.parent / 'timing.json').read_text())['seconds'])
+                held = read_json(done.parent / 'parameters.json')
+                if held['report'] == Path(name).stem: known.setdefault(like(held), []).append(read_json(done.parent / 'timing.json')['seconds'])
     if not known: return None
     rows, every = [row for row in planned.to_dict('records') if row['todo'] == 'run'], [s for found in known.values() for s in found]
     each = [statistics.median(known.get(like(row), every)) for row in rows]
@@ -138,7 +139,7 @@ def _packed(run_dir: Path, complete: bool) -> bytes:
 
 def _unpack(packed: bytes, run_dir: Path, asked: dict) -> None:
     "Put a run where it belongs; `metrics.json`, the sign of a complete one, comes last."
-    with locked(run_dir), tempfile.TemporaryDirectory(prefix='.received-', dir=run_dir) as temporary:
+    with locked(run_dir), temporary_folder(run_dir, 'received') as temporary:
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive: archive.extractall(temporary, filter='data')
         reports._begin(run_dir, asked)
         files = [path for path in Path(temporary).rglob('*') if path.is_file()]

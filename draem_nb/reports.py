@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -41,8 +42,8 @@ from pandas.io.formats.style import Styler
 from papermill.exceptions import PapermillExecutionError
 
 import draem_nb
-from .data import replacing, write_json
-from .layouts import as_markdown, shown
+from .data import content_hash, read_json, remove_leftovers, replacing, temporary_folder, write_json
+from .layouts import as_markdown, find_images, list_files, shown
 
 # %% auto #0
 __all__ = ['report_names', 'report_notebook', 'report_parameters', 'check_parameters', 'default_folder', 'peak_memory_mib',
@@ -93,12 +94,13 @@ def default_folder(
     params: dict,         # its parameters, those that are given
     runs_dir: str | Path = 'runs',
 ) -> Path:
-    "The folder of a report when none is named: `runs/brick-demo-seed0`, `runs/brick-demo-seed0/inspect-photos`, `runs/summary`."
+    "The folder of a report when none is named: `runs/brick-demo-seed0`, `runs/summary`, `runs/brick-demo-seed0/inspect-photos-20261127-081500`."
     p = check_parameters(name, params)
     report = Path(name).stem
     if report == 'inspect':
         if not (p['run_dir'] and p['images']): raise ValueError('an inspection needs run_dir, the folder of a trained run, and images, a folder of images to look at')
-        return Path(p['run_dir']) / f"inspect-{Path(p['images']).resolve().name}"
+        new = Path(p['run_dir']) / f"inspect-{Path(p['images']).resolve().name[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return next(path for i in range(1, 1000) if not (path := new if i == 1 else new.with_name(f'{new.name}-{i}')).exists())
     if report == 'compare':
         if not (p['first'] and p['second']): raise ValueError('a comparison needs first and second, the folders of two trained runs of one class')
         return Path(p['first']) / f"compare-{Path(p['second']).resolve().name}"
@@ -175,7 +177,8 @@ def as_csv(table: pd.DataFrame, **how: object) -> str:
 # %% ../nbs/12_reports.ipynb #ca86dd9d
 class _Kernel(AsyncKernelManager):
     def __init__(self, **kwargs: object) -> None:
-        self._sockets = tempfile.mkdtemp(prefix='report-')
+        self._folder = contextlib.ExitStack()
+        self._sockets = self._folder.enter_context(temporary_folder(tempfile.gettempdir(), 'draem_nb-report'))
         super().__init__(**kwargs, transport='ipc', connection_file=f'{self._sockets}/kernel.json',
                          kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), shutdown_wait_time=30.)
 
@@ -186,7 +189,7 @@ class _Kernel(AsyncKernelManager):
 
     async def cleanup_resources(self, restart: bool = False) -> None:
         await super()._async_cleanup_resources(restart=restart)
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        self._folder.close()
 
 # %% ../nbs/12_reports.ipynb #ae2c1f14
 class _Console:
@@ -213,7 +216,7 @@ class RunFailed(RuntimeError):
         super().__init__(f'{reason}{where}' + (f'\n{last_lines}' if last_lines else ''))
 
 # %% ../nbs/12_reports.ipynb #2b15119c
-_PLAIN = ('ValueError', 'UnreadableImage', 'FileNotFoundError', 'FileExistsError', 'PermissionError', 'NotADirectoryError', 'RunFailed')  # whose text is a sentence by itself
+_PLAIN = ('ValueError', 'UnreadableImage', 'DiskFull', 'FileNotFoundError', 'FileExistsError', 'PermissionError', 'NotADirectoryError', 'RunFailed')  # whose text is a sentence by itself
 
 def _reason(error: Exception) -> str:
     "One line for people."
@@ -221,6 +224,7 @@ def _reason(error: Exception) -> str:
         return 'the kernel died before the report was finished; most often the operating system ended it because memory ran out'
     if isinstance(error, PapermillExecutionError):
         return error.evalue if error.ename in _PLAIN else f'{error.ename}: {error.evalue}'
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC: return f'the disk is full: {error.filename or error}'
     return f'{type(error).__name__}: {error}'
 
 def _last_lines(error: Exception, n: int = 12) -> str:
@@ -327,20 +331,49 @@ class RunResult:
     report: Path      # the HTML page
     metrics: dict     # what `finish` was given
     seconds: float    # wall time of the notebook
+    ran: bool = field(default=True, compare=False)  # False: it was complete already, and nothing was run
+
+# %% ../nbs/12_reports.ipynb #3479c570
+def _files_read(asked: dict) -> dict[str, Path]:
+    "The files of the class and of the anomaly source that a report will read, by names that do not depend on where they lie."
+    files = {}
+    if asked.get('data_root') and asked.get('category'):
+        of = list_files(asked['data_root'], asked['category'], asked.get('layout'))
+        files |= {os.path.relpath(path, of.folder): path for path in (*of.train, *of.test, *(mask for masks in of.masks for mask in masks))}
+    if asked.get('textures_root'): files |= {f"textures {os.path.relpath(path, asked['textures_root'])}": path for path in find_images(asked['textures_root'])}
+    return {shown(name): path for name, path in files.items()}
+
+def _noted(files: dict[str, Path], known: dict) -> dict[str, list]:
+    "Size, time of change and content of each file; the content is read only where size or time are not as `known`."
+    def note(name: str, path: Path) -> list:
+        about, before = path.stat(), known.get(name, [None] * 3)
+        return before if before[:2] == [about.st_size, about.st_mtime_ns] else [about.st_size, about.st_mtime_ns, content_hash(path)]
+    return {name: note(name, path) for name, path in files.items() if path.is_file()}       # what is missing, its reader will say
+
+def _changed(run_dir: Path, asked: dict) -> str:
+    "In words, the files that are not as they were when the run was made; nothing where that cannot be said, as on another machine."
+    if not (run_dir / 'inputs.json').exists(): return ''
+    then = read_json(run_dir / 'inputs.json')
+    try: now = _noted(_files_read(asked), then)
+    except (OSError, ValueError): return ''
+    words = [f'{name} is new' for name in now if name not in then] + [f'{name} is gone' for name in then if name not in now]
+    words += [f'{name} is another' for name in now if name in then and now[name][2] != then[name][2]]
+    return ', '.join(words[:3]) + (f' and {len(words) - 3} more' if len(words) > 3 else '')
 
 # %% ../nbs/12_reports.ipynb #251b8a95
-def _finished(run_dir: Path) -> RunResult:
-    timing = json.loads((run_dir / 'timing.json').read_text())
-    return RunResult(run_dir, run_dir / 'report.html', json.loads((run_dir / 'metrics.json').read_text()), timing['seconds'])
+def _finished(run_dir: Path, ran: bool = True) -> RunResult:
+    return RunResult(run_dir, run_dir / 'report.html', read_json(run_dir / 'metrics.json'), float(read_json(run_dir / 'timing.json').get('seconds', 0)), ran)
 
 def _already(run_dir: Path, asked: dict) -> bool:
-    "Whether `run_dir` holds the complete run that was asked for; `ValueError` when it holds another one."
+    "Whether `run_dir` holds the complete run that was asked for; `ValueError` when it holds another one, or one of other images."
     if not ((run_dir / 'metrics.json').exists() and (run_dir / 'parameters.json').exists()): return False
-    held = json.loads((run_dir / 'parameters.json').read_text())
-    if held == asked: return True
+    held, otherwise = read_json(run_dir / 'parameters.json'), 'choose another folder, or remove that one to run anew'
+    read_json(run_dir / 'metrics.json')
     differ = [key for key in asked if held.get(key) != asked[key]]
-    raise ValueError(f"run folder {run_dir} holds a complete run with {', '.join(f'{key}={held.get(key)!r}' for key in differ)} where this one has "
-                     f"{', '.join(f'{key}={asked[key]!r}' for key in differ)}; choose another folder, or remove that one to run anew")
+    if differ: raise ValueError(f"run folder {run_dir} holds a complete run with {', '.join(f'{key}={held.get(key)!r}' for key in differ)} where this one has "
+                                f"{', '.join(f'{key}={asked[key]!r}' for key in differ)}; {otherwise}")
+    if changed := _changed(run_dir, asked): raise ValueError(f'run folder {run_dir} holds a complete run, but files have changed since: {changed}; {otherwise}')
+    return True
 
 # %% ../nbs/12_reports.ipynb #eb15d8dc
 def _asked(name: str | Path, params: dict) -> tuple[dict, dict]:
@@ -354,7 +387,8 @@ def _asked(name: str | Path, params: dict) -> tuple[dict, dict]:
 def _begin(run_dir: Path, asked: dict) -> None:
     "Note what was asked for, and take away what would make an old run look like this one."
     try:
-        for name in ('metrics.json', 'results.json', 'report.html', 'report.ipynb', 'report.failed.ipynb'): (run_dir / name).unlink(missing_ok=True)
+        for where, _, _ in os.walk(run_dir): remove_leftovers(where)
+        for name in ('metrics.json', 'results.json', 'inputs.json', 'report.html', 'report.ipynb', 'report.failed.ipynb'): (run_dir / name).unlink(missing_ok=True)
         write_json(asked, run_dir / 'parameters.json')
     except OSError as e: raise ValueError(f'cannot write to run folder {run_dir} ({e.strerror}); choose another one') from None
 
@@ -369,10 +403,14 @@ def run_report(
     params, asked = _asked(name, params)   # a notebook gets what JSON has: lists, not tuples, of which papermill would make text
     run_dir = Path(run_dir)
     folder = _folder_parameter(name)
-    if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir)
+    if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)
+    if Path(name).stem == 'inspect' and (run_dir / 'metrics.json').exists():
+        raise ValueError(f'{run_dir} holds an inspection already; choose another folder, or leave out_dir out')
+    inputs = _noted(_files_read(asked), {})             # what is wrong with them is said before there is a folder
     with locked(run_dir, wait=wait):
-        if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir)   # made by another command just now
+        if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)   # made by another command just now
         _begin(run_dir, asked)
+        if inputs: write_json(inputs, run_dir / 'inputs.json')
         _run(report_notebook(name), params | {folder: str(run_dir.absolute()), 'complete': False}, run_dir)
         os.replace(run_dir / 'results.json', run_dir / 'metrics.json')   # the last step: from here on the run is complete
         return _finished(run_dir)
@@ -467,7 +505,10 @@ def _show(result: RunResult) -> None:
         if point := result.metrics.get('operating_point'):
             print('at the threshold: ' + ', '.join(f"{point[key]:.3f} {key.replace('_', ' ')}" for key in ('false_alarm_rate', 'precision', 'recall') if point.get(key) is not None))
     else: print('\n'.join(f'{key}: {value}' for key, value in result.metrics.items() if not isinstance(value, (dict, list))))
-    print(f'{result.seconds:.0f} s; report: {result.report}')
+    since = time.strftime('%d %B %Y, %H:%M', time.localtime((result.run_dir / 'metrics.json').stat().st_mtime)) if not result.ran else ''
+    print(f'{result.seconds:.0f} s; report: {result.report}' if result.ran else
+          f'complete since {since}, nothing was run; to run anew, remove {result.run_dir} or name another folder with --run-dir; report: {result.report}')
+    if not result.report.exists(): print(f'{result.report} is missing; open report.ipynb in that folder, or run anew')
 
 # %% ../nbs/12_reports.ipynb #a925312a
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,6 @@
 # %% ../nbs/08b_tiling.ipynb #c291eec5
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import check_size, find_images, large_zeros, load_images
+from .data import check_size, find_images, large_zeros, load_images, read_json
 from .detector import AnomalyDetector, Detections, Detector, _check_batch, _check_finite, as_images, image_score
 
 # %% auto #0
@@ -109,7 +108,7 @@ def load_detector(
 ) -> AnomalyDetector:
     "The detector of a run, by the method that its run.json names, with the thresholds if the run has been calibrated."
     folder = path if (path := Path(path)).is_dir() else path.parent
-    if (run := folder / 'run.json').exists() and (name := json.loads(run.read_text()).get('method', 'draem').lower()) != 'draem':
+    if (run := folder / 'run.json').exists() and (name := str(read_json(run).get('method', 'draem')).lower()) != 'draem':
         from draem_nb.methods import method     # here, not at the start: that module needs this one
         return method(name).load(folder, device)
     detector = Detector.load(path, device)

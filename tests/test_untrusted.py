@@ -1,10 +1,17 @@
 """Names and files that come from somebody else: shown as they are, never executed, never the end of the whole."""
 
 import csv
+import errno
+import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -193,3 +200,123 @@ def test_latex_of_the_summary_holds_no_command(tmp_path):
     tex = (tmp_path / 'summary' / 'detection.tex').read_text()
     assert r'\input' not in tex and r'\textbackslash{}input\{/etc/passwd\} \$x\textasciitilde{}\textasciicircum{}\{' in tex
     assert "'=cmd|calc" in (tmp_path / 'summary' / 'runs.csv').read_text()
+
+
+def run_of(folder: Path, **held: object) -> Path:
+    "A made-up complete run of the class nut."
+    folder.mkdir(parents=True)
+    asked = reports._asked('category', dict(category='nut', **held))[1]
+    for name, value in dict(parameters=asked, metrics=dict(image=dict(auroc=.9)), timing=dict(seconds=125.), run=dict(recipe={})).items():
+        (folder / f'{name}.json').write_text(json.dumps(value))
+    (folder / 'report.html').touch()
+    return folder
+
+
+@pytest.fixture
+def nut(tmp_path) -> Path:
+    "A class of five images; its folder."
+    from PIL import Image
+    for i in range(5):
+        path = tmp_path / 'data' / 'nut' / ('train' if i < 4 else 'test') / 'good' / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('L', (40, 40), 50 + i).save(path)
+    return tmp_path / 'data' / 'nut'
+
+
+def test_a_complete_run_says_so_and_refuses_other_images(nut, tmp_path, capsys):
+    command = ['category', '--category', 'nut', '--data-root', str(nut.parent), '--run-dir', str(run := tmp_path / 'run')]
+    run_of(run, data_root=str(nut.parent))
+    reports.write_json(reports._noted(reports._files_read(reports._asked('category', dict(category='nut', data_root=str(nut.parent)))[1]), {}), run / 'inputs.json')
+    for path in nut.rglob('*.png'): os.utime(path, (1e9, 1e9))           # copied: another time, the same content
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert 'complete since ' in said and f'nothing was run; to run anew, remove {run} or name another folder with --run-dir' in said and '125 s' not in said
+    (nut / 'train' / 'good' / '0.png').rename(nut / 'train' / 'good' / '9.png')
+    shutil.copy(nut / 'train' / 'good' / '1.png', nut / 'train' / 'good' / '2.png')
+    assert main(command) == 1
+    assert ('files have changed since: train/good/9.png is new, train/good/0.png is gone, train/good/2.png is another; choose another folder'
+            in capsys.readouterr().err)
+    shutil.rmtree(nut)                                                  # gone altogether: nothing can be said of it
+    assert main(command) == 0
+
+
+def test_inspections_have_folders_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('time.strftime', lambda how, *at: '20261127-081500')
+    ask = lambda day: reports.default_folder('inspect', dict(run_dir=str(tmp_path), images=str(tmp_path / day / 'photos')))
+    first = ask('day1')
+    assert first == tmp_path / 'inspect-photos-20261127-081500'
+    first.mkdir()
+    assert ask('day2') == tmp_path / 'inspect-photos-20261127-081500-2'
+    (first / 'metrics.json').write_text('{}')
+    assert main(['inspect', '--run-dir', str(tmp_path), '--images', str(tmp_path), '--out-dir', str(first)]) == 1
+    assert 'holds an inspection already' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('content, says', [(b'', 'is no JSON'), (b'[1, 2]', 'holds list instead of an object'), (b'\xff\xfe', 'is no JSON'), (b'null', 'holds NoneType'), (b'[' * 100_000, 'is no JSON')])
+@pytest.mark.parametrize('name', ('run', 'parameters', 'metrics'))
+def test_damaged_files_of_a_run_are_named(tmp_path, capsys, name, content, says):
+    from draem_nb.evaluation import read_runs
+    from draem_nb.fanout import plan
+    run = run_of(tmp_path / 'nut-demo-seed0')
+    (run / f'{name}.json').write_bytes(content)
+    if name == 'run':
+        from draem_nb.tiling import load_detector
+        with pytest.raises(ValueError, match=f'run.json is damaged: it {says}'): load_detector(run)
+        planned, = plan([dict(category='nut', recipe='demo')], tmp_path).to_dict('records')
+        assert planned['todo'] == 'refused' and 'run.json is damaged' in planned['why']
+    else:
+        assert main(['category', '--category', 'nut', '--run-dir', str(run)]) == 1
+        said = capsys.readouterr().err
+        assert f'{name}.json is damaged: it {says}' in said and 'Traceback' not in said
+    runs, incomplete = read_runs(tmp_path)
+    assert not runs and (name == 'parameters' or f'{name}.json is damaged' in incomplete[0])
+
+
+def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
+    from draem_nb.data import remove_leftovers, replacing, temporary_folder
+    code = (f"import os, signal; from draem_nb.data import replacing, temporary_folder\n"
+            f"with temporary_folder({str(tmp_path)!r}, 'sockets'), replacing({str(tmp_path / 'checkpoint.pt')!r}) as to: to.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)")
+    assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / '.mine.tmp').touch()                                    # of somebody else
+    with replacing(tmp_path / 'other') as ours:                         # of a process that lives
+        remove_leftovers(tmp_path)
+        assert {p.name for p in tmp_path.iterdir()} == {'.mine.tmp', ours.name}
+        reports._begin(tmp_path, {})
+        assert ours.exists()
+    with temporary_folder(tmp_path, 'sockets') as folder: remove_leftovers(tmp_path); assert folder.is_dir()
+    assert not folder.exists()
+
+
+def test_a_full_disk_says_so_and_where(tmp_path, monkeypatch):
+    from draem_nb import data
+    def fails(error: Exception) -> None:
+        with data.replacing(tmp_path / 'checkpoint.pt'): raise error
+    with pytest.raises(OSError, match=f'^the disk is full at {tmp_path}; make room there'): fails(OSError(errno.ENOSPC, 'No space left on device'))
+    with pytest.raises(RuntimeError, match='^something else$'): fails(RuntimeError('something else'))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(data.DiskFull): fails(RuntimeError('unexpected pos 3040896 vs 3040784'))     # as torch.save says it
+    assert not list(tmp_path.iterdir())
+    assert reports._reason(OSError(errno.ENOSPC, 'No space left on device', '/runs/a')) == 'the disk is full: /runs/a'
+
+
+def test_archives_and_addresses_that_are_not_what_they_should_be(tmp_path, monkeypatch):
+    from draem_nb import data
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w:gz') as tar:
+        for i in range(3):
+            (member := tarfile.TarInfo(f'dtd/{i}.png')).size = 1 << 16
+            tar.addfile(member, io.BytesIO(os.urandom(1 << 16)))
+    whole = buffer.getvalue()
+    def unpack(content: bytes) -> Path:
+        (archive := tmp_path / 'dtd-r1.0.1.tar.gz').write_bytes(content)
+        monkeypatch.setattr(data, '_DTD_SHA256', hashlib.sha256(content).hexdigest())
+        return data.download_dtd(tmp_path)
+    for cut in (whole[:len(whole) // 2], b'', b'no archive'):
+        with pytest.raises(ValueError, match='dtd-r1.0.1.tar.gz cannot be unpacked, it is cut short or no archive'): unpack(cut)
+    monkeypatch.setattr(data, '_UNPACKED', 1 << 17)
+    with pytest.raises(ValueError, match='is not safe to unpack: it holds more than'): unpack(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ['dtd-r1.0.1.tar.gz']
+    (tmp_path / 'dtd-r1.0.1.tar.gz').unlink()
+    for url in ('file:///etc/passwd', 'ftp://example.org/x', 'dtd.tar.gz'):
+        with pytest.raises(ValueError, match='is no address of a server; it must begin with https'): data.download_dtd(tmp_path, url)
