@@ -72,7 +72,7 @@ class RandomCrops:
     "Normal images (N, 3, H, W) uint8 of which each step sees crops of the recipe's `size`."
     def __init__(self, images: Tensor, recipe: Recipe, indices: Tensor | None = None):
         self.images, self.recipe, self.size = images, recipe, check_size(recipe.size)
-        self.indices, self.device, self.flipped = torch.arange(len(images)) if indices is None else indices, torch.device('cpu'), False
+        self.indices, self.flipped = torch.arange(len(images)) if indices is None else indices, False
 
     def __len__(self) -> int: return len(self.indices)
 
@@ -81,18 +81,13 @@ class RandomCrops:
         self.flipped = not self.flipped
         return self
 
-    def to(self, device: torch.device) -> RandomCrops:
-        "The crops will be on the device; the images stay where they are."
-        self.device = device
-        return self
-
     def draw(self, plan: Plan, step: int) -> tuple[Tensor, Plan]:
-        "The crops of a step, (B, 3, h, w) on the device, and its plan, which now counts them."
+        "The crops of a step, (B, 3, h, w), and its plan, which now counts them."
         (h, w), (height, width) = self.size, self.images.shape[-2:]
         rng = np.random.default_rng([self.recipe.seed, 3, step])
         corners = rng.integers(0, (height - h + 1, width - w + 1), (len(plan.image), 2)).tolist()
         crops = torch.stack([self.images[i, :, y:y + h, x:x + w] for i, (y, x) in zip(self.indices[plan.image].tolist(), corners)])
-        return (crops.flip(1) if self.flipped else crops).to(self.device), dataclasses.replace(plan, image=torch.arange(len(crops)))
+        return crops.flip(1) if self.flipped else crops, dataclasses.replace(plan, image=torch.arange(len(crops)))
 
 # %% ../nbs/07_training.ipynb #7b0b6186
 class Trainer:
@@ -101,7 +96,7 @@ class Trainer:
         self.recipe, self.device, self.done, self.batch = recipe, device, 0, None
         self.total = recipe.total_steps(len(images))
         if recipe.color == 'bgr': images, textures = images.flip(1), textures.flip(1)      # what comes in is RGB, everywhere
-        self.images, self.simulator = images.to(device), AnomalySimulator(textures.to(device), recipe, getattr(images, 'images', images))
+        self.images, self.simulator = images, AnomalySimulator(textures, recipe, getattr(images, 'images', images))    # on the host
         self.dtype, self.memory_format = pick_precision(recipe, device), memory_format_of(recipe)
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
         self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior, recipe.init_std).to(device, memory_format=self.memory_format)
@@ -123,7 +118,8 @@ class Trainer:
         "One optimiser step on one simulated batch; no device-to-host copy."
         plan = self.simulator.plan(len(self.images), self.recipe.batch, self.recipe.seed, self.done)
         images, plan = self.images.draw(plan, self.done) if isinstance(self.images, RandomCrops) else (self.images, plan)
-        batch = self.batch = self.simulator(images, plan, self.batch)      # into the memory of the last one
+        on_host = self.device.type == 'cpu'         # then into the memory of the last batch; else into memory that the device copies from
+        batch = self.batch = self.simulator(images, plan, self.batch if on_host else None, self.device.type == 'cuda').to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             restoration, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
         losses = draem_loss(restoration, logits, batch.target, batch.mask, self.recipe)
