@@ -162,7 +162,7 @@ class FeatureRecipe:
             raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(names)}")
         return dataclasses.replace(self, **fields)
 
-# %% ../nbs/42_features.ipynb #331b739e
+# %% ../nbs/42_features.ipynb #5760e3c7
 class FeatureDetector(AnomalyDetector):
     """What detectors on pretrained features share. A method adds its name `method`, its `recipe_type`, and
 
@@ -191,10 +191,12 @@ class FeatureDetector(AnomalyDetector):
         "What `save` wrote, thresholds and all; `ValueError` names the checkpoint of another method."
         device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
         state = load_checkpoint(path, device)
-        if (method := state.get('method', 'another method')) != cls.method:
-            raise ValueError(f'{path} is the checkpoint of {method}, not of {cls.method}')
-        detector = cls(cls.recipe_type(**state['recipe']), device)
-        detector.learned, detector.farthest = state['learned'], state['farthest']
+        method = state.get('method', 'another method') if isinstance(state, dict) else 'another method'
+        if method != cls.method: raise ValueError(f'{path} is the checkpoint of {method}, not of {cls.method}')
+        try:
+            detector = cls(cls.recipe_type(**state['recipe']), device)
+            detector.learned, detector.farthest = dict(state['learned']), float(state['farthest'])
+        except (KeyError, TypeError): raise ValueError(f'{path} is damaged; delete it and fit again') from None
         detector.load_calibration(run_dir)
         return detector
 
