@@ -540,6 +540,8 @@ class Work(NamedTuple):
     luminance: np.ndarray    # (3,) float32, weights of the channels in a gray value ...
     is_gray: bool            # ... that replaces the source's colours
     opacity: np.ndarray      # (A,) float32
+    own: np.ndarray          # (A,) int64, index of the normal image that fills the mask instead of a texture, or -1
+    own_images: np.ndarray   # (A', 3, H, W) uint8, as they fill it
 
 # %% ../nbs/02b_compiled.ipynb #b4b3dd7c
 class Made(NamedTuple):
@@ -592,6 +594,9 @@ def _mask_into(mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory:
 def _filling(work: Work, a: int, memory: Memory) -> np.ndarray:
     "An image (3, H * W) uint8 that is right on the mask of anomaly a, seen through the lut."
     texture = work.textures[work.texture[a]]
+    if work.own[a] >= 0:
+        _reset(memory.lut)
+        return work.own_images[work.own[a]].reshape(3, texture.shape[1] * texture.shape[2])
     if not work.is_plain: return _augment(texture, work.chains, a, memory)
     for c in range(3): memory.lut[c] = work.color[a, c]
     return texture.reshape(3, texture.shape[1] * texture.shape[2])

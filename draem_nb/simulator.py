@@ -17,7 +17,7 @@ from .recipes import Recipe
 from .textures import Augmentation, draw_augmentation
 
 # %% auto #0
-__all__ = ['Plan', 'Simulated', 'generator_of', 'uniform', 'draw_plan', 'AnomalySimulator', 'has_color']
+__all__ = ['Plan', 'Simulated', 'generator_of', 'uniform', 'draw_plan', 'AnomalySimulator', 'has_color', 'own_sources']
 
 # %% ../nbs/03_simulator.ipynb #607e072a
 @dataclass
@@ -35,6 +35,9 @@ class Plan:
     color: Tensor               # (A, 3) in 0..1 (ablation)
     augmentation: Augmentation  # of the A textures
     opacity: Tensor             # (A,) weight of the texture under the mask
+    own: Tensor                 # (A,) bool: filled with a normal image instead of a texture
+    own_image: Tensor           # (A,) index of that image
+    own_change: Tensor          # (A, 6) in 0..1: shift down, shift right, upside down, mirrored, contrast, brightness
 
 # %% ../nbs/03_simulator.ipynb #0f3d1b62
 @dataclass
@@ -88,7 +91,7 @@ def draw_plan(
     degrees = uniform(-recipe.rotation_degrees, recipe.rotation_degrees, len(turned), g)
     anomalous = (torch.rand(batch, generator=g) >= recipe.clean_share).nonzero()[:, 0]
     n, (low, high) = len(anomalous), recipe.perlin_scales
-    return Plan(image, turned, degrees, anomalous,
+    plan = Plan(image, turned, degrees, anomalous,
         scales=torch.randint(low, high + 1, (n, 2), generator=g),
         angles=random_angles(n, high, g),
         mask_degrees=uniform(-recipe.perlin_rotation, recipe.perlin_rotation, n, g),
@@ -96,7 +99,12 @@ def draw_plan(
         texture=torch.randint(n_textures, (n,), generator=g),
         color=torch.rand(n, 3, generator=g),
         augmentation=draw_augmentation(recipe.augmentation, n, g, recipe.n_augmentations),
-        opacity=uniform(*recipe.opacity, n, g))
+        opacity=uniform(*recipe.opacity, n, g),
+        own=torch.rand(n, generator=g) < recipe.own_share,
+        own_image=torch.randint(n_images, (n,), generator=g),
+        own_change=torch.rand(n, 6, generator=g))
+    plan.opacity[plan.own] = uniform(0.5, 1., int(plan.own.sum()), g)       # a fainter one could not be told from normal
+    return plan
 
 # %% ../nbs/03_simulator.ipynb #598c7a7c
 class AnomalySimulator:
@@ -140,17 +148,33 @@ def _check(images: Tensor, textures: Tensor) -> None:
         raise ValueError('images and textures must agree in size: '
                          f'{tuple(images.shape[2:])}, {tuple(textures.shape[2:])}')
 
+# %% ../nbs/03_simulator.ipynb #1b6953ea
+def own_sources(images: Tensor, plan: Plan) -> Tensor:
+    "(A', 3, H, W) uint8: what fills the A' anomalies of `plan.own`, made from the normal `images` (N, 3, H, W) uint8."
+    height, width = images.shape[2:]
+    made = [images[:0]]
+    for i, change in zip(plan.own_image[plan.own].tolist(), plan.own_change[plan.own].tolist()):
+        down, right, upside_down, mirrored, contrast, brightness = change
+        image = images[i].roll((int(down * height), int(right * width)), (1, 2))
+        image = image.flip([axis for axis, draw in ((1, upside_down), (2, mirrored)) if draw < 0.5]).float()
+        mean = image.mean()
+        image = (image - mean) * (0.7 + 0.6 * contrast) + mean * (0.7 + 0.6 * brightness)
+        made.append(image.round().clamp(0, 255).byte()[None])
+    return torch.cat(made)
+
 # %% ../nbs/03_simulator.ipynb #9c9c608e
 def _work(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Work:
     "The plan as arrays."
     recipe, degrees, anomaly = simulator.recipe, torch.zeros(len(plan.image)), torch.full((len(plan.image),), -1)
     for what, index, end in (('images', plan.image, len(images)), ('textures', plan.texture, len(simulator.textures)),
+                             ('images', plan.own_image, len(images)),
                              ('lattice points', 2**plan.scales, plan.angles.shape[-1])):
         if index.numel() and not 0 <= index.min() <= index.max() < end:
             raise IndexError(f'the plan was drawn for more {what} than the {end} that there are')
     degrees[plan.turned], anomaly[plan.anomalous] = plan.degrees, torch.arange(len(plan.anomalous))
     weights = np.array([.299, .587, .114], np.float32)         # of red, green and blue: ITU-R 601
-    tensors = dict(images=images.contiguous(), image=plan.image, degrees=degrees, anomaly=anomaly, scales=plan.scales,
+    own = torch.where(plan.own, plan.own.cumsum(0) - 1, -1)
+    tensors = dict(own=own, own_images=own_sources(images, plan), images=images.contiguous(), image=plan.image, degrees=degrees, anomaly=anomaly, scales=plan.scales,
                    angles=plan.angles, mask_degrees=plan.mask_degrees, rectangle=plan.rectangle,
                    textures=simulator.textures, texture=plan.texture, color=(plan.color * 255).round().byte(),
                    opacity=plan.opacity)

@@ -87,7 +87,8 @@ class RandomCrops:
         rng = np.random.default_rng([self.recipe.seed, 3, step])
         corners = rng.integers(0, (height - h + 1, width - w + 1), (len(plan.image), 2)).tolist()
         crops = torch.stack([self.images[i, :, y:y + h, x:x + w] for i, (y, x) in zip(self.indices[plan.image].tolist(), corners)])
-        return crops.flip(1) if self.flipped else crops, dataclasses.replace(plan, image=torch.arange(len(crops)))
+        return crops.flip(1) if self.flipped else crops, dataclasses.replace(
+            plan, image=torch.arange(len(crops)), own_image=plan.own_image % len(crops))
 
 # %% ../nbs/07_training.ipynb #7b0b6186
 class Trainer:

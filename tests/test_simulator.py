@@ -67,7 +67,7 @@ NAMES = [f.name for f in fields(draw_plan(official(), 1, 1, 1, 0, 0))]
 @pytest.mark.parametrize('recipe', [official(), paper()], ids=['official', 'paper'])
 @pytest.mark.parametrize('name', NAMES)
 def test_every_choice_follows_from_seed_and_step(recipe, name):
-    value = lambda seed, step: getattr(draw_plan(recipe.replace(clean_share=0.3), 5000, 5000, 64, seed, step), name)
+    value = lambda seed, step: getattr(draw_plan(recipe.replace(clean_share=0.3, own_share=0.5), 5000, 5000, 64, seed, step), name)
     same = lambda a, b: a.shape == b.shape and torch.equal(a, b)
     if name == 'augmentation': raw, value = value, lambda seed, step: torch.cat([raw(seed, step).operations.flatten(), raw(seed, step).strengths.flatten()])
     torch.manual_seed(1)
@@ -177,3 +177,25 @@ def test_threads_share_a_batch_also_after_a_fork():
             finally: os._exit(wrong)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally: torch.set_num_threads(threads)
+
+
+def test_own_share_is_the_share_of_anomalies_filled_from_the_class():
+    drawn = [draw_plan(demo().replace(own_share=0.3), 50, 70, 16, seed=3, step=step) for step in range(400)]
+    assert abs(every(drawn, 'own').float().mean() - 0.3) < 0.03 and not every([draw_plan(demo(), 50, 70, 16, 3, s) for s in range(20)], 'own').any()
+    own, opacity = every(drawn, 'own'), every(drawn, 'opacity')
+    assert_uniform(opacity[own], 0.5, 1.)
+    assert_uniform(opacity[~own], 0.2, 1.)
+    assert every(drawn, 'own_image').unique().tolist() == list(range(50))
+
+
+def test_an_own_source_is_the_image_moved_mirrored_and_no_other_texture():
+    images, textures = random_images(4, (32, 64), gen()), torch.zeros(3, 3, 32, 64, dtype=torch.uint8)
+    plan = next(p for p in (draw_plan(demo().replace(own_share=1., clean_share=0.), 4, 3, 4, 0, step) for step in range(50)))
+    still = replace(plan, own_change=torch.tensor([[0., 0., 1., 1., 0.5, 0.5]] * 4), opacity=torch.ones(4))
+    made = AnomalySimulator(textures, demo())(images, still)
+    assert made.is_anomalous.any()
+    on = made.mask.expand_as(made.target) > 0
+    torch.testing.assert_close(made.augmented[on], (images[still.own_image].float() / 255)[on])
+    moved = replace(still, own_change=torch.tensor([[0.25, 0.5, 0.1, 1., 0.5, 0.5]] * 4))
+    expected = images[still.own_image].roll((8, 32), (2, 3)).flip(2).float() / 255
+    torch.testing.assert_close(AnomalySimulator(textures, demo())(images, moved).augmented[on], expected[on])
