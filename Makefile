@@ -36,7 +36,10 @@ made := .venv/made
 # $(call option,--name,value): the option where there is a value, else nothing
 option = $(if $(2),$(1) '$(2)')
 
-.PHONY: report inspect table summary bench test mutants readme
+.PHONY: help report inspect table summary bench test mutants readme
+help:
+	@sed -n '/^#/!q; s/^# //p' '$(firstword $(MAKEFILE_LIST))'
+
 report: $(made)
 	$(bin)/draem_nb category --category '$(CATEGORY)' --recipe '$(RECIPE)' --seed $(SEED) $(call option,--method,$(METHOD)) $(call option,--data-root,$(DATA)) \
 	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--kinds,$(KINDS)) $(call option,--device,$(DEVICE)) $(call option,--run-dir,$(RUN))

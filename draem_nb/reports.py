@@ -42,8 +42,8 @@ from pandas.io.formats.style import Styler
 from papermill.exceptions import PapermillExecutionError
 
 import draem_nb
-from .data import content_hash, read_json, remove_leftovers, replacing, temporary_folder, write_json
-from .layouts import as_markdown, find_images, list_files, shown
+from .data import DEMO_CATEGORIES, content_hash, read_json, remove_leftovers, replacing, temporary_folder, write_json
+from .layouts import as_markdown, find_classes, find_images, list_files, shown
 
 # %% auto #0
 __all__ = ['report_names', 'report_notebook', 'report_parameters', 'check_parameters', 'default_folder', 'peak_memory_mib',
@@ -489,12 +489,16 @@ def _subtitle(name: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('draem_nb', description='Run a report: the notebook of that name, with these parameters.')
+    parser.add_argument('--version', action='version', version=f'draem_nb {draem_nb.__version__}')
     commands = parser.add_subparsers(dest='report', required=True, metavar='REPORT')
     for name in report_names():
         command = commands.add_parser(name, help=_subtitle(name), description=_subtitle(name), allow_abbrev=False)
         for key, (default, text) in {**report_parameters(name), _folder_parameter(name): (None, "the report's own folder")}.items():
             command.add_argument('--' + key.replace('_', '-'), type=_value(key, default, text), default=argparse.SUPPRESS,
                                  help=f'{text} (default: {default})'.replace('%', '%%'))
+    there = commands.add_parser('list', help='the classes and the runs that there are')
+    there.add_argument('--data-root', help='folder of the classes (default: the built-in ones)')
+    there.add_argument('--runs-dir', default='runs', help='(default: runs)')
     commands.add_parser('table', help='every class, seed and recipe side by side, on this machine or a cluster, then the summary (table --help)', add_help=False)
     return parser
 
@@ -510,6 +514,23 @@ def _show(result: RunResult) -> None:
           f'complete since {since}, nothing was run; to run anew, remove {result.run_dir} or name another folder with --run-dir; report: {result.report}')
     if not result.report.exists(): print(f'{result.report} is missing; open report.ipynb in that folder, or run anew')
 
+# %% ../nbs/12_reports.ipynb #5aee9aeb
+def _there(data_root: str | None, runs_dir: str) -> list[str]:
+    "A line for each class and each run."
+    classes = {name: layout for name, (_, layout) in find_classes(data_root).items()} if data_root else dict.fromkeys(DEMO_CATEGORIES, 'built in')
+    lines = [f'{len(classes)} classes' + (f' in {data_root}' if data_root else ''), *(f'  {shown(name)} ({layout})' for name, layout in classes.items())]
+    runs = sorted(path.parent for path in Path(runs_dir).glob('**/parameters.json')) if Path(runs_dir).is_dir() else []
+    lines.append(f'{len(runs)} runs and reports in {runs_dir}')
+    for run in runs:
+        try: result = read_json(run / 'metrics.json')
+        except FileNotFoundError: state = 'not complete; the same command goes on'
+        except ValueError as error: state = str(error)
+        else:
+            auroc = (result.get('image') or {}).get('auroc')
+            state = 'complete' + (f', image AUROC {auroc:.3f}' if auroc is not None else '')
+        lines.append(f'  {shown(run.relative_to(runs_dir))}: {state}')
+    return lines
+
 # %% ../nbs/12_reports.ipynb #a925312a
 def main(argv: list[str] | None = None) -> int:
     "The command `draem_nb`. Returns its exit status: 0; 1 failed; 3 done, but some files could not be read or were not looked at; 130 stopped."
@@ -520,6 +541,7 @@ def main(argv: list[str] | None = None) -> int:
     params = vars(_parser().parse_args(argv))
     name = params.pop('report')
     try:
+        if name == 'list': print('\n'.join(_there(**params))); return 0
         run_dir = params.pop(_folder_parameter(name), None) or default_folder(name, params)
         print(f'report {name!r} into {shown(run_dir)}')
         _show(result := run_report(name, params, run_dir))

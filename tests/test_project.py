@@ -85,3 +85,17 @@ def test_installed_library_finds_its_reports_and_tables(installed, tmp_path):
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={'PYTHONPATH': str(installed), 'PATH': ''}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(str(installed)) == 2          # both came from the wheel, not from the repository
+
+
+def test_licence_and_citation_are_there_and_make_alone_is_help():
+    assert 'Apache License' in (ROOT / 'LICENSE').read_text() and settings()['license'] == 'apache2'
+    citation = (ROOT / 'CITATION.cff').read_text()
+    assert f"version: {settings()['version']}\n" in citation and 'license: Apache-2.0' in citation
+    for arguments in ([], ['help']):
+        done = subprocess.run(['make', *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith('make report ') and 'make test ' in done.stdout and '.venv/bin' not in done.stdout
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, '-m', 'draem_nb', '--version'], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"draem_nb {settings()['version']}\n", done.stderr

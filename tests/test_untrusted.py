@@ -320,3 +320,36 @@ def test_archives_and_addresses_that_are_not_what_they_should_be(tmp_path, monke
     (tmp_path / 'dtd-r1.0.1.tar.gz').unlink()
     for url in ('file:///etc/passwd', 'ftp://example.org/x', 'dtd.tar.gz'):
         with pytest.raises(ValueError, match='is no address of a server; it must begin with https'): data.download_dtd(tmp_path, url)
+
+
+def test_the_list_names_classes_and_runs_and_what_is_damaged(nut, tmp_path, capsys):
+    run_of(tmp_path / 'runs' / 'nut-demo-seed0')
+    run_of(tmp_path / 'runs' / 'nut-demo-seed1').joinpath('metrics.json').unlink()
+    run_of(tmp_path / 'runs' / 'nut-demo-seed2').joinpath('metrics.json').write_text('[]')
+    assert main(['list', '--data-root', str(nut.parent), '--runs-dir', str(tmp_path / 'runs')]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [f'1 classes in {nut.parent}', '  nut (mvtec)'] and said[3] == '  nut-demo-seed0: complete, image AUROC 0.900'
+    assert said[4] == '  nut-demo-seed1: not complete; the same command goes on' and 'metrics.json is damaged: it holds list' in said[5]
+    assert main(['list', '--runs-dir', str(tmp_path / 'none')]) == 0 and 'brick (built in)' in capsys.readouterr().out
+
+
+def test_a_server_that_sends_nonsense(tmp_path):
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    from draem_nb import data
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(416 if self.path == '/416' else 200)
+            if self.path != '/416': self.send_header('Content-Length', 'abc')
+            self.end_headers()
+            if self.path != '/416': self.wfile.write(b'content')
+        def log_message(self, *what: object) -> None: pass
+    server = HTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f'http://127.0.0.1:{server.server_port}'
+    try:
+        data._fetch(f'{address}/abc', tmp_path / 'part', tmp_path / 'archive')
+        assert (tmp_path / 'part').read_bytes() == b'content'
+        with pytest.raises(ConnectionError, match='cannot download .*416'): data._fetch(f'{address}/416', tmp_path / 'none', tmp_path / 'archive')
+    finally: server.shutdown()
