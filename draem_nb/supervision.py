@@ -38,13 +38,12 @@ class SideHeads(nn.Module):
     def pictures(self) -> list[Tensor]:
         "The four pictures (B, 1, H, W), about 0..1, coarsest layer first."
         sides = (side for _, side in _LAYERS.values())
-        return [F.pixel_shuffle(head(x), side) for head, x, side in zip(self.heads, self.outputs, sides)]
+        return [F.pixel_shuffle(head(x.float()), side) for head, x, side in zip(self.heads, self.outputs, sides)]
 
     def loss(self, target: Tensor) -> Tensor:
         "Sum over the heads of 1 - SSIM + 10 MSE to the luminance of `target` (B, 3, H, W) in 0..1; a scalar."
         gray = target.mean(1, keepdim=True)
-        pictures = [p.float() for p in self.pictures()]
-        return sum(ssim_loss(gray, p) + 10 * F.mse_loss(p, gray) for p in pictures)
+        return sum(ssim_loss(gray, p) + 10 * F.mse_loss(p, gray) for p in self.pictures())
 
 # %% ../nbs/05b_supervision.ipynb #7337240d
 def supervision_weight(at_start: float, share: float) -> float:

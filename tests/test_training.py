@@ -270,3 +270,10 @@ def test_a_snapshot_has_the_weights_after_its_step(category, textures, tmp_path)
     while trainer.done < 3: trainer.step()
     kept = load_checkpoint(tmp_path / 'checkpoint-3.pt')
     assert kept['step'] == 3 and all(torch.equal(v, kept['net'][k]) for k, v in trainer.net.state_dict().items())
+
+
+def test_a_step_with_side_heads_in_half_precision(category, textures):
+    "The networks run in bfloat16 under autocast, the side heads outside it."
+    trainer = Trainer(category.train, textures, demo().replace(**TINY | dict(precision='bfloat16', deep_supervision=1.)), torch.device('cpu'))
+    trainer.step()
+    assert trainer.history[0].isfinite().all()
