@@ -62,7 +62,7 @@ def channels_of(recipe: PadimRecipe) -> list[Tensor]:
 def embedding(levels: list[Tensor], channels: list[Tensor]) -> Tensor:
     "Levels (B, C, h, w), finest first -> (places, D, B): the channels that are kept, repeated onto the finest grid."
     size = levels[0].shape[2:]
-    kept = [level[:, at.to(level.device)] for level, at in zip(levels, channels)]
+    kept = [level[:, at.to(level.device)] for level, at in zip(levels, channels) if len(at)]
     repeated = torch.cat([F.interpolate(level, size, mode='nearest') for level in kept], 1)
     return repeated.flatten(2).permute(2, 1, 0).contiguous()
 
