@@ -199,16 +199,16 @@ def _arrow(fig: Figure, path: Sequence[tuple[float, float]], **kwargs) -> None:
 @_styled
 def method_picture(
     image: torch.Tensor,        # (3, H, W), uint8 or float 0..1: the input
-    restoration: torch.Tensor,  # (3, H, W): what the reconstructive network made of it
+    reconstruction: torch.Tensor,  # (3, H, W): what the reconstructive network made of it
     map: torch.Tensor,          # (H, W), 0..1: the score map
     mask: torch.Tensor,         # (H, W) bool: the pixels called defect
     truth: torch.Tensor | None = None,  # (H, W) bool: if given, its outline is drawn on the mask
 ) -> Figure:
-    "What DRAEM does, in one row: input, restoration, score map, mask."
+    "What DRAEM does, in one row: input, reconstruction, score map, mask."
     fig, axes = _tiles(1, 4, _plane(map).shape, top=.3, bottom=.5, gap=1.1, widest=1.7, narrowest=1.3)
-    for ax, title in zip(axes[0], ('input', 'restoration', 'score map', 'found defect' if _plane(mask).any() else 'nothing found')): ax.set_title(title, loc='center')
+    for ax, title in zip(axes[0], ('input', 'reconstruction', 'score map', 'found defect' if _plane(mask).any() else 'nothing found')): ax.set_title(title, loc='center')
     _show(axes[0, 0], image)
-    _show(axes[0, 1], restoration)
+    _show(axes[0, 1], reconstruction)
     _show_map(axes[0, 2], map)
     _show_mask(axes[0, 3], mask)
     boxes = [ax.get_position() for ax in axes[0]]
@@ -222,7 +222,7 @@ def method_picture(
     fig.text((x0 + x1) / 2, below / 2.6 - .02, 'the input itself', ha='center', va='top', fontsize=9)
     if truth is not None:
         _draw_outline(axes[0, 3], truth, TRUTH)
-        axes[0, 3].set_xlabel('blue line: the truth', fontsize=9)
+        axes[0, 3].set_xlabel('blue line: ground truth', fontsize=9)
     return fig
 
 # %% ../nbs/11_plots.ipynb #e7f7406e
@@ -533,7 +533,7 @@ def _row_words(detections: Detections, i: int, names: dict[int, str] | None, kin
 def _outline_legend(fig: Figure, truth: bool, prediction: bool) -> None:
     "Names the outlines, at the foot of the last column."
     lines = [Line2D([], [], color=colour, linestyle=dash, label=label) for there, colour, dash, label in
-             ((truth, TRUTH, 'solid', 'truth'), (prediction, PREDICTION, DASHES, 'called defect')) if there]
+             ((truth, TRUTH, 'solid', 'ground truth'), (prediction, PREDICTION, DASHES, 'called defect')) if there]
     across, down = fig.get_size_inches()
     if lines: fig.legend(handles=lines, loc='lower right', bbox_to_anchor=(1 - .6 / across, 0), ncols=2, borderaxespad=.3, columnspacing=1.2)
 
@@ -541,11 +541,11 @@ def _outline_legend(fig: Figure, truth: bool, prediction: bool) -> None:
 def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Detections, i: int, mask: torch.Tensor | None) -> None:
     "The pictures of image i into the frames of its row."
     _show(at['input'], image)
-    if 'restoration' in at: _show(at['restoration'], detections.reconstructions[i])
+    if 'reconstruction' in at: _show(at['reconstruction'], detections.reconstructions[i])
     _show_map(at['score map'], detections.maps[i])
     _paint(at['overlay'], overlay(image, detections.maps[i]))
     if mask is not None:
-        _show_mask(at['truth'], mask)
+        _show_mask(at['ground truth'], mask)
         _draw_outline(at['overlay'], mask, TRUTH)
     if detections.masks is not None: _draw_outline(at['overlay'], detections.masks[i], PREDICTION, DASHES)
 
@@ -554,16 +554,16 @@ def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Detection
 def detection_gallery(
     images: torch.Tensor,                   # (M, 3, H, W) uint8
     detections: Detections,                 # of these images: .maps, .scores; .reconstructions, .masks, .is_anomalous or None
-    masks: torch.Tensor | None,             # (M, 1, H, W) bool, the truth; None: not known
+    masks: torch.Tensor | None,             # (M, 1, H, W) bool, the ground truth; None: not known
     kinds: Sequence[str] | None,            # M kinds, 'good' for normal images; None: not known
     indices: Sequence[int],                 # which to show, one row each
     titles: Sequence[str] | None = None,    # M names for the rows; None: the kinds
     threshold: float | None = None,         # of the scores, to be named beside them
     empty: str = 'There is no such case.',  # what to say if there is nothing to show
 ) -> Figure:
-    "One row an image: input, restoration, score map, truth, overlay, with the verdict in words."
+    "One row an image: input, reconstruction, score map, ground truth, overlay, with the verdict in words."
     if not len(indices): return _sentence(empty)
-    columns = ['input', *['restoration'] * (detections.reconstructions is not None), 'score map', *['truth'] * (masks is not None), 'overlay']
+    columns = ['input', *['reconstruction'] * (detections.reconstructions is not None), 'score map', *['ground truth'] * (masks is not None), 'overlay']
     names = kinds if titles is None else titles
     names = None if names is None else {i: _short(str(names[i]), 32) for i in indices}
     left = max(1.5, .3 + .085 * max(map(len, names.values()))) if names else 1.5

@@ -204,8 +204,8 @@ def test_verdicts_in_words():
 def test_columns_follow_what_is_known():
     category = a_category()
     full, least = (words(plots.detection_gallery(category.test, found(category, .5, known), category.masks if known else None, None, [0])) for known in (True, False))
-    assert all(column in full for column in ('input', 'restoration', 'score map', 'truth', 'overlay'))
-    assert 'restoration' not in least and 'truth' not in least
+    assert all(column in full for column in ('input', 'reconstruction', 'score map', 'ground truth', 'overlay'))
+    assert 'reconstruction' not in least and 'ground truth' not in least
 
 
 def test_cases_are_honest():
