@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
 
 pytest.importorskip('distributed')
 from draem_nb import fanout, reports
@@ -161,7 +162,8 @@ def test_workers_without_a_shared_disk_and_a_scheduler_that_is_restarted(noteboo
     assert len(metrics(tmp_path / 'runs')) == 2 and 'the scheduler is gone' in out and re.search(r'brick-demo-seed\d-\w+: step \d of 8', out)
     for run in (tmp_path / 'runs').glob('brick*'): assert {'metrics.json', 'parameters.json', 'report.html', 'report.ipynb', 'timing.json', 'checkpoint.pt'} <= {p.name for p in run.iterdir()}
     # The other workers' data lie elsewhere: a worker that lacks them says so at once, and so does the GPU that nobody offers.
-    (tmp_path / 'here' / 'screw' / 'train' / 'good').mkdir(parents=True)
+    (good := tmp_path / 'here' / 'screw' / 'train' / 'good').mkdir(parents=True)
+    Image.new('L', (8, 8)).save(good / '000.png')                   # a class without an image is refused before its run begins
     with pytest.raises(ValueError, match='worker tcp.*the data folder .*there.* set DRAEM_NB_DATA_ROOT on that worker'):
         run_many([dict(category='screw', data_root=str(tmp_path / 'there'))], tmp_path / 'runs', notebook, scheduler=where)
     with pytest.raises(ValueError, match='no worker of .* offers a GPU'): run_many([dict(device='cuda')], tmp_path / 'gpu', notebook, scheduler=where)

@@ -1,8 +1,8 @@
 """The project as a whole: what is generated agrees with what it is generated from, and what is installed is complete."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 import zipfile
