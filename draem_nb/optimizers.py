@@ -69,9 +69,9 @@ def inner_kernels(net: Draem) -> list[Tensor]:
     return [m.weight for sub in subs for m in [m for m in sub.modules() if isinstance(m, nn.Conv2d)][1:-1]]
 
 def make_optimizers(net: Draem, recipe: Recipe, extra: Iterable[Tensor] = ()) -> list[torch.optim.Optimizer]:
-    """The optimisers of a run, Adam first: of all parameters of `net`, and of `extra` ones, or with `recipe.kernel_lr` of the rest only.
+    """The optimisers of a run, Adam first. With `recipe.kernel_lr` Muon trains the inner kernels of `net`.
 
-    Both wait for no device."""
+    Adam trains all other parameters of `net`, and the `extra` ones. Neither waits for the device."""
     kernels = inner_kernels(net) if recipe.kernel_lr else []
     known = {id(k) for k in kernels}
     rest = [p for p in net.parameters() if id(p) not in known] + list(extra)
