@@ -4,6 +4,8 @@
 # make summary   the paper's two tables with the classes of RUNS beside them
 # make bench     each fast path against the plain one; runs/bench.json and runs/bench.ipynb
 # make test      everything that is checked
+# make lint      ruff and mypy on the library
+# make site      the notebooks with their outputs, the API reference and a gallery of reports as a website in _docs/html
 # make mutants   plants faults in a copy of the library, one at a time, and says which of them no test notices
 # make readme    README.md from nbs/index.ipynb
 # Each makes .venv first, if it is missing or older than what it is made from.
@@ -33,10 +35,11 @@ PYTHON ?= python3
 
 bin := .venv/bin
 made := .venv/made
+site_made := .venv/site_made
 # $(call option,--name,value): the option where there is a value, else nothing
 option = $(if $(2),$(1) '$(2)')
 
-.PHONY: help report inspect table summary bench test mutants readme
+.PHONY: help report inspect table summary bench test lint site mutants readme
 help:
 	@sed -n '/^#/!q; s/^# //p' '$(firstword $(MAKEFILE_LIST))'
 
@@ -64,6 +67,13 @@ bench: $(made)
 test: $(made)
 	$(bin)/python tests/run_all.py
 
+lint: $(made)
+	$(bin)/ruff check
+	$(bin)/mypy
+
+site: $(site_made)
+	$(bin)/python site/build.py
+
 mutants: $(made)
 	$(bin)/python tests/mutants.py
 
@@ -77,4 +87,8 @@ $(made): settings.ini constraints.txt setup.py
 	$(PYTHON) -m venv --clear .venv
 	$(bin)/pip install --quiet --constraint constraints.txt setuptools wheel
 	$(bin)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(site_made): $(made)
+	$(bin)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[site]'
 	touch $@

@@ -23,7 +23,7 @@ def make_readme() -> dict[Path, bytes]:
     Page()(nb)
     text, resources = MarkdownExporter().from_notebook_node(nbformat.from_dict(nb), {'unique_key': 'index', 'output_files_dir': 'images'})
     text = re.sub(r'<style scoped>.*?</style>\n?', '', text, flags=re.DOTALL)          # GitHub shows a style sheet as text
-    text = re.sub(r'(\]\()(?!\w+:|#|/)', r'\1nbs/', text)                              # links in index.ipynb are seen from nbs/
+    text = re.sub(r'(\]\()(?!\w+:|#|/)', r'\1nbs/', text).replace('](nbs/../', '](')    # links in index.ipynb are seen from nbs/
     text = re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
     return {ROOT / 'README.md': text.encode()} | {ROOT / 'nbs' / name: data for name, data in resources['outputs'].items()}
 

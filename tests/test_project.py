@@ -60,7 +60,7 @@ def test_parameters_tag_survives_cleaning(tmp_path):
 
 def test_constraints_hold_every_requirement():
     pinned = {line.split('==')[0].lower().replace('_', '-') for line in (ROOT / 'constraints.txt').read_text().splitlines() if '==' in line}
-    needed = {re.split(r'[<>=!]', r)[0].lower().replace('_', '-') for key in ('requirements', 'dev_requirements', 'cluster_requirements', 'pretrained_requirements') for r in settings()[key].split()}
+    needed = {re.split(r'[<>=!]', r)[0].lower().replace('_', '-') for key in settings() if key.endswith('requirements') for r in settings()[key].split()}
     assert needed <= pinned, needed - pinned
 
 

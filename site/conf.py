@@ -1,0 +1,68 @@
+"""Sphinx settings of the site. `make site` copies this file beside the pages that `build.py` prepares."""
+import inspect
+import re
+import shutil
+from configparser import ConfigParser
+from importlib.resources import files
+from pathlib import Path
+
+from fastcore.docments import docments
+
+ROOT = Path(__file__).resolve().parents[2]
+parser = ConfigParser(delimiters=['='])
+parser.read(ROOT / 'settings.ini')
+settings = parser['DEFAULT']
+
+project, author, release = settings['lib_name'], settings['author'], settings['version']
+copyright = settings['copyright']
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.mathjax']
+exclude_patterns = ['reports_html']
+nb_execution_mode = 'off'                                   # outputs are shown as they were committed
+nb_merge_streams = True
+myst_enable_extensions = ['dollarmath', 'amsmath']
+myst_heading_anchors = 4
+mathjax_path = 'mathjax/tex-chtml.js'                        # of the package sphinx-mathjax-offline, no network
+html_theme = 'sphinx_book_theme'
+html_title = settings['lib_name']
+html_static_path = ['_static']
+html_css_files = ['site.css']
+html_favicon = '_static/favicon.svg'
+html_context = {'default_mode': 'auto'}                      # light or dark as the reader's system says
+html_extra_path = ['reports_html']
+html_copy_source = False
+html_theme_options = {'use_download_button': False, 'home_page_in_toc': True, 'show_navbar_depth': 1, 'navbar_persistent': [], 'navigation_with_keys': False}
+autodoc_default_options = {'members': True, 'member-order': 'bysource'}
+autodoc_typehints = 'signature'
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+add_module_names = False
+toc_object_entries_show_parents = 'hide'
+
+
+def as_rst(text: str) -> str:
+    "A docstring is plain text with code between single backticks: what RST would read otherwise is escaped."
+    parts = re.split(r'(`[^`\n]+`)', text)
+    return ''.join(f'`{part}`' if i % 2 else re.sub(r'([\\*|_`])', r'\\\1', part) for i, part in enumerate(parts))
+
+
+def describe(app, what, name, obj, options, lines) -> None:
+    "Docstrings as RST, and the comments beside the arguments, which nbdev writes there, as a list of parameters."
+    lines[:] = [as_rst(line) for line in lines if not line.startswith('Alias for field number')]
+    if not (inspect.isfunction(obj) or inspect.isclass(obj)): return
+    about = {key: comment for key, comment in docments(obj).items() if comment and key != 'self'}
+    lines += [''] + [f':{"returns" if key == "return" else f"param {key}"}: {as_rst(" ".join(comment.split()))}' for key, comment in about.items()]
+
+
+def copy_mathjax(app, exception) -> None:
+    "The two parts of MathJax that the pages load: the script and its fonts."
+    if exception: return
+    source = Path(str(files('sphinx-mathjax-offline'))) / 'static' / 'mathjax'
+    target = Path(app.outdir) / '_static' / 'mathjax'
+    shutil.copytree(source / 'output' / 'chtml' / 'fonts', target / 'output' / 'chtml' / 'fonts', dirs_exist_ok=True)
+    shutil.copy(source / 'tex-chtml.js', target)
+
+
+def setup(app) -> None:
+    app.connect('autodoc-process-docstring', describe)
+    app.connect('build-finished', copy_mathjax)
