@@ -338,7 +338,7 @@ class CutPasteDetector(AnomalyDetector):
         return detector
 
 # %% ../nbs/22_cutpaste.ipynb #61df47ec
-_MOST_PATCHES = 50_000      # for the Gaussian, drawn by chance where there are more: bounds the memory
+_MOST_PATCHES = 50_000      # for the Gaussian, drawn at random where there are more: bounds the memory
 
 @torch.inference_mode()
 def _describe_normal(nets: dict[str, ResNet18], images: Tensor, recipe: CutPasteRecipe) -> tuple[dict[str, Gaussian], float]:

@@ -367,11 +367,11 @@ def load_category(
     train, test = (load_images(images, size, color, True, antialias) for images in (files.train, files.test))
     masks, masks_official = _masks(files, size)
     labels = torch.tensor([kind != 'good' for kind in files.kinds], dtype=torch.bool)
-    known = files.truth == 'exact' or not labels.any()
-    weak = None if files.truth != 'weak' else masks
+    known = files.ground_truth == 'exact' or not labels.any()
+    weak = None if files.ground_truth != 'weak' else masks
     if not known: masks, masks_official = (large_zeros(masks.shape, torch.bool) for _ in range(2))
     return CategoryData(name, files.folder.parent, size, train, test, masks, masks_official, labels, files.kinds, files.test, files.train,
-                        known, weak, files.notes if known else (*files.notes, _UNKNOWN[files.truth]), antialias)
+                        known, weak, files.notes if known else (*files.notes, _UNKNOWN[files.ground_truth]), antialias)
 
 # %% ../nbs/00_data.ipynb #c0f8ed38
 DEMO_CATEGORIES = ('brick', 'gravel', 'grass')

@@ -134,7 +134,7 @@ class AnomalyDetector:
         return len(self.held_out_scores)
 
     def _look(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        "(B, 3, H, W) uint8 on the device -> restoration (B, 3, H, W) in 0..1 or None, maps (B, 1, H, W), scores (B,)."
+        "(B, 3, H, W) uint8 on the device -> reconstruction (B, 3, H, W) in 0..1 or None, maps (B, 1, H, W), scores (B,)."
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -143,16 +143,16 @@ class AnomalyDetector:
         _check_batch(batch)
         images, paths = as_images(images, self.size, self.color, self.antialias)
         names = paths or range(len(images))
-        maps, scores, restored = [torch.zeros(0, *self.size)], [torch.zeros(0)], []
+        maps, scores, reconstructed = [torch.zeros(0, *self.size)], [torch.zeros(0)], []
         for part in tqdm(images.split(batch) if len(images) else (), 'predicting', unit='batch', mininterval=0.5, delay=2):
-            restoration, part_maps, part_scores = self._look(part.to(self.device))
+            reconstruction, part_maps, part_scores = self._look(part.to(self.device))
             _check_finite(part_maps, part_scores, names[sum(map(len, scores)):])
             maps.append(part_maps[:, 0].cpu()); scores.append(part_scores.cpu())
-            if reconstructions and restoration is not None: restored.append((restoration.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-        maps, scores, restored = torch.cat(maps), torch.cat(scores), torch.cat(restored) if restored else None
+            if reconstructions and reconstruction is not None: reconstructed.append((reconstruction.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        maps, scores, reconstructed = torch.cat(maps), torch.cat(scores), torch.cat(reconstructed) if reconstructed else None
         return Detections(maps, scores, None if self.pixel_threshold is None else maps > self.pixel_threshold,
                           None if self.threshold is None else scores > self.threshold,
-                          restored.flip(1) if restored is not None and self.color == 'bgr' else restored, paths)
+                          reconstructed.flip(1) if reconstructed is not None and self.color == 'bgr' else reconstructed, paths)
 
     def calibrate(self, normal_images: object, quantile: float | None = None) -> AnomalyDetector:
         "Set both thresholds from normal images that were not trained on; gives the detector itself."
@@ -212,8 +212,8 @@ class Detector(AnomalyDetector):
 
     def _look(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x = batch.float().div_(255).contiguous(memory_format=self.memory_format)
-        restoration, maps = _restoration_and_map(self.fast_net, x, self.recipe.reconstruction_map)
-        return restoration, maps, image_score(maps, self.recipe.score_window)
+        reconstruction, maps = _reconstruction_and_map(self.fast_net, x, self.recipe.reconstruction_map)
+        return reconstruction, maps, image_score(maps, self.recipe.score_window)
 
     def export_onnx(self, path: str | Path) -> Path:
         "ONNX model: `image` (B, 3, H, W) float in 0..1 -> `map` (B, 1, H, W) and `score` (B,); any batch. Needs the package onnx."
@@ -226,10 +226,10 @@ def _filled(recipe: Recipe, state: dict[str, Tensor]) -> Draem:
     except RuntimeError as e: raise ValueError(f'the weights do not fit the networks of recipe {recipe.name!r}: {str(e).splitlines()[1].strip()}') from None
     return net.eval()
 
-def _restoration_and_map(net: Draem, x: Tensor, reconstruction_map: str) -> tuple[Tensor | None, Tensor]:
-    restoration, logits = net(x)
-    if logits is None: return restoration, reconstruction_error(x, restoration, reconstruction_map)
-    return restoration, torch.sigmoid(logits[:, 1:] - logits[:, :1])        # the softmax of two, class 1
+def _reconstruction_and_map(net: Draem, x: Tensor, reconstruction_map: str) -> tuple[Tensor | None, Tensor]:
+    reconstruction, logits = net(x)
+    if logits is None: return reconstruction, reconstruction_error(x, reconstruction, reconstruction_map)
+    return reconstruction, torch.sigmoid(logits[:, 1:] - logits[:, :1])        # the softmax of two, class 1
 
 class _Exported(nn.Module):
     def __init__(self, detector: Detector):
@@ -237,7 +237,7 @@ class _Exported(nn.Module):
         self.net, self.recipe = detector.net, detector.recipe
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        maps = _restoration_and_map(self.net, x, self.recipe.reconstruction_map)[1]
+        maps = _reconstruction_and_map(self.net, x, self.recipe.reconstruction_map)[1]
         return maps, image_score(maps, self.recipe.score_window)
 
 def _export_onnx(detector: Detector, path: Path) -> Path:

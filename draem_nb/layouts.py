@@ -132,7 +132,7 @@ class ClassFiles:
     test: list[Path]            # may be empty
     kinds: list[str]            # of each test image; 'good' for normal ones
     masks: list[list[Path]]     # mask files of each test image, to be united; none for good images
-    truth: str = 'exact'        # 'exact', 'weak' or 'none', see above
+    ground_truth: str = 'exact' # 'exact', 'weak' or 'none', see above
     any_value: bool = False     # in a mask every value but 0 is defect (numbers of kinds); False: white on black
     notes: tuple[str, ...] = () # what a reader of the numbers has to know, in sentences
     skipped: dict[Path, str] = field(default_factory=dict)  # files in its folder that are not looked at, with the reason
@@ -158,17 +158,17 @@ def _aside(names: Sequence[str], share: float) -> set[str]:
     return set(ranked[:max(1, round(share * len(ranked)))]) if len(ranked) > 1 else set()
 
 # %% ../nbs/00b_layouts.ipynb #fd3a8ce3
-def _by_kind(test: Path, truth: Path, good: str = 'good', leave: str = '') -> tuple[list[Path], list[str], list[list[Path]]]:
-    "Test images, kinds and masks, where each kind has a folder in `test` and one in `truth`; the folder `leave` is not looked at."
+def _by_kind(test: Path, mask_folder: Path, good: str = 'good', leave: str = '') -> tuple[list[Path], list[str], list[list[Path]]]:
+    "Test images, kinds and masks, where each kind has a folder in `test` and one in `mask_folder`; the folder `leave` is not looked at."
     paths = [p for p in _images(test) if p.relative_to(test).parts[0] != leave]
     if stray := next((p for p in paths if p.parent == test), None):
         raise ValueError(f"the test image {stray} must lie in test/good or in test/<kind of defect>")
     folders = [p.relative_to(test).parts[0] for p in paths]
-    found = {kind: {p.stem: p for p in _images(truth / kind)} for kind in set(folders)}
+    found = {kind: {p.stem: p for p in _images(mask_folder / kind)} for kind in set(folders)}
     masks = []
     for path, kind in zip(paths, folders):
         mask = found[kind].get(f'{path.stem}_mask') or found[kind].get(path.stem)
-        if kind != good and mask is None: raise _no_mask(path, truth / kind / f'{path.stem}_mask.png')
+        if kind != good and mask is None: raise _no_mask(path, mask_folder / kind / f'{path.stem}_mask.png')
         masks.append([] if kind == good else [mask])
     return paths, ['good' if kind == good else kind for kind in folders], masks
 
@@ -185,7 +185,7 @@ def _unused(folder: Path) -> str:
 def _mvtec_ad_2(folder: Path) -> ClassFiles:
     test = folder / 'test_public'
     return ClassFiles(folder.name, folder, 'mvtec_ad_2', _needed(folder / 'train' / 'good'), *_by_kind(test, test / 'ground_truth', leave='ground_truth'),
-                      notes=('Only the public part of the test images is tested; the truth of the private parts is not published.', _unused(folder)))
+                      notes=('Only the public part of the test images is tested; the ground truth of the private parts is not published.', _unused(folder)))
 
 # %% ../nbs/00b_layouts.ipynb #7eb6fb7b
 def _mvtec_loco(folder: Path) -> ClassFiles:
@@ -254,7 +254,7 @@ def _dagm(folder: Path) -> ClassFiles:
     good = [p for p in images['Train'] if label('Train', p) is None]
     if not good: raise FileNotFoundError(f"{folder / 'Train'} holds no image without a label")
     masks = [[m] if (m := label('Test', p)) else [] for p in images['Test']]
-    return ClassFiles(folder.name, folder, 'dagm', good, images['Test'], ['defect' if m else 'good' for m in masks], masks, truth='weak', any_value=True,
+    return ClassFiles(folder.name, folder, 'dagm', good, images['Test'], ['defect' if m else 'good' for m in masks], masks, ground_truth='weak', any_value=True,
                       notes=(f"{len(images['Train']) - len(good)} of {len(images['Train'])} training images show a defect and are left out.",))
 
 # %% ../nbs/00b_layouts.ipynb #3dac3385
@@ -305,7 +305,7 @@ def _plain(folder: Path) -> ClassFiles:
     aside = _aside(list(good), 0.2)
     held = [p for name, p in good.items() if name in aside]
     return ClassFiles(folder.name, folder, 'folder', [p for name, p in good.items() if name not in aside], [*held, *defects], ['good'] * len(held) + kinds,
-                      [[] for _ in held] + [[m] if m else [] for m in masks], truth='exact' if all(masks) else 'none',
+                      [[] for _ in held] + [[m] if m else [] for m in masks], ground_truth='exact' if all(masks) else 'none',
                       notes=(f'{len(held)} of {len(good)} good images were held aside for the test, by the hash of their names.',))
 
 # %% ../nbs/00b_layouts.ipynb #02948e79

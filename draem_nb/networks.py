@@ -91,7 +91,7 @@ class _ReconstructiveDecoder(nn.Module):
         return x
 
 class ReconstructiveSubNetwork(nn.Module):
-    "(B, in_channels, H, W) in 0..1 -> restoration of the same shape; H and W multiples of 16. 69.05 M parameters at width 128."
+    "(B, in_channels, H, W) in 0..1 -> reconstruction of the same shape; H and W multiples of 16. 69.05 M parameters at width 128."
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_width: int = 128):
         super().__init__()
         self.encoder = _Encoder(in_channels, [base_width * k for k in (1, 2, 4, 8, 8)])
@@ -128,17 +128,17 @@ class DiscriminativeSubNetwork(nn.Module):
 
 # %% ../nbs/04_networks.ipynb #d5b14b62
 class Draem(nn.Module):
-    "Both sub-networks; `draem(x)` gives (restoration (B, 3, H, W), logits (B, 2, H, W)); an absent net's output is None."
+    "Both sub-networks; `draem(x)` gives (reconstruction (B, 3, H, W), logits (B, 2, H, W)); an absent net's output is None."
     def __init__(self, base_width: int = 128, base_channels: int = 64, reconstructive: bool = True, discriminative: bool = True):
         super().__init__()
         self.reconstructive = ReconstructiveSubNetwork(base_width=base_width) if reconstructive else None
         self.discriminative = DiscriminativeSubNetwork(6 if reconstructive else 3, base_channels=base_channels) if discriminative else None
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        restoration = self.reconstructive(x) if self.reconstructive is not None else None
-        if self.discriminative is None: return restoration, None
-        seen = x if restoration is None else torch.cat([restoration, x], dim=1)
-        return restoration, self.discriminative(seen)
+        reconstruction = self.reconstructive(x) if self.reconstructive is not None else None
+        if self.discriminative is None: return reconstruction, None
+        seen = x if reconstruction is None else torch.cat([reconstruction, x], dim=1)
+        return reconstruction, self.discriminative(seen)
 
 # %% ../nbs/04_networks.ipynb #7d29388a
 @torch.no_grad()

@@ -32,7 +32,7 @@ class Recipe:
     reconstructive: bool = True                     # False: discriminative net on the image alone (ablation 'Disc. only')
     init_std: float = 0.02                          # standard deviation of the convolution weights at the start (04_networks)
     anomaly_prior: float | None = None              # probability at which every pixel starts (04_networks); None: as released, 1/2
-    discriminative: bool = True                     # False: map from the restoration error (ablations 'Recon.-AE')
+    discriminative: bool = True                     # False: map from the reconstruction error (ablations 'Recon.-AE')
     reconstruction_map: str = 'ssim'                # that error: 'ssim' or 'msgms' (multi-scale gradient similarity)
     # --- simulation: normal images
     rotation_degrees: float = 90.                   # normal images turn by U(-r, r) ...

@@ -52,20 +52,20 @@ def _one_by_one(images: object, size: tuple[int, int], antialias: bool) -> tuple
 
 # %% ../nbs/08b_tiling.ipynb #6510bc79
 def _blended(tiled: TiledDetector, image: Tensor, batch: int, reconstructions: bool) -> tuple[Tensor, Tensor | None]:
-    "(3, H, W) uint8 -> (H, W) map on the device, and (3, H, W) uint8 restoration if asked for and there is one."
+    "(3, H, W) uint8 -> (H, W) map on the device, and (3, H, W) uint8 reconstruction if asked for and there is one."
     (h, w), color = tiled.detector.size, tiled.detector.color
     places = [(y, x, wy[:, None] * wx) for y, wy in zip(tiled.starts[0], tiled.weights[0]) for x, wx in zip(tiled.starts[1], tiled.weights[1])]
     score_map = torch.zeros(tiled.size, device=tiled.device)
-    restored = torch.zeros(3, *tiled.size, device=tiled.device) if reconstructions else None
+    reconstructed = torch.zeros(3, *tiled.size, device=tiled.device) if reconstructions else None
     for first in range(0, len(places), batch):
         part = places[first:first + batch]
         tiles = torch.stack([image[:, y:y + h, x:x + w] for y, x, _ in part]).to(tiled.device)
-        restorations, maps, _ = tiled.detector._look(tiles if color == 'rgb' else tiles.flip(1))
-        if restorations is None: restored = None
+        tile_reconstructions, maps, _ = tiled.detector._look(tiles if color == 'rgb' else tiles.flip(1))
+        if tile_reconstructions is None: reconstructed = None
         for i, (y, x, weight) in enumerate(part):
             score_map[y:y + h, x:x + w] += weight * maps[i, 0]
-            if restored is not None: restored[:, y:y + h, x:x + w] += weight * (restorations[i] if color == 'rgb' else restorations[i].flip(0))
-    return score_map, None if restored is None else (restored.clamp_(0, 1) * 255).round().to(torch.uint8).cpu()
+            if reconstructed is not None: reconstructed[:, y:y + h, x:x + w] += weight * (tile_reconstructions[i] if color == 'rgb' else tile_reconstructions[i].flip(0))
+    return score_map, None if reconstructed is None else (reconstructed.clamp_(0, 1) * 255).round().to(torch.uint8).cpu()
 
 # %% ../nbs/08b_tiling.ipynb #e8e72cc3
 class TiledDetector(AnomalyDetector):
@@ -90,16 +90,16 @@ class TiledDetector(AnomalyDetector):
         _check_batch(batch)
         n, image, paths = _one_by_one(images, self.size, self.antialias)
         maps, scores = large_zeros((n, *self.size)), torch.zeros(n)
-        restored = large_zeros((n, 3, *self.size), torch.uint8) if reconstructions else None
+        reconstructed = large_zeros((n, 3, *self.size), torch.uint8) if reconstructions else None
         masks = None if self.pixel_threshold is None else large_zeros((n, *self.size), torch.bool)
         for i in tqdm(range(n), 'predicting', unit='image', mininterval=0.5, delay=2):
-            score_map, restoration = _blended(self, image(i), batch, reconstructions)
+            score_map, reconstruction = _blended(self, image(i), batch, reconstructions)
             maps[i], scores[i] = score_map.cpu(), image_score(score_map[None, None], self.window)[0].cpu()
             _check_finite(maps[i:i + 1], scores[i:i + 1], [paths[i] if paths else i])
             if masks is not None: masks[i] = maps[i] > self.pixel_threshold
-            if restoration is None: restored = None
-            else: restored[i] = restoration
-        return Detections(maps, scores, masks, None if self.threshold is None else scores > self.threshold, restored, paths)
+            if reconstruction is None: reconstructed = None
+            else: reconstructed[i] = reconstruction
+        return Detections(maps, scores, masks, None if self.threshold is None else scores > self.threshold, reconstructed, paths)
 
 # %% ../nbs/08b_tiling.ipynb #6c5eaa69
 def load_detector(

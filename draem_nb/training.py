@@ -122,8 +122,8 @@ class Trainer:
         on_host = self.device.type == 'cpu'         # then into the memory of the last batch; else into memory that the device copies from
         batch = self.batch = self.simulator(images, plan, self.batch if on_host else None, self.device.type == 'cuda').to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            restoration, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
-        losses = draem_loss(restoration, logits, batch.target, batch.mask, self.recipe)
+            reconstruction, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
+        losses = draem_loss(reconstruction, logits, batch.target, batch.mask, self.recipe)
         weight, total = supervision_weight(self.recipe.deep_supervision, self.done / self.total), losses.total
         if weight and self.heads: total = total + weight * self.heads.loss(batch.target)
         self.rates[self.done] = self.optimizers[0].param_groups[0]['lr']

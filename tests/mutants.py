@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # name: (module, text, other text, test file, which of its tests)
 FAULTS = {
     'align_corners off': ('networks', 'align_corners=True', 'align_corners=False', 'test_golden', 'networks and eval'),
-    'reconstruction and image swapped': ('networks', 'torch.cat([restoration, x], dim=1)', 'torch.cat([x, restoration], dim=1)', 'test_golden', 'networks and eval'),
+    'reconstruction and image swapped': ('networks', 'torch.cat([reconstruction, x], dim=1)', 'torch.cat([x, reconstruction], dim=1)', 'test_golden', 'networks and eval'),
     'skip and upsampled part swapped': ('networks', 'torch.cat([up(x), skip], dim=1)', 'torch.cat([skip, up(x)], dim=1)', 'test_golden', 'networks and eval'),
-    'reconstruction detached': ('networks', 'torch.cat([restoration, x], dim=1)', 'torch.cat([restoration.detach(), x], dim=1)', 'test_golden', 'six_joint'),
+    'reconstruction detached': ('networks', 'torch.cat([reconstruction, x], dim=1)', 'torch.cat([reconstruction.detach(), x], dim=1)', 'test_golden', 'six_joint'),
     'batch norm with another epsilon': ('networks', 'weight, bias, eps=eps), mean, var', 'weight, bias, eps=1e-3), mean, var', 'test_networks', 'batch_norm'),
     'batch norm with another momentum': ('networks', 'self.running_mean.lerp_(mean, self.momentum)', 'self.running_mean.lerp_(mean, 0.01)', 'test_networks', 'batch_norm'),
     'initial weights of another size': ('networks', 'm.weight.normal_(0, std, generator=generator)', 'm.weight.normal_(0, 0.03, generator=generator)', 'test_networks', 'initial'),
-    'L2 made L1': ('losses', 'F.mse_loss(restoration, target)', 'F.l1_loss(restoration, target)', 'test_golden', 'losses'),
+    'L2 made L1': ('losses', 'F.mse_loss(reconstruction, target)', 'F.l1_loss(reconstruction, target)', 'test_golden', 'losses'),
     'MSGMS divided by 3': ('losses', 'return 1 - total / 4', 'return 1 - total / 3', 'test_losses', 'msgms'),
     'focal mask inverted': ('losses', 'target = mask.clamp(', 'target = (1 - mask).clamp(', 'test_golden', 'losses'),
     'focal exponent 1': ('losses', 'gamma: float = 2.', 'gamma: float = 1.', 'test_golden', 'losses'),
@@ -57,7 +57,7 @@ FAULTS = {
     'the quantile one too low': ('detector', 'math.ceil(quantile * values.size)', 'math.floor(quantile * values.size)', 'test_detector', 'upper_quantile'),
     'a threshold that is reached is exceeded': ('detector', 'scores > self.threshold', 'scores >= self.threshold', 'test_detector', 'exceeded'),
     'the same of pixels': ('detector', 'maps > self.pixel_threshold', 'maps >= self.pixel_threshold', 'test_detector', 'exceeded'),
-    'reconstructions left in BGR': ('detector', "restored.flip(1) if restored is not None and self.color == 'bgr'", "restored if restored is not None and self.color == 'bgr'", 'test_detector', 'channel_order'),
+    'reconstructions left in BGR': ('detector', "reconstructed.flip(1) if reconstructed is not None and self.color == 'bgr'", "reconstructed if reconstructed is not None and self.color == 'bgr'", 'test_detector', 'channel_order'),
     'images antialiased whatever the recipe says': ('detector', 'self.antialias = recipe.antialias', 'self.antialias = True', 'test_detector', 'without_antialiasing'),
 }
 

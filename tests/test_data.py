@@ -245,17 +245,17 @@ def test_fingerprint(root, tmp_path):
 # --- masks
 
 def test_mask_values_and_names(root):
-    truth = root / 'part/ground_truth/dent'
+    masks = root / 'part/ground_truth/dent'
     drawn = load_category(root, 'part', (32, 64)).masks[0]
     zero_one = np.zeros((30, 40), np.uint8)
     zero_one[10:20, 10:20] = 1
     for image, name in ((Image.fromarray(zero_one), '0_mask.png'), (Image.fromarray(zero_one * 3), '0.png'), (Image.fromarray(zero_one > 0), '0.PNG'),
                         (Image.fromarray(zero_one * 255).convert('RGB'), '0_mask.bmp')):
-        for old in truth.glob('0*'): old.unlink()
-        save(image, truth / name)
+        for old in masks.glob('0*'): old.unlink()
+        save(image, masks / name)
         assert torch.equal(load_category(root, 'part', (32, 64)).masks[0], drawn)
-    (truth / '0_mask.bmp').unlink()
-    save(palette_mask(zero_one), truth / '0_mask.png')   # red on black
+    (masks / '0_mask.bmp').unlink()
+    save(palette_mask(zero_one), masks / '0_mask.png')   # red on black
     assert torch.equal(load_category(root, 'part', (32, 64)).masks[0], drawn)
 
 

@@ -195,7 +195,7 @@ for n in (4, 20):                                                       # each i
 '''
 
 def test_memory_does_not_grow_with_the_number_of_large_images():
-    "Calibrated, predicted, evaluated: of 20 images as of 4, but for what mapped files take, which the system may take back. 16 images more have 64 MiB of maps and 96 MiB of masks, tiles and restorations."
+    "Calibrated, predicted, evaluated: of 20 images as of 4, but for what mapped files take, which the system may take back. 16 images more have 64 MiB of maps and 96 MiB of masks, tiles and reconstructions."
     # Every array in a mapping of its own: else freed memory that the allocator keeps is counted.
     done = subprocess.run([sys.executable, '-c', MANY], capture_output=True, text=True, env=os.environ | {'MALLOC_MMAP_THRESHOLD_': '1000000'})
     assert done.returncode == 0, done.stderr

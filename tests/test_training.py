@@ -63,14 +63,14 @@ def weights(run_dir: Path) -> torch.Tensor:
 
 def test_killed_at_ten_random_moments_ends_with_the_same_bits(root, tmp_path):
     assert start(root, tmp_path / 'whole').wait() == 0
-    killed, chance = tmp_path / 'killed', random.Random(0)
+    killed, rng = tmp_path / 'killed', random.Random(0)
     started = lambda: (killed / 'run.json').stat().st_mtime_ns if (killed / 'run.json').exists() else 0     # written at every start
     for kill in range(10):
         before, process = started(), start(root, killed)
         while process.poll() is None and started() == before: time.sleep(0.01)
         if kill == 3:       # this one while a checkpoint is being written
             while process.poll() is None and not list(killed.glob('.checkpoint.pt.*')): pass
-        else: time.sleep(chance.uniform(0, 0.6))
+        else: time.sleep(rng.uniform(0, 0.6))
         assert process.poll() is None, 'the run ended before it could be killed: give it more steps'
         process.send_signal(signal.SIGKILL)
         process.wait()
