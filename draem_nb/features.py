@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, check_size, large_part, replacing, write_json
+from .data import CategoryData, check_size, large_part, replacing
 from .detector import AnomalyDetector
+from .fitting import MethodRecipe, describe_run, is_there, keep_run, load_state
 from .networks import fold_batchnorm
-from .training import load_checkpoint, pick_device, split_held_out, versions
+from .training import load_checkpoint, pick_device, split_held_out
 
 # %% auto #0
 __all__ = ['LEVELS', 'PACKAGE', 'EfficientNetLite0', 'weights_path', 'load_network', 'levels_of', 'as_maps', 'FeatureRecipe',
-           'FeatureDetector', 'describe_run', 'is_there', 'keep_run', 'fit_detector']
+           'FeatureDetector', 'fit_detector']
 
 # %% ../nbs/42_features.ipynb #341eefc4
 # kernel, stride, how many times wider inside, channels, blocks
@@ -129,38 +128,17 @@ def as_maps(distances: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
 
 # %% ../nbs/42_features.ipynb #471cdb90
 @dataclass(frozen=True)
-class FeatureRecipe:
+class FeatureRecipe(MethodRecipe):
     "What every recipe on pretrained features has. Impossible values are refused with a `ValueError`."
-    name: str = 'demo'                      # what the report calls it
-    size: int | tuple[int, int] = 256       # network input, S or (H, W) in pixels; multiples of 32
     levels: tuple[int, ...] = (4, 10)       # blocks whose outputs are the features, keys of `LEVELS`, rising
     sigma: float = 4.                       # of the Gaussian that smooths the map, pixels
-    seed: int = 0                           # every random choice follows from it
-    holdout: float = 0.1                    # share of the normal images kept apart for the threshold
-    quantile: float = 0.995                 # of the held-out normal scores: the threshold
 
     def __post_init__(self) -> None:
-        # JSON and papermill turn tuples into lists: accept them, so that a recipe survives the round trip.
-        for field in ('size', 'levels'):
-            if isinstance(getattr(self, field), list): object.__setattr__(self, field, tuple(getattr(self, field)))
-        check_size(self.size)
+        super().__post_init__()
         rising = bool(self.levels) and list(self.levels) == sorted(set(self.levels))
         known = ', '.join(map(str, LEVELS))
         self.need(rising and set(self.levels) <= set(LEVELS), 'levels', f'some of {known}, rising')
         self.need(self.sigma > 0, 'sigma', 'greater than 0')
-        self.need(0 <= self.holdout < 1, 'holdout', 'at least 0 and less than 1, so that images are left to learn from')
-        self.need(0 <= self.quantile <= 1, 'quantile', 'between 0 and 1')
-
-    def need(self, ok: bool, field: str, rule: str) -> None:
-        "`ValueError` that names the field, unless it is `ok`."
-        if not ok: raise ValueError(f'recipe field {field} is {getattr(self, field)!r}; it must be {rule}')
-
-    def replace(self, **fields: object) -> FeatureRecipe:
-        "A copy with other values; an unknown field name raises `ValueError` that lists the names there are."
-        names = [f.name for f in dataclasses.fields(self)]
-        if unknown := sorted(set(fields) - set(names)):
-            raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(names)}")
-        return dataclasses.replace(self, **fields)
 
 # %% ../nbs/42_features.ipynb #5760e3c7
 class FeatureDetector(AnomalyDetector):
@@ -190,41 +168,13 @@ class FeatureDetector(AnomalyDetector):
     def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> FeatureDetector:
         "What `save` wrote, thresholds and all; `ValueError` names the checkpoint of another method."
         device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
-        state = load_checkpoint(path, device)
-        method = state.get('method', 'another method') if isinstance(state, dict) else 'another method'
-        if method != cls.method: raise ValueError(f'{path} is the checkpoint of {method}, not of {cls.method}')
+        state = load_state(path, cls.method, device)
         try:
             detector = cls(cls.recipe_type(**state['recipe']), device)
             detector.learned, detector.farthest = dict(state['learned']), float(state['farthest'])
         except (KeyError, TypeError): raise ValueError(f'{path} is damaged; delete it and fit again') from None
         detector.load_calibration(run_dir)
         return detector
-
-# %% ../nbs/42_features.ipynb #0c664591
-def describe_run(method: str, category: CategoryData, recipe: object, device: torch.device) -> dict:
-    "What run.json says of a run of a method; the recipe is a dataclass with seed and holdout."
-    names = [category.train_paths[i].name for i in split_held_out(len(category.train), recipe)[1].tolist()]
-    of = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    return dict(method=method, category=category.name, recipe=dataclasses.asdict(recipe), seed=recipe.seed,
-                fingerprint=category.fingerprint, n_train=len(category.train) - len(names), held_out=names,
-                device=f'{device.type}: {of}', threads=torch.get_num_threads(), versions=versions())
-
-def is_there(run_dir: Path, about: dict) -> bool:
-    "Whether the folder holds the run that `describe_run` is about; `ValueError` where it holds another one."
-    if not (run_dir / 'run.json').exists(): return False
-    old, new = json.loads((run_dir / 'run.json').read_text()), json.loads(json.dumps(about))
-    if differ := [key for key in ('method', 'category', 'fingerprint', 'recipe') if old.get(key) != new[key]]:
-        raise ValueError(f'{run_dir} holds a run with another {", ".join(differ)}; choose another run_dir or delete it')
-    return (run_dir / 'checkpoint.pt').exists() and (not about['held_out'] or (run_dir / 'threshold.json').exists())
-
-def keep_run(detector: AnomalyDetector, about: dict, run_dir: Path) -> None:
-    "Write a fitted detector and its run.json into the folder, which is made if it is missing."
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        detector.save(run_dir)
-        write_json(about, run_dir / 'run.json')
-    except OSError as e:
-        raise ValueError(f'the run folder {run_dir} cannot be written ({e.strerror}); choose another run_dir') from None
 
 # %% ../nbs/42_features.ipynb #174aeb7e
 def _batches(images: Tensor, indices: Tensor, device: torch.device, what: str) -> Iterator[Tensor]:

@@ -35,8 +35,8 @@ from .simulator import AnomalySimulator, Plan
 from .supervision import SideHeads, supervision_weight
 
 # %% auto #0
-__all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'Trainer', 'versions', 'train',
-           'load_checkpoint']
+__all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'Trainer', 'versions',
+           'interrupt_noted', 'train', 'load_checkpoint']
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 def split_held_out(n_images: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -203,7 +203,7 @@ def _claim(run_dir: Path, run: dict, resume: bool) -> None:
 
 # %% ../nbs/07_training.ipynb #85e189b1
 @contextlib.contextmanager
-def _interrupt_noted() -> Iterator[list]:
+def interrupt_noted() -> Iterator[list]:
     "Within, Ctrl-C appends to the list that is given instead of raising."
     noted: list = []
     if threading.current_thread() is not threading.main_thread():      # only the main thread may handle signals
@@ -238,7 +238,7 @@ def train(
     if checkpoint.exists(): trainer.load_state_dict(load_checkpoint(checkpoint, device))
     if lost := [step for step in snapshots if step <= trainer.done and not (run_dir / f'checkpoint-{step}.pt').exists()]:
         raise ValueError(f'{run_dir} is at step {trainer.done} and has kept no weights of step {lost[0]}; choose another run_dir or delete that one')
-    with _interrupt_noted() as interrupted, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+    with interrupt_noted() as interrupted, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
         bar = tqdm(total=trainer.total, initial=trainer.done, desc=category.name, unit='step', mininterval=1, disable=trainer.done == trainer.total)
         while trainer.done < trainer.total and not interrupted:
             trainer.step()
