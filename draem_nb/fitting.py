@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -62,21 +63,27 @@ class MethodRecipe:
 @dataclass(frozen=True)
 class NetworkRecipe(MethodRecipe):
     "What the recipe of a method has whose networks learn in steps."
-    steps: int = 1000                       # optimiser steps
+    epochs: float = 100.                    # passes over the training images
+    steps: int | None = None                # optimiser steps; overrides `epochs`
     batch: int = 8                          # images a step
     lr: float = 1e-4                        # learning rate of Adam
     checkpoint_every: int = 500             # steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.need_counts('steps', 'batch', 'checkpoint_every')
-        self.need(self.lr > 0, 'lr', 'greater than 0')
+        self.need_counts('batch', 'checkpoint_every')
+        self.need(self.steps is None or isinstance(self.steps, int) and self.steps >= 1, 'steps', 'None or a whole number of at least 1')
+        for field in ('epochs', 'lr'): self.need(getattr(self, field) > 0, field, 'greater than 0')
 
     def need_counts(self, *fields: str) -> None:
         "`ValueError` that names the first of the fields that is no whole number of at least 1."
         for field in fields:
             value = getattr(self, field)
             self.need(isinstance(value, int) and value >= 1, field, 'a whole number of at least 1')
+
+    def total_steps(self, n_images: int) -> int:
+        "Optimiser steps of the whole run on `n_images` training images; the last batch of an epoch is filled up."
+        return self.steps or math.ceil(self.epochs * math.ceil(n_images / self.batch))
 
 # %% ../nbs/40b_fitting.ipynb #210e25a0
 def _fingerprint(images: Tensor) -> str: return hashlib.sha256(images.contiguous().numpy()).hexdigest()

@@ -17,7 +17,8 @@ from .recipes import Recipe
 from .textures import Augmentation, draw_augmentation
 
 # %% auto #0
-__all__ = ['Plan', 'Simulated', 'generator_of', 'uniform', 'draw_plan', 'AnomalySimulator', 'has_color', 'own_sources']
+__all__ = ['Plan', 'Simulated', 'generator_of', 'uniform', 'image_indices', 'draw_plan', 'AnomalySimulator', 'has_color',
+           'own_sources']
 
 # %% ../nbs/03_simulator.ipynb #607e072a
 @dataclass
@@ -61,12 +62,14 @@ def uniform(low: float, high: float, shape: tuple[int, ...] | int, g: torch.Gene
     "float32 of `shape`, uniform in low .. high, from `g`."
     return torch.rand(shape, generator=g) * (high - low) + low
 
-def _images(n_images: int, batch: int, seed: int, step: int, replacement: bool, g: torch.Generator) -> Tensor:
-    "Indices of the normal images: with replacement, or the next ones of this epoch's permutation."
-    if replacement: return torch.randint(n_images, (batch,), generator=g)
+def image_indices(n_images: int, batch: int, seed: int, step: int) -> Tensor:
+    "(batch,) indices of a step's images: the next ones of shuffled passes over all of them."
     epoch, position = np.divmod(step * batch + np.arange(batch), n_images)
     orders = {e: torch.randperm(n_images, generator=generator_of(seed, 1, e)) for e in set(epoch.tolist())}
     return torch.stack([orders[e][p] for e, p in zip(epoch.tolist(), position.tolist())])
+
+def _images(n_images: int, batch: int, seed: int, step: int, replacement: bool, g: torch.Generator) -> Tensor:
+    return torch.randint(n_images, (batch,), generator=g) if replacement else image_indices(n_images, batch, seed, step)
 
 # %% ../nbs/03_simulator.ipynb #7709fe92
 def _rectangles(n: int, g: torch.Generator) -> Tensor:
