@@ -26,7 +26,7 @@ def _compiled(function: Callable) -> Callable:
     try: return njit(cache=True, **options)(function)
     except RuntimeError: return njit(**options)(function)       # there is no folder that the result could be kept in
 
-_0, _32ND, _HALF, _1, _255 = (np.float32(x) for x in (0, 1 / 32, .5, 1, 255))  # Python's would make all double
+_0, _32ND, _FAINT, _HALF, _1, _255 = (np.float32(x) for x in (0, 1 / 32, .2, .5, 1, 255))  # Python's: all double
 
 # %% ../nbs/02b_compiled.ipynb #8f9802aa
 @_compiled
@@ -488,12 +488,14 @@ class Memory(NamedTuple):
     counts: np.ndarray       # (k + 1,) int64, how many
     lut: np.ndarray          # (3, 256) uint8
     images: np.ndarray       # (2, 3, H * W) uint8
+    weights: np.ndarray      # (H * W,) float32 in 0..1, how much of the opacity each pixel of the mask gets
 
 @_compiled
 def _memory(size: tuple, k: int) -> Memory:
     area = size[0] * size[1]
     return Memory(_frame(size, np.float32), _frame(size, np.uint32), np.empty((k + 1, area), np.int32),
-                  np.empty(k + 1, np.int64), np.empty((3, 256), np.uint8), np.empty((2, 3, area), np.uint8))
+                  np.empty(k + 1, np.int64), np.empty((3, 256), np.uint8), np.empty((2, 3, area), np.uint8),
+                  np.empty(area, np.float32))
 
 # %% ../nbs/02b_compiled.ipynb #1a86da31
 @_compiled
@@ -540,6 +542,7 @@ class Work(NamedTuple):
     luminance: np.ndarray    # (3,) float32, weights of the channels in a gray value ...
     is_gray: bool            # ... that replaces the source's colours
     opacity: np.ndarray      # (A,) float32
+    softness: np.ndarray     # (A,) float32 in 0..1, see `_weights_into`; 0: a hard edge
     own: np.ndarray          # (A,) int64, index of the normal image that fills the mask instead of a texture, or -1
     own_images: np.ndarray   # (A', 3, H, W) uint8, as they fill it
 
@@ -589,6 +592,25 @@ def _mask_into(mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory:
     _perlin_into(memory.noise, mask.shape, work.scales[a], work.angles[a])
     return _turn_noise(memory.noise, mask.shape, work.mask_degrees[a], work.threshold, mask, pixels)
 
+# %% ../nbs/02b_compiled.ipynb #6deeaca9
+@_compiled
+def _weights_into(weights: np.ndarray, mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory: Memory) -> None:
+    "How much of the opacity the `pixels` of anomaly a get; what gets a fifth or less leaves the `mask` (H, W)."
+    (height, width), flat, highest = mask.shape, mask.reshape(mask.size), _0
+    for p in pixels: weights[p] = _1
+    if work.softness[a] == 0 or work.is_rectangle: return
+    frame, parts, w = memory.noise, _turn(work.mask_degrees[a], mask.shape), width + 2
+    corner, east, south = _row_of(width)
+    for i in range(height):
+        _places(i, parts, corner, east, south)
+        for j in range(width):
+            k = corner[j]
+            noise = _mean(frame[k], frame[k + 1], frame[k + w], frame[k + w + 1], east[j], south[j]) - work.threshold
+            weights[i * width + j], highest = noise, max(highest, noise)
+    for p in pixels:
+        weights[p] = min(_1, weights[p] / (work.softness[a] * highest))
+        flat[p] = _1 if weights[p] > _FAINT else _0
+
 # %% ../nbs/02b_compiled.ipynb #4fb53a5a
 @_compiled
 def _filling(work: Work, a: int, memory: Memory) -> np.ndarray:
@@ -603,11 +625,13 @@ def _filling(work: Work, a: int, memory: Memory) -> np.ndarray:
 
 @_compiled
 def _blend(
-    normal: np.ndarray, out: np.ndarray, pixels: np.ndarray, source: np.ndarray, lut: np.ndarray, work: Work, a: int,
+    normal: np.ndarray, out: np.ndarray, pixels: np.ndarray, weights: np.ndarray, source: np.ndarray, lut: np.ndarray,
+    work: Work, a: int,
 ) -> None:
     "Weighted mean of the normal image and what fills the mask; `normal`, `out` and `source` (3, H * W)."
-    beta, weight = work.opacity[a], work.luminance
+    weight = work.luminance
     for p in pixels:
+        beta = work.opacity[a] * weights[p]
         r, g, b = _seen(source, lut, p)
         red, green, blue = np.float32(r) / _255, np.float32(g) / _255, np.float32(b) / _255
         if work.is_gray: red = green = blue = weight[0] * red + weight[1] * green + weight[2] * blue
@@ -630,8 +654,10 @@ def _make(samples: np.ndarray, work: Work, made: Made) -> None:
         else: n = _mask_into(mask, pixels, work, a, memory)
         made.is_anomalous[b], memory.counts[k] = n > 0, n
         if n:
+            _weights_into(memory.weights, mask, pixels[:n], work, a, memory)
             source = _filling(work, a, memory)
-            _blend(target.reshape(3, area), augmented.reshape(3, area), pixels[:n], source, memory.lut, work, a)
+            _blend(target.reshape(3, area), augmented.reshape(3, area), pixels[:n], memory.weights, source, memory.lut,
+                   work, a)
 
 # %% ../nbs/02b_compiled.ipynb #94a5a332
 def simulate(

@@ -49,6 +49,7 @@ class Recipe:
     augmentation: str = 'official'                  # set of texture augmentations: 'official', 'paper' or 'none'
     n_augmentations: int = 3                        # different ones per sample
     own_share: float = 0.                           # share of anomalies filled with another normal image (03_simulator; not in the paper)
+    soft_share: float = 0.                          # share of anomalies that fade in from the edge of their mask (03_simulator; not in the paper)
     match_gray: bool = False                        # where no normal image has colour, anomalies get none (not in the paper)
     opacity: tuple[float, float] = (0.2, 1.0)       # weight of the texture under the mask, uniform; (1, 1): opaque (ablation)
     # --- losses
@@ -106,7 +107,7 @@ def _check_ranges(r: Recipe) -> None:
         need(isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field, 'a whole number of at least 1')
     for field in ('steps', 'n_textures'):
         need(getattr(r, field) is None or isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field, 'None or a whole number of at least 1')
-    for field in ('rotation_probability', 'clean_share', 'own_share', 'holdout', 'quantile'):
+    for field in ('rotation_probability', 'clean_share', 'own_share', 'soft_share', 'holdout', 'quantile'):
         need(0 <= getattr(r, field) <= 1, field, 'between 0 and 1')
     need(r.kernel_lr is None or r.kernel_lr > 0, 'kernel_lr', 'None or greater than 0')
     need(r.anomaly_prior is None or 0 < r.anomaly_prior < 1, 'anomaly_prior', 'None or between 0 and 1')

@@ -39,6 +39,7 @@ class Plan:
     own: Tensor                 # (A,) bool: filled with a normal image instead of a texture
     own_image: Tensor           # (A,) index of that image
     own_change: Tensor          # (A, 6) in 0..1: shift down, shift right, upside down, mirrored, contrast, brightness
+    softness: Tensor            # (A,) in 0..1: share of the mask's height over which the anomaly fades in; 0: at once
 
 # %% ../nbs/03_simulator.ipynb #0f3d1b62
 @dataclass
@@ -105,8 +106,10 @@ def draw_plan(
         opacity=uniform(*recipe.opacity, n, g),
         own=torch.rand(n, generator=g) < recipe.own_share,
         own_image=torch.randint(n_images, (n,), generator=g),
-        own_change=torch.rand(n, 6, generator=g))
+        own_change=torch.rand(n, 6, generator=g),
+        softness=torch.zeros(n))
     plan.opacity[plan.own] = uniform(0.5, 1., int(plan.own.sum()), g)       # a fainter one could not be told from normal
+    plan.softness = torch.rand(n, generator=g) * (torch.rand(n, generator=g) < recipe.soft_share)
     return plan
 
 # %% ../nbs/03_simulator.ipynb #598c7a7c
@@ -180,7 +183,7 @@ def _work(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Work:
     tensors = dict(own=own, own_images=own_sources(images, plan), images=images.contiguous(), image=plan.image, degrees=degrees, anomaly=anomaly, scales=plan.scales,
                    angles=plan.angles, mask_degrees=plan.mask_degrees, rectangle=plan.rectangle,
                    textures=simulator.textures, texture=plan.texture, color=(plan.color * 255).round().byte(),
-                   opacity=plan.opacity)
+                   opacity=plan.opacity, softness=plan.softness)
     return Work(threshold=np.float32(recipe.perlin_threshold), chains=chains_of(plan.augmentation),
                 is_rectangle=recipe.mask_shape == 'rectangle', is_plain=recipe.texture_source == 'color',
                 luminance=weights if recipe.color == 'rgb' else weights[::-1].copy(), is_gray=simulator.gray,

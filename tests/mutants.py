@@ -47,6 +47,8 @@ FAULTS = {
     'opacity of the image, not the texture': ('simulator', 'opacity=plan.opacity)', 'opacity=1 - plan.opacity)', 'test_simulator', 'opacity_is'),
     'every texture solarized': ('textures', "(u[..., 4] < .5), 0] = 256", "(u[..., 4] < 0), 0] = 256", 'test_textures', 'draws'),
     'noise turned clockwise': ('compiled', '_turn_noise(memory.noise, mask.shape, work.mask_degrees[a]', '_turn_noise(memory.noise, mask.shape, -work.mask_degrees[a]', 'test_simulator', 'noise_turns_by'),
+    'soft edges that are hard': ('compiled', 'beta = work.opacity[a] * weights[p]', 'beta = work.opacity[a]', 'test_simulator', 'soft_anomaly'),
+    'soft edges twice as wide': ('compiled', '(work.softness[a] * highest)', '(2 * work.softness[a] * highest)', 'test_simulator', 'soft_anomaly'),
     'gamma rounded': ('compiled', '** strength[channel] * _255)', '** strength[channel] * _255 + _HALF)', 'test_textures', 'imgaug and gamma'),
     "Pillow's equalize": ('compiled', '(counts.sum() - counts[255]) // 255', '(counts.sum() - counts[np.nonzero(counts)[0][-1]]) // 255', 'test_textures', 'equalize and imgaug'),
     'the sum first, always': ('compiled', 'elif strength[3] == 0: table[v]', 'elif strength[3] < 0: table[v]', 'test_textures', 'imgaug and multiply_add'),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from draem_nb.perlin import perlin_noise
 from draem_nb.recipes import demo, official, paper
 from draem_nb.simulator import AnomalySimulator, draw_plan
 
@@ -67,7 +68,7 @@ NAMES = [f.name for f in fields(draw_plan(official(), 1, 1, 1, 0, 0))]
 @pytest.mark.parametrize('recipe', [official(), paper()], ids=['official', 'paper'])
 @pytest.mark.parametrize('name', NAMES)
 def test_every_choice_follows_from_seed_and_step(recipe, name):
-    value = lambda seed, step: getattr(draw_plan(recipe.replace(clean_share=0.3, own_share=0.5), 5000, 5000, 64, seed, step), name)
+    value = lambda seed, step: getattr(draw_plan(recipe.replace(clean_share=0.3, own_share=0.5, soft_share=0.5), 5000, 5000, 64, seed, step), name)
     same = lambda a, b: a.shape == b.shape and torch.equal(a, b)
     if name == 'augmentation': raw, value = value, lambda seed, step: torch.cat([raw(seed, step).operations.flatten(), raw(seed, step).strengths.flatten()])
     torch.manual_seed(1)
@@ -199,3 +200,33 @@ def test_an_own_source_is_the_image_moved_mirrored_and_no_other_texture():
     moved = replace(still, own_change=torch.tensor([[0.25, 0.5, 0.1, 1., 0.5, 0.5]] * 4))
     expected = images[still.own_image].roll((8, 32), (2, 3)).flip(2).float() / 255
     torch.testing.assert_close(AnomalySimulator(textures, demo())(images, moved).augmented[on], expected[on])
+
+
+def test_soft_share_is_the_share_of_anomalies_that_fade_in():
+    drawn = [draw_plan(demo().replace(soft_share=0.3), 50, 70, 16, seed=3, step=step) for step in range(400)]
+    softness = every(drawn, 'softness')
+    assert abs((softness > 0).float().mean() - 0.3) < 0.03
+    assert_uniform(softness[softness > 0], 0., 1.)
+    assert not every([draw_plan(demo(), 50, 70, 16, 3, step) for step in range(20)], 'softness').any()
+
+
+def test_a_soft_anomaly_gets_the_opacity_that_its_noise_says():
+    images, textures = torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.full((1, 3, 64, 96), 255, dtype=torch.uint8)
+    recipe = official().replace(clean_share=0., soft_share=1., augmentation='none', perlin_rotation=0.)
+    simulator, checked = AnomalySimulator(textures, recipe), 0
+    for step in range(40):
+        plan = simulator.plan(1, 1, 0, step)
+        plan = replace(plan, turned=plan.turned[:0], degrees=plan.degrees[:0], opacity=torch.ones(1))
+        height = perlin_noise(plan.scales, (64, 96), angles=plan.angles)[0, 0] - recipe.perlin_threshold
+        if height.max() < 0.05: continue
+        weight = (height / (plan.softness * height.max())).clamp(0, 1)
+        batch = simulator(images, plan)
+        torch.testing.assert_close(batch.augmented[0, 0], weight, atol=1e-3, rtol=0)
+        assert torch.equal(batch.mask[0, 0][(weight - 0.2).abs() > 1e-3] > 0, (weight > 0.2)[(weight - 0.2).abs() > 1e-3])
+        checked += 1
+    assert checked > 10
+
+
+def test_soft_edges_leave_every_other_draw_as_it_was():
+    one, other = (draw_plan(demo().replace(own_share=0.5, soft_share=share), 50, 70, 16, 3, 4) for share in (0., 1.))
+    assert all(torch.equal(a, b) for name, a in vars(one).items() if isinstance(a, torch.Tensor) and name != 'softness' for b in [getattr(other, name)])
