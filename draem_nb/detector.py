@@ -127,6 +127,7 @@ class AnomalyDetector:
     pixel_threshold: float | None = None                # of the map
     held_out_scores: Sequence[float] = ()               # of the normal images that both come from
     mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
+    has_map: bool = True                # False: the method scores images alone, its maps are a picture of ours and no metric is taken of them
 
     @property
     def n_held_out(self) -> int:

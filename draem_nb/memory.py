@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import CategoryData
-from .features import LEVELS, EfficientNetLite0, FeatureDetector, FeatureRecipe, as_maps, fit_detector, levels_of
+from .features import FeatureDetector, FeatureRecipe, Trunk, as_maps, fit_detector, levels_of
 from .simulator import generator_of
 
 # %% auto #0
@@ -47,7 +47,7 @@ def by_name(name: str) -> MemoryRecipe:
     return demo()
 
 # %% ../nbs/43_memory.ipynb #bce946dd
-def pieces_of(net: EfficientNetLite0, images: Tensor, levels: tuple[int, ...]) -> Tensor:
+def pieces_of(net: Trunk, images: Tensor, levels: tuple[int, ...]) -> Tensor:
     "(B, 3, H, W) uint8 -> (B, h, w, C): averages over 3 x 3, resized to the finest level, one after another."
     found = [F.avg_pool2d(level, 3, 1, 1) for level in levels_of(net, images, levels)]      # zeros beyond the edge
     coarser = [F.interpolate(level, found[0].shape[2:], mode='bilinear', align_corners=False) for level in found[1:]]

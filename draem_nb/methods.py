@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import detector, memory, padim, recipes, tiling
+from . import detector, gaussian_ad, memory, padim, recipes, tiling
 from .autoencoder import Autoencoder, AutoencoderDetector, AutoencoderRecipe
 from .autoencoder import fit as fit_autoencoder
 from .data import CategoryData, check_size, replacing
@@ -100,7 +100,7 @@ class _CutPaste(_Kept):
 
 # %% ../nbs/40_methods.ipynb #67f88abc
 METHODS: dict[str, Method] = dict(draem=_Draem(), autoencoder=_Autoencoder(), cutpaste=_CutPaste(),
-                                  memory=memory, padim=padim)
+                                  memory=memory, padim=padim, gaussian_ad=gaussian_ad)
 
 def method(name: str) -> Method:
     "The method of that name; `ValueError` lists the names there are."

