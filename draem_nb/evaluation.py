@@ -19,6 +19,7 @@ from scipy import ndimage
 import draem_nb
 from .data import CategoryData, large_part, read_json
 from .detector import Detections
+from .inspection import promised_rate
 from .layouts import as_markdown
 from .metrics import evaluate_maps, evaluate_scores
 from .recipes import Recipe, by_name, official
@@ -74,9 +75,9 @@ def _operating_point(detector: object, found: Detections, labels: torch.Tensor) 
     if threshold is None or not len(labels): return None
     called = found.scores > threshold
     hits, alarms = int((called & labels).sum()), int((called & ~labels).sum())
-    good, bad, above = int((~labels).sum()), int(labels.sum()), sum(score > threshold for score in held_out)
+    good, bad = int((~labels).sum()), int(labels.sum())
     return dict(threshold=threshold, pixel_threshold=getattr(detector, 'pixel_threshold', None), quantile=getattr(detector, 'quantile', None),
-                n_held_out=len(held_out), promised_false_alarm_rate=(above + 1) / (len(held_out) + 1) if held_out else None,
+                n_held_out=len(held_out), promised_false_alarm_rate=promised_rate(held_out, threshold) if held_out else None,
                 false_alarm_rate=alarms / good if good else None, false_alarm_interval=wilson_interval(alarms, good), n_good=good,
                 precision=hits / (hits + alarms) if hits + alarms else None, recall=hits / bad if bad else None, recall_interval=wilson_interval(hits, bad),
                 f1=2 * hits / (2 * hits + alarms + bad - hits) if bad else None, **_called_intervals(np.asarray(called), np.asarray(labels, bool)))

@@ -97,9 +97,9 @@ def default_folder(
     "The folder of a report when none is named: `runs/brick-demo-seed0`, `runs/summary`, `runs/brick-demo-seed0/inspect-photos-20261127-081500`."
     p = check_parameters(name, params)
     report = Path(name).stem
-    if report == 'inspect':
-        if not (p['run_dir'] and p['images']): raise ValueError('an inspection needs run_dir, the folder of a trained run, and images, a folder of images to look at')
-        new = Path(p['run_dir']) / f"inspect-{Path(p['images']).resolve().name[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if report in ('inspect', 'calibrate'):
+        if not (p['run_dir'] and p['images']): raise ValueError(f'{report} needs run_dir, the folder of a trained run, and images, a folder of images to look at')
+        new = Path(p['run_dir']) / f"{report}-{Path(p['images']).resolve().name[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
         return next(path for i in range(1, 1000) if not (path := new if i == 1 else new.with_name(f'{new.name}-{i}')).exists())
     if report == 'compare':
         if not (p['first'] and p['second']): raise ValueError('a comparison needs first and second, the folders of two trained runs of one class')
@@ -404,8 +404,8 @@ def run_report(
     run_dir = Path(run_dir)
     folder = _folder_parameter(name)
     if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)
-    if Path(name).stem == 'inspect' and (run_dir / 'metrics.json').exists():
-        raise ValueError(f'{run_dir} holds an inspection already; choose another folder, or leave out_dir out')
+    if folder == 'out_dir' and (run_dir / 'metrics.json').exists():
+        raise ValueError(f'{run_dir} holds a report already; choose another folder, or leave out_dir out')
     inputs = _noted(_files_read(asked), {})             # what is wrong with them is said before there is a folder
     with locked(run_dir, wait=wait):
         if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)   # made by another command just now
@@ -472,8 +472,9 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
 def _value(key: str, default: object, text: str = ''):
     "What turns an option into the type of its default: text, or JSON for numbers, lists and dictionaries, or where the help says so."
     def parse(given: str) -> object:
-        if isinstance(default, str) or (default is None and 'JSON' not in text): return given
-        like = {} if isinstance(default, dict) else default if default is not None else ['a', 'b']
+        number = default is None and text.startswith('a number')
+        if isinstance(default, str) or (default is None and 'JSON' not in text and not number): return given
+        like = {} if isinstance(default, dict) else default if default is not None else 0.05 if number else ['a', 'b']
         fault = argparse.ArgumentTypeError(f'{key} must be a value like {json.dumps(like)} (JSON), not {given!r}')
         try: value = json.loads(given)
         except ValueError: raise fault from None
