@@ -225,7 +225,7 @@ def test_command_line_help_and_bad_options(capsys):
                             (['category', '--sede', '1'], 'unrecognized arguments: --sede')):
         with pytest.raises(SystemExit) as caught: main(arguments)
         assert caught.value.code == 2 and says in capsys.readouterr().err
-    assert main(['inspect']) == 1 and 'an inspection needs run_dir' in capsys.readouterr().err
+    assert main(['inspect']) == 1 and 'inspect needs run_dir' in capsys.readouterr().err
 
 
 def made_up_run(folder: Path, category: str, seed: int, auroc: float) -> None:
