@@ -66,7 +66,7 @@ FAULTS = {
     'a plan that ignores the step': ('simulator', 'generator_of(seed, 0, step)', 'generator_of(seed, 0)', 'test_simulator', 'seed_and_step'),
     'the largest Perlin scale never drawn': ('simulator', 'high + 1, (n, 2)', 'high, (n, 2)', 'test_simulator', 'both_scales'),
     'gray values in another channel order': ('simulator', "weights if recipe.color == 'rgb' else weights[::-1].copy()", 'weights', 'test_simulator', 'red_texture'),
-    'opacity of the image, not the texture': ('simulator', 'opacity=plan.opacity)', 'opacity=1 - plan.opacity)', 'test_simulator', 'opacity_is'),
+    'opacity of the image, not the texture': ('simulator', 'opacity=plan.opacity, ', 'opacity=1 - plan.opacity, ', 'test_simulator', 'opacity_is'),
     'every texture solarized': ('textures', "(u[..., 4] < .5), 0] = 256", "(u[..., 4] < 0), 0] = 256", 'test_textures', 'draws'),
     'noise turned clockwise': ('compiled', '_turn_noise(memory.noise, mask.shape, work.mask_degrees[a]', '_turn_noise(memory.noise, mask.shape, -work.mask_degrees[a]', 'test_simulator', 'noise_turns_by'),
     'soft edges that are hard': ('compiled', 'beta = work.opacity[a] * weights[p]', 'beta = work.opacity[a]', 'test_simulator', 'soft_anomaly'),
