@@ -27,12 +27,13 @@ def _band(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -
     return torch.where(offset.abs() <= 5, (taps / taps.sum())[(offset + 5).clamp(0, 10)], 0.).to(device)
 
 def _blur(x: Tensor) -> Tensor:
-    return _band(x.shape[-2], x.device, x.dtype) @ x @ _band(x.shape[-1], x.device, x.dtype)      # the band is symmetric
+    return _band(x.shape[-2], x.device, x.dtype) @ x @ _band(x.shape[-1], x.device, x.dtype)  # symmetric
 
 # %% ../nbs/05_losses.ipynb #6ee29fff
 def ssim_map(x: Tensor, y: Tensor) -> Tensor:
     "SSIM at every pixel and channel, (B, C, H, W) in 0..1 -> (B, C, H, W) in -1..1 (window 11, sigma 1.5, L = 1)."
-    if x.shape != y.shape: raise ValueError(f'SSIM compares images of one shape, got {tuple(x.shape)} and {tuple(y.shape)}')
+    if x.shape != y.shape:
+        raise ValueError(f'SSIM compares images of one shape, got {tuple(x.shape)} and {tuple(y.shape)}')
     C1, C2 = 0.01**2, 0.03**2
     mx, my = _blur(x), _blur(y)
     product, squares = mx * my, mx * mx + my * my
@@ -51,8 +52,10 @@ def _blur_strips(maps: Tensor) -> Tensor:
     "Blur n maps (H, n, W) that lie row by row."
     H, n, W = maps.shape
     down, out = torch.empty_like(maps), torch.empty_like(maps)
-    for inputs, outputs, band in _strips(H, maps.device, maps.dtype): torch.mm(band, maps.view(H, -1)[inputs], out=down.view(H, -1)[outputs])
-    for inputs, outputs, band in _strips(W, maps.device, maps.dtype): torch.mm(down.view(-1, W)[:, inputs], band.mT, out=out.view(-1, W)[:, outputs])
+    for inputs, outputs, band in _strips(H, maps.device, maps.dtype):
+        torch.mm(band, maps.view(H, -1)[inputs], out=down.view(H, -1)[outputs])
+    for inputs, outputs, band in _strips(W, maps.device, maps.dtype):
+        torch.mm(down.view(-1, W)[:, inputs], band.mT, out=out.view(-1, W)[:, outputs])
     return out
 
 # %% ../nbs/05_losses.ipynb #a245da3d
@@ -98,7 +101,9 @@ class _MeanSSIM(torch.autograd.Function):
         return None, upstream * ctx.saved_tensors[0]
 
 def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
-    "1 - SSIM, the mean over batch, channels and pixels; a scalar in 0..2. Where only one of the two wants a gradient, it is cheap."
+    """1 - SSIM, the mean over batch, channels and pixels; a scalar in 0..2.
+
+    It is cheap where only one of the two images needs a gradient."""
     if x.shape != y.shape or x.requires_grad and y.requires_grad: return 1 - ssim_map(x, y).mean()
     return 1 - (_MeanSSIM.apply(y, x) if x.requires_grad else _MeanSSIM.apply(x, y))
 
@@ -106,9 +111,10 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
 _EPSILON = 1e-5
 
 def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.) -> Tensor:
-    "Mean focal loss of logits (B, 2, H, W), before the softmax, against a mask (B, 1, H, W) of 0 and 1; both classes weigh 1."
+    "Mean focal loss of logits (B, 2, H, W), before the softmax, for a mask (B, 1, H, W) of 0 and 1; a scalar."
     if logits.shape[1] != 2 or logits[:, :1].shape != mask.shape:
-        raise ValueError(f'focal_loss wants logits (B, 2, H, W) and mask (B, 1, H, W), got {tuple(logits.shape)} and {tuple(mask.shape)}')
+        raise ValueError('focal_loss wants logits (B, 2, H, W) and mask (B, 1, H, W), '
+                         f'got {tuple(logits.shape)} and {tuple(mask.shape)}')
     p1 = torch.sigmoid(logits[:, 1:] - logits[:, :1])
     target = mask.clamp(_EPSILON, 1 - _EPSILON)
     pt = target * p1 + (1 - target) * (1 - p1) + _EPSILON
@@ -122,8 +128,12 @@ class Losses(NamedTuple):
     l2: Tensor
     focal: Tensor
 
-def draem_loss(reconstruction: Tensor | None, logits: Tensor | None, target: Tensor, mask: Tensor, recipe: Recipe) -> Losses:
-    "Weighted sum of the three losses in the target's type (float32), whatever autocast gave; the terms of an absent net (None) are zero."
+def draem_loss(
+    reconstruction: Tensor | None, logits: Tensor | None, target: Tensor, mask: Tensor, recipe: Recipe,
+) -> Losses:
+    """Weighted sum of the three losses in the target's type (float32), also under autocast.
+
+    The terms of an absent net (None) are zero."""
     ssim = l2 = focal = target.new_zeros(())
     with torch.autocast(target.device.type, enabled=False):
         if reconstruction is not None:

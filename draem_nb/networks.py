@@ -34,10 +34,13 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
         upstream = upstream.contiguous(memory_format=torch.channels_last)
-        return *torch.ops.aten.native_batch_norm_backward(upstream, x, weight, None, None, mean, inverse, True, ctx.eps, [True] * 3), None
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            upstream, x, weight, None, None, mean, inverse, True, ctx.eps, [True] * 3)
+        return *gradients, None
 
+# %% ../nbs/04_networks.ipynb #1a55b030
 class BatchNorm2d(nn.BatchNorm2d):
-    "`torch.nn.BatchNorm2d`, exact and quick in channels-last on a CPU as well; (B, C, H, W) -> the same, in the layout it came in."
+    "`torch.nn.BatchNorm2d`, also exact and fast in channels-last on a CPU; (B, C, H, W) -> the same, in its layout."
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != 'cpu' or x.is_contiguous(): return super().forward(x)
         if x.shape[1] < 16: return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
@@ -78,6 +81,7 @@ class _Encoder(nn.Module):
             outputs.append(block(self.pool(outputs[-1]) if outputs else x))
         return outputs
 
+# %% ../nbs/04_networks.ipynb #1a55b031
 class _ReconstructiveDecoder(nn.Module):
     def __init__(self, w: int, c_out: int):
         super().__init__()
@@ -91,7 +95,9 @@ class _ReconstructiveDecoder(nn.Module):
         return x
 
 class ReconstructiveSubNetwork(nn.Module):
-    "(B, in_channels, H, W) in 0..1 -> reconstruction of the same shape; H and W multiples of 16. 69.05 M parameters at width 128."
+    """(B, in_channels, H, W) in 0..1 -> reconstruction of the same shape; H and W multiples of 16.
+
+    69.05 M parameters at width 128."""
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_width: int = 128):
         super().__init__()
         self.encoder = _Encoder(in_channels, [base_width * k for k in (1, 2, 4, 8, 8)])
@@ -105,7 +111,8 @@ class _DiscriminativeDecoder(nn.Module):
     def __init__(self, w: int, c_out: int):
         super().__init__()
         # name, channels from below, channels after the upsampling, channels of the skip connection, channels out
-        for name, below, up, skip, out in [('b', 8, 8, 8, 8), ('1', 8, 4, 8, 4), ('2', 4, 2, 4, 2), ('3', 2, 1, 2, 1), ('4', 1, 1, 1, 1)]:
+        for name, below, up, skip, out in [('b', 8, 8, 8, 8), ('1', 8, 4, 8, 4), ('2', 4, 2, 4, 2),
+                                           ('3', 2, 1, 2, 1), ('4', 1, 1, 1, 1)]:
             self.add_module(f'up{"_" * (name == "b")}{name}', _up(below * w, up * w))
             self.add_module(f'db{"_" * (name == "b")}{name}', _double_conv((up + skip) * w, out * w, out * w))
         self.fin_out = _fin(w, c_out)
@@ -116,8 +123,11 @@ class _DiscriminativeDecoder(nn.Module):
         for up, db, skip in zip(layers[::2], layers[1::2], reversed(skips)): x = db(torch.cat([up(x), skip], dim=1))
         return fin_out(x)
 
+# %% ../nbs/04_networks.ipynb #1a55b032
 class DiscriminativeSubNetwork(nn.Module):
-    "(B, in_channels, H, W) -> logits (B, out_channels, H, W), class 1 = anomaly; H and W multiples of 32. 28.37 M parameters at width 64."
+    """(B, in_channels, H, W) -> logits (B, out_channels, H, W), class 1 = anomaly; H and W multiples of 32.
+
+    28.37 M parameters at width 64."""
     def __init__(self, in_channels: int = 6, out_channels: int = 2, base_channels: int = 64):
         super().__init__()
         self.encoder_segment = _Encoder(in_channels, [base_channels * k for k in (1, 2, 4, 8, 8, 8)])
@@ -128,24 +138,31 @@ class DiscriminativeSubNetwork(nn.Module):
 
 # %% ../nbs/04_networks.ipynb #d5b14b62
 class Draem(nn.Module):
-    "Both sub-networks; `draem(x)` gives (reconstruction (B, 3, H, W), logits (B, 2, H, W)); an absent net's output is None."
-    def __init__(self, base_width: int = 128, base_channels: int = 64, reconstructive: bool = True, discriminative: bool = True):
+    """Both sub-networks: `draem(x)` gives (reconstruction (B, 3, H, W), logits (B, 2, H, W)).
+
+    The output of an absent net is None."""
+    def __init__(self, base_width: int = 128, base_channels: int = 64,
+                 reconstructive: bool = True, discriminative: bool = True):
         super().__init__()
+        channels = 6 if reconstructive else 3
         self.reconstructive = ReconstructiveSubNetwork(base_width=base_width) if reconstructive else None
-        self.discriminative = DiscriminativeSubNetwork(6 if reconstructive else 3, base_channels=base_channels) if discriminative else None
+        self.discriminative = DiscriminativeSubNetwork(channels, 2, base_channels) if discriminative else None
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         reconstruction = self.reconstructive(x) if self.reconstructive is not None else None
         if self.discriminative is None: return reconstruction, None
-        seen = x if reconstruction is None else torch.cat([reconstruction, x], dim=1)
-        return reconstruction, self.discriminative(seen)
+        pair = x if reconstruction is None else torch.cat([reconstruction, x], dim=1)
+        return reconstruction, self.discriminative(pair)
 
 # %% ../nbs/04_networks.ipynb #7d29388a
 @torch.no_grad()
-def initialise(net: nn.Module, generator: torch.Generator, anomaly_prior: float | None = None, std: float = 0.02) -> nn.Module:
+def initialise(
+    net: nn.Module, generator: torch.Generator, anomaly_prior: float | None = None, std: float = 0.02,
+) -> nn.Module:
     """Draw all weights of `net` anew, in place (on the CPU, where the generator lives), as the released code does.
 
-    `anomaly_prior`, 0 to 1: the probability at which every pixel starts (Lin et al., ICCV 2017, section 4.1); None: as released, about 1/2.
+    `anomaly_prior`, 0 to 1: the probability at which every pixel starts (Lin et al., ICCV 2017, section 4.1);
+    None: as released, about 1/2.
     `std`: standard deviation of the convolution weights."""
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
@@ -174,25 +191,31 @@ def fold_batchnorm(net: nn.Module) -> nn.Module:
 # %% ../nbs/04_networks.ipynb #9c64343f
 _BT = torch.tensor([[1, -3/2, -2, 3/2, 1, 0], [0, -1, 1/2, 5/2, 1, 0], [0, 1, -5/2, 1/2, 1, 0],
                     [0, -2, -1, 2, 1, 0], [0, 1/2, -1, -1/2, 1, 0], [0, 1, -3/2, -2, 3/2, 1]])
-_G = torch.tensor([[1, 0, 0], [1/3, 1/3, 1/3], [-1/3, 1/3, -1/3], [-16/15, -8/15, -4/15], [1/15, -2/15, 4/15], [0, 0, 1]])
+_G = torch.tensor([[1, 0, 0], [1/3, 1/3, 1/3], [-1/3, 1/3, -1/3],
+                   [-16/15, -8/15, -4/15], [1/15, -2/15, 4/15], [0, 0, 1]])
 _AT = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 1/2, -2, 0], [0, 1, 1, 1/4, 4, 0], [0, 1, -1, 1/8, -8, 1]])
 
 # %% ../nbs/04_networks.ipynb #11a56926
-_BUFFER = 2**25      # bytes; the C library maps anything larger anew at every use, and the pages' first touch costs more than the arithmetic
+# Bytes. The C library maps anything larger anew at every use, and first touching a page costs more than the arithmetic.
+_BUFFER = 2**25
 
 class WinogradConv2d(nn.Module):
-    "A trained 3 x 3 convolution (stride 1, padding 1) for prediction: (B, C, H, W) -> (B, O, H, W), channels-last; H and W multiples of 4."
+    """A trained 3 x 3 convolution (stride 1, padding 1) for prediction, channels-last.
+
+    (B, C, H, W) -> (B, O, H, W); H and W multiples of 4."""
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         points = torch.kron(_G, _G) @ conv.weight.detach().flatten(2).flatten(0, 1).T           # (36, O C)
-        buffers = dict(weight=points.view(36, *conv.weight.shape[:2]), bias=conv.bias.detach(), to_points=torch.kron(_BT, _BT).view(36, 1, 6, 6), to_pixels=torch.kron(_AT, _AT))
+        buffers = dict(weight=points.view(36, *conv.weight.shape[:2]), bias=conv.bias.detach(),
+                       to_points=torch.kron(_BT, _BT).view(36, 1, 6, 6), to_pixels=torch.kron(_AT, _AT))
         for name, value in buffers.items(): self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         (B, C, H, W), O, h, w = x.shape, len(self.bias), x.shape[2] // 4, x.shape[3] // 4
         y = x.new_empty(B, h, 4, w, 4, O)
         for part, out in zip(x.split(n := max(1, _BUFFER // (144 * C * h * w))), y.split(n)):
-            tiles = nn.functional.conv2d(part.reshape(-1, 1, H, W), self.to_points, stride=4, padding=1).view(len(part), C, 36, h * w)
+            tiles = nn.functional.conv2d(part.reshape(-1, 1, H, W), self.to_points, stride=4, padding=1)
+            tiles = tiles.view(len(part), C, 36, h * w)
             product = self.weight @ tiles.permute(2, 1, 0, 3).reshape(36, C, -1)
             pixels = (self.to_pixels @ product.flatten(1)).view(4, 4, O, len(part), h, w)
             torch.add(pixels.permute(3, 4, 0, 5, 1, 2), self.bias, out=out)
@@ -201,14 +224,18 @@ class WinogradConv2d(nn.Module):
 # %% ../nbs/04_networks.ipynb #fcbfc38a
 def _pays(conv: nn.Conv2d, h: int, w: int) -> bool:
     wide = min(conv.in_channels, conv.out_channels) >= 256
-    return wide and h % 4 == w % 4 == 0 and h * w >= 32 * 32 and 144 * max(conv.in_channels, conv.out_channels) * (h * w // 16) <= _BUFFER
+    fits = 144 * max(conv.in_channels, conv.out_channels) * (h * w // 16) <= _BUFFER
+    return wide and h % 4 == w % 4 == 0 and h * w >= 32 * 32 and fits
 
 def winograd(net: Draem, size: tuple[int, int]) -> Draem:
-    "A copy of a folded `net` that shares its weights, but for the convolutions that Winograd's way makes faster on a CPU with images of `size`."
+    """A copy of a folded `net`, with Winograd's method where it is faster on a CPU with images of `size`.
+
+    All other weights are shared with `net`."""
     net, seen = copy.deepcopy(net, {id(p): p for p in net.parameters()}), {}
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     hooks = [m.register_forward_pre_hook(lambda m, args: seen.update({m: args[0].shape[2:]})) for m in convolutions]
-    torch.func.functional_call(net, {k: v.to('meta') for k, v in net.state_dict().items()}, torch.empty(1, 3, *size, device='meta'))
+    weights = {k: v.to('meta') for k, v in net.state_dict().items()}
+    torch.func.functional_call(net, weights, torch.empty(1, 3, *size, device='meta'))
     for hook in hooks: hook.remove()
     for sequence in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for i, layer in enumerate(sequence):

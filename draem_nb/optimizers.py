@@ -5,6 +5,7 @@
 # %% ../nbs/06b_optimizers.ipynb #82aa3849
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
@@ -31,10 +32,14 @@ def orthogonalise(matrices: Tensor, iterations: int = 4) -> Tensor:
     return x.mT if tall else x
 
 # %% ../nbs/06b_optimizers.ipynb #507086cb
+def _unit_filters(kernel: Tensor) -> Tensor:
+    return kernel / kernel.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+
+# %% ../nbs/06b_optimizers.ipynb #1a55b050
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for convolution kernels (out, in, h, w) that batch normalisation follows.
 
-    Every filter has norm 1 before the first step and after each one. `lr`: how far a direction moves; `momentum`: 0..1."""
+    Every filter has norm 1 before and after each step. `lr`: how far a direction moves; `momentum`: 0..1."""
     def __init__(self, kernels: Iterable[Tensor], lr: float = 0.05, momentum: float = 0.9):
         super().__init__(kernels, dict(lr=lr, momentum=momentum))
         with torch.no_grad():
@@ -43,10 +48,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
         "One step. A closure is not supported."
-        group = self.param_groups[0]
-        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+        group, by_shape = self.param_groups[0], defaultdict(list)
         for kernel in group['params']:
-            if kernel.grad is not None: by_shape.setdefault(tuple(kernel.shape), []).append(kernel)
+            if kernel.grad is not None: by_shape[kernel.shape].append(kernel)
         for kernels in by_shape.values():
             moves = orthogonalise(torch.stack([self._direction(k, group['momentum']) for k in kernels]).flatten(2))
             for kernel, move in zip(kernels, moves):
@@ -56,11 +60,7 @@ class Muon(torch.optim.Optimizer):
         "Nesterov's momentum of the gradient; the state is made at the first step."
         state = self.state[kernel]
         if not state: state['momentum'] = torch.zeros_like(kernel)
-        state['momentum'].mul_(momentum).add_(kernel.grad)
-        return kernel.grad + momentum * state['momentum']
-
-def _unit_filters(kernel: Tensor) -> Tensor:
-    return kernel / kernel.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        return kernel.grad + momentum * state['momentum'].mul_(momentum).add_(kernel.grad)
 
 # %% ../nbs/06b_optimizers.ipynb #ea3acd5d
 def inner_kernels(net: Draem) -> list[Tensor]:
