@@ -51,7 +51,7 @@ FAULTS = {
     'side heads that see the painted image': ('training', 'self.heads.loss(batch.target)', 'self.heads.loss(batch.augmented)', 'test_training', 'clean_image'),
     'side heads kept in the checkpoint': ('training', 'if self.done < self.total:', 'if True:', 'test_training', 'no_trace'),
     'own share ignored': ('simulator', 'own=torch.rand(n, generator=g) < recipe.own_share', 'own=torch.rand(n, generator=g) < 0', 'test_simulator', 'own_share'),
-    'own sources fainter than half': ('simulator', 'uniform(0.5, 1., int(plan.own.sum()), g)', 'uniform(0.2, 1., int(plan.own.sum()), g)', 'test_simulator', 'own_share'),
+    'own sources fainter than half': ('simulator', 'uniform(0.5, 1., int(own.sum()), g)', 'uniform(0.2, 1., int(own.sum()), g)', 'test_simulator', 'own_share'),
     'own sources from one image': ('simulator', 'own_image=torch.randint(n_images, (n,), generator=g)', 'own_image=torch.randint(1, (n,), generator=g)', 'test_simulator', 'own_share'),
     'own sources moved along the other axes': ('simulator', '(int(down * height), int(right * width)), (1, 2))', '(int(right * width), int(down * height)), (2, 1))', 'test_simulator', 'own_source'),
     'own sources of another contrast': ('simulator', '(image - mean) * (0.7 + 0.6 * contrast)', '(image - mean) * (0.6 + 0.6 * contrast)', 'test_simulator', 'own_source'),
