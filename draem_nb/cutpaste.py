@@ -10,20 +10,23 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import torch
-from sklearn.covariance import LedoitWolf
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import CategoryData, check_size, replacing
 from .detector import AnomalyDetector
+from .fitting import describe_run, is_there, keep_run
 from .simulator import generator_of, uniform
 from .training import load_checkpoint, pick_device, split_held_out
 
 # %% auto #0
-__all__ = ['CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw_patches', 'draw_scars', 'paste', 'CutPastePlan',
-           'draw_plan', 'make_batch', 'ResNet18', 'train_network', 'Gaussian', 'spread', 'patch_features',
+__all__ = ['load', 'CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw_patches', 'draw_scars', 'paste', 'CutPastePlan',
+           'draw_plan', 'make_batch', 'examples', 'ResNet18', 'train_network', 'Gaussian', 'spread', 'patch_features',
            'CutPasteDetector', 'fit']
 
 # %% ../nbs/22_cutpaste.ipynb #0900ca95
@@ -199,6 +202,20 @@ def make_batch(images: Tensor, plan: CutPastePlan, window: tuple[int, int]) -> t
     batch = torch.cat([normal, *(paste(normal, pastes)[0] for pastes in plan.pastes)])
     return batch, torch.arange(1 + len(plan.pastes), device=images.device).repeat_interleave(len(normal))
 
+# %% ../nbs/22_cutpaste.ipynb #4d9e2a70
+def examples(images: Tensor, recipe: CutPasteRecipe, textures: Tensor | None = None) -> Figure:
+    "Six of (N, 3, H, W) uint8 normal images, and below them what each kind of paste makes of them. No textures are used."
+    window = tuple(images.shape[-2:])
+    batch, _ = make_batch(images, draw_plan(recipe.replace(batch=6), len(images), window, 0), window)
+    fig, axes = plt.subplots(1 + len(recipe.kinds), 6, figsize=(8, 1.4 * (1 + len(recipe.kinds))), layout='constrained')
+    for row, part, name in zip(axes, batch.cpu().split(6), ('normal', *recipe.kinds)):
+        row[0].set_ylabel(name)
+        for ax, picture in zip(row, part):
+            ax.imshow(picture.permute(1, 2, 0))
+            ax.set(xticks=[], yticks=[])
+    plt.close(fig)
+    return fig
+
 # %% ../nbs/22_cutpaste.ipynb #f864fbc9
 def _conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out))
@@ -272,6 +289,7 @@ class Gaussian:
     def fit(cls, features: Tensor) -> Gaussian:
         "From (N, D) features, N >= 2, with a shrunk covariance; on their device."
         if len(features) < 2: raise ValueError(f'a Gaussian needs at least 2 normal images to train on, got {len(features)}')
+        from sklearn.covariance import LedoitWolf       # here: it takes a second, and whoever asks for another method need not wait
         found = LedoitWolf().fit(features.double().cpu().numpy())
         lower = torch.linalg.cholesky(torch.from_numpy(found.precision_))
         return cls(torch.from_numpy(found.location_).float().to(features.device), lower.float().to(features.device))
@@ -317,10 +335,13 @@ class CutPasteDetector(AnomalyDetector):
         return None, maps / (maps + self.farthest), scores
 
     def save(self, run_dir: str | Path) -> None:
-        "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
+        "Write checkpoint.pt, losses.csv and, if there are thresholds, threshold.json into the folder."
         state = dict(recipe=dataclasses.asdict(self.recipe), farthest=self.farthest, losses=self.losses, nets={k: net.state_dict() for k, net in self.nets.items()},
                      gaussians={k: vars(g) for k, g in self.gaussians.items()})
         with replacing(Path(run_dir) / 'checkpoint.pt') as temporary: torch.save(state, temporary)
+        rows = pd.DataFrame({f'cross-entropy, {k}': losses.tolist() for k, losses in self.losses.items()})
+        rows.insert(0, 'step', rows.index + 1)
+        with replacing(Path(run_dir) / 'losses.csv') as temporary: rows.to_csv(temporary, index=False)
         if self.threshold is not None: self.save_calibration(run_dir)
 
     @classmethod
@@ -354,18 +375,30 @@ def _describe_normal(nets: dict[str, ResNet18], images: Tensor, recipe: CutPaste
     gaussians = {name: Gaussian.fit(f) for name, f in features.items()}
     return gaussians, float(gaussians['patches'].distance(features['patches']).max())
 
+# %% ../nbs/22_cutpaste.ipynb #7c0d5e3b
 def fit(
     category: CategoryData,                         # its normal training images are used, nothing else
     recipe: CutPasteRecipe | None = None,           # None: `demo()`
     device: str | torch.device | None = None,       # None: a GPU where there is one
+    textures: Tensor | None = None,                 # not used: the pasted pieces are the class's own
+    run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
 ) -> CutPasteDetector:                              # with thresholds from the held-out images, unless recipe.holdout is 0
     "Train both networks, fit both Gaussians and set the thresholds (Li et al., 2021). The same seed gives the same bits on a CPU."
     recipe, device = recipe or demo(), pick_device(device)
     if category.size != check_size(recipe.size):
-        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for {recipe.size}; load it with size={recipe.size}')
+        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for {recipe.size}; '
+                         f'load it with size={recipe.size}')
+    about = describe_run('cutpaste', category, recipe, device)
+    if run_dir and is_there(Path(run_dir), about): return CutPasteDetector.load(run_dir, device)
     kept, held_out = split_held_out(len(category.train), recipe)
     images = category.train[kept].to(device)
-    trained = {name: train_network(images, recipe, window, name) for name, window in (('images', category.size), ('patches', (recipe.patch,) * 2))}
+    windows = dict(images=category.size, patches=(recipe.patch,) * 2)
+    trained = {name: train_network(images, recipe, window, name) for name, window in windows.items()}
     nets = {name: net for name, (net, _) in trained.items()}
-    detector = CutPasteDetector(recipe, nets, *_describe_normal(nets, images, recipe), {name: losses for name, (_, losses) in trained.items()})
-    return detector.calibrate(category.train[held_out]) if len(held_out) else detector
+    losses = {name: losses for name, (_, losses) in trained.items()}
+    detector = CutPasteDetector(recipe, nets, *_describe_normal(nets, images, recipe), losses)
+    if len(held_out): detector.calibrate(category.train[held_out])
+    if run_dir: keep_run(detector, about, Path(run_dir))
+    return detector
+
+load = CutPasteDetector.load

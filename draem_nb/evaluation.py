@@ -27,9 +27,10 @@ from .simulator import AnomalySimulator
 from .training import RandomCrops
 
 # %% auto #0
-__all__ = ['wilson_interval', 'intervals', 'evaluate', 'with_interval', 'headline', 'results_in_words', 'results_table',
-           'evaluate_simulated', 'compare', 'paper_table', 'beside_paper', 'differing_conditions', 'ablation_table',
-           'read_runs', 'conditions_name', 'runs_table', 'summary_table', 'mark_best', 'differences']
+__all__ = ['PUBLISHED_AS', 'wilson_interval', 'intervals', 'evaluate', 'method_conditions', 'with_interval', 'headline',
+           'results_in_words', 'results_table', 'evaluate_simulated', 'compare', 'paper_table', 'method_of',
+           'beside_paper', 'differing_conditions', 'ablation_table', 'read_runs', 'conditions_name', 'runs_table',
+           'summary_table', 'mark_best', 'differences']
 
 # %% ../nbs/10_evaluation.ipynb #8f86e026
 def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray) -> dict[str, dict]:
@@ -227,6 +228,23 @@ def _conditions(detector: object, category: CategoryData, mask_rule: str) -> dic
                            steps=recipe.total_steps(fitted), epochs=None if recipe.steps else recipe.epochs)
     return dict(conditions, n_train=len(category.train), fingerprint=category.fingerprint)
 
+# %% ../nbs/10_evaluation.ipynb #a6d1c0f3
+def method_conditions(
+    method: str,            # its name in `methods`
+    detector: object,       # with .recipe, and .backbone where its features are pretrained
+    named: object,          # the recipe that its own comes from: what differs is said
+    published: object = None,   # the method's published recipe, where there is one
+) -> dict:                  # to be added to the conditions of `evaluate`
+    "What the conditions of a run say of its method; of DRAEM's recipe `evaluate` has said the rest."
+    recipe, backbone, apart = detector.recipe, getattr(detector, 'backbone', None), ('name', 'seed')
+    if isinstance(recipe, Recipe): return dict(method=method)
+    length = {field: value for field in ('steps', 'epochs', 'batch') if (value := getattr(recipe, field, None)) is not None}
+    unlike = {} if published is None else changed_fields(recipe, published, (*apart, 'holdout', 'quantile'))
+    there = json.loads(json.dumps(dataclasses.asdict(published))) if unlike else {}
+    return dict(method=method, recipe=f'{method} {recipe.name}' + (f' on {backbone}' if backbone else ''), backbone=backbone, seed=recipe.seed,
+                **length, changes=changed_fields(recipe, named, (*apart, 'size', *length)),
+                unlike_published=None if published is None else {field: [value, there[field]] for field, value in unlike.items()})
+
 # %% ../nbs/10_evaluation.ipynb #954c7ade
 def with_interval(results: dict, part: str, name: str) -> str:
     "A metric of `evaluate` with its interval, '0.931 (0.90 to 0.95)'; part 'image' or 'pixel'. Without brackets where there is no interval, 'undefined' where there is no value."
@@ -321,31 +339,56 @@ def paper_table(name: str) -> pd.DataFrame:
 _METRICS = {'image AUROC': ('image', 'auroc'), 'pixel AUROC': ('pixel', 'auroc'), 'pixel AP': ('pixel', 'ap')}        # published
 _OURS = {**_METRICS, 'image AP': ('image', 'ap'), 'image F1-max': ('image', 'f1_max'), 'pixel F1-max': ('pixel', 'f1_max'), 'AUPRO': ('pixel', 'aupro')}
 
+PUBLISHED_AS = dict(ganomaly='GANomaly', dagan='DAGAN', students='US', riad='RIAD', gaussian_ad='Gaussian-AD', padim='PaDiM', draem='DRAEM')
+_BACKBONES = dict(padim='WideResNet-50', gaussian_ad='EfficientNet-B4')      # that the published numbers are of
+
+def method_of(results: dict) -> str:
+    "The name of the method whose results these are; DRAEM's do not say it."
+    return results['conditions'].get('method') or 'draem'
+
+def _cutpaste_row(category: str) -> dict:
+    image, pixel = paper_table('cutpaste').loc[category]
+    return {'image AUROC': image, 'pixel AUROC': pixel}
+
 def beside_paper(results: dict) -> pd.DataFrame | None:
-    "Our numbers and the published ones for one of MVTec AD's classes, percent; None for any other class."
-    category = results['conditions']['category']
+    "The published numbers and ours for one of MVTec AD's classes, percent, the method's own published row beside ours; None for any other class."
+    category, method = results['conditions']['category'], method_of(results)
     detection, localization = paper_table('detection').drop('average'), paper_table('localization').drop('average')
     if category not in detection.index: return None
     table = pd.DataFrame({'image AUROC': detection.loc[category]})
     for metric, suffix in (('pixel AUROC', '_auroc'), ('pixel AP', '_ap')):
         table[metric] = localization.loc[category].filter(like=suffix).rename(lambda name: name.removesuffix(suffix))
+    if method == 'cutpaste': table.loc['CutPaste'] = _cutpaste_row(category)
+    if (own := PUBLISHED_AS.get(method)) in table.index: table = table.reindex([*table.index.drop(own), own])
     percent = {metric: results[part][key] for metric, (part, key) in _METRICS.items()}
     table.loc['ours'] = {metric: np.nan if value is None else 100 * value for metric, value in percent.items()}
     return table
 
-def differing_conditions(results: dict) -> list[str]:
-    "How the run's conditions differ from the paper's, in words."
-    c, words = results['conditions'], []
+# %% ../nbs/10_evaluation.ipynb #3c52b9e7
+def _unlike_draem(c: dict, results: dict) -> list[str]:
+    words = []
     if c['size'] != [256, 256]: words.append(f'{c["size"][0]} x {c["size"][1]} pixels instead of 256 x 256')
-    if 'recipe' in c:
-        if (c['base_width'], c['base_channels']) != (128, 64): words.append(f'network widths {c["base_width"]} and {c["base_channels"]} instead of 128 and 64')
-        n_held_out = (results['operating_point'] or {}).get('n_held_out', 0)
-        epochs = c['steps'] * c['batch'] / (c['n_train'] - n_held_out)
-        if epochs < 600: words.append(f'{epochs:.0f} epochs instead of 700')
-        if c['recipe'] not in ('paper', 'official'): words.append(f'the choices of the recipe "{c["recipe"]}"')
-        words += [f'{field} = {value}' for field, value in c.get('changes', {}).items()]
+    if 'recipe' not in c: return words
+    if (c['base_width'], c['base_channels']) != (128, 64): words.append(f'network widths {c["base_width"]} and {c["base_channels"]} instead of 128 and 64')
+    epochs = c['steps'] * c['batch'] / (c['n_train'] - (results['operating_point'] or {}).get('n_held_out', 0))
+    if epochs < 600: words.append(f'{epochs:.0f} epochs instead of 700')
+    if c['recipe'] not in ('paper', 'official'): words.append(f'the choices of the recipe "{c["recipe"]}"')
+    return words + [f'{field} = {value}' for field, value in c.get('changes', {}).items()]
+
+def _unlike_published(c: dict) -> list[str]:
+    "Of a method other than DRAEM."
+    words, theirs = [], _BACKBONES.get(c['method'])
+    if theirs and c.get('backbone') != theirs: words.append(f'features of {c.get("backbone")} instead of {theirs}')
+    if c.get('unlike_published') is None: return [*words, f'{c["size"][0]} x {c["size"][1]} pixels']
+    return words + [f'{field} {here} instead of {there}' for field, (here, there) in c['unlike_published'].items()]
+
+def differing_conditions(results: dict) -> list[str]:
+    "How the conditions of a run differ from those of its method's published numbers, in words."
+    c = results['conditions']
+    words = _unlike_draem(c, results) if method_of(results) == 'draem' else _unlike_published(c)
     if c['mask_rule'] != 'official': words.append('masks by the rule "half" instead of the released code\'s')
-    if (results['operating_point'] or {}).get('n_held_out'): words.append(f'{results["operating_point"]["n_held_out"]} of {c["n_train"]} normal images held out for the threshold')
+    if n_held_out := (results['operating_point'] or {}).get('n_held_out'):
+        words.append(f'{n_held_out} of {c["n_train"]} normal images held out for the threshold')
     return words
 
 # %% ../nbs/10_evaluation.ipynb #6287d4f6
@@ -380,13 +423,13 @@ def conditions_name(results: dict) -> str:
     words = [c.get('recipe', 'no recipe'), f'{c["size"][0]} x {c["size"][1]}' + ('' if c.get('antialias', True) else ' not antialiased')]
     if 'base_width' in c: words.append(f'widths {c["base_width"]}/{c["base_channels"]}')
     # A class of more images takes more steps for the same epochs: where epochs were asked for, they are the condition.
-    if 'steps' in c: words.append(f'{c["epochs"]:g} epochs in batches of {c["batch"]}' if c.get('epochs') else f'{c["steps"]} steps of {c["batch"]}')
+    if c.get('epochs'): words.append(f'{c["epochs"]:g} epochs' + (f' in batches of {c["batch"]}' if 'batch' in c else ''))
+    elif 'steps' in c: words.append(f'{c["steps"]} steps' + (f' of {c["batch"]}' if 'batch' in c else ''))
     words.append(f'masks {c["mask_rule"]}')
     if c.get('texture_source', 'images') != 'images': words.append(f'texture source {c["texture_source"]}')
     if c.get('n_textures'): words.append(f'{c["n_textures"]} textures')
     if 'textures' in c: words.append(f'textures {c["textures"]}')
     return ', '.join(words + [f'{field} = {value}' for field, value in c.get('changes', {}).items()])
-
 
 # %% ../nbs/10_evaluation.ipynb #b5ab5c49
 def _percent(value: float | None) -> float: return np.nan if value is None else 100 * value

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Protocol
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import detector, gaussian_ad, memory, padim, recipes, tiling
+from . import cutpaste, detector, gaussian_ad, memory, padim, plots, recipes, tiling
 from .autoencoder import Autoencoder, AutoencoderDetector, AutoencoderRecipe
 from .autoencoder import fit as fit_autoencoder
-from .data import CategoryData, check_size, replacing
+from .data import CategoryData, check_size, large_part, replacing
 from .detector import AnomalyDetector
-from .features import describe_run, is_there, keep_run
-from .training import load_checkpoint, pick_device
+from .fitting import describe_run, is_there, keep_run
+from .simulator import AnomalySimulator
+from .textures import load_textures
+from .training import RandomCrops, load_checkpoint, pick_device, split_held_out, train
 
 # %% auto #0
-__all__ = ['METHODS', 'Method', 'method', 'recipe_of', 'fit', 'load']
+__all__ = ['METHODS', 'Method', 'method', 'recipe_of', 'published', 'textures_of', 'examples', 'fit', 'load']
 
 # %% ../nbs/40_methods.ipynb #0d7e3075
 class Method(Protocol):
@@ -39,36 +44,49 @@ class Method(Protocol):
 
 # %% ../nbs/40_methods.ipynb #93207c4b
 class _Draem:
-    by_name, fit, load = staticmethod(recipes.by_name), staticmethod(detector.fit), staticmethod(tiling.load_detector)
+    wants_textures = True
+    by_name, load = staticmethod(recipes.by_name), staticmethod(tiling.load_detector)
 
-class _Kept:
-    "A method whose own `fit` keeps no run."
-    def fit(self, category: CategoryData, recipe: object = None, device: str | torch.device | None = None,
+    def fit(self, category: CategoryData, recipe: recipes.Recipe | None = None, device: str | torch.device | None = None,
             textures: Tensor | None = None, run_dir: str | Path | None = None) -> AnomalyDetector:
-        recipe, device = recipe or self.by_name('demo'), pick_device(device)
-        about = describe_run(self.name, category, recipe, device)
-        if run_dir and is_there(Path(run_dir), about): return self.load(run_dir, device)
-        found = self._fit(category, recipe, device)
-        if run_dir: keep_run(found, about, Path(run_dir))
-        return found
+        recipe = recipe or recipes.demo()
+        if textures is None: textures = load_textures(None, recipe.size, recipe.antialias)
+        if recipe.image_size is None: return detector.fit(category, recipe, device, textures, run_dir)
+        with tempfile.TemporaryDirectory() as scratch:
+            train(category, textures, recipe, folder := Path(run_dir or scratch), device)
+            found, held_out = self.load(folder, device), split_held_out(len(category.train), recipe)[1]
+            if len(held_out): found.calibrate(large_part(category.train, held_out)).save_calibration(folder)
+            return found
+
+    def examples(self, images: Tensor, recipe: recipes.Recipe, textures: Tensor) -> Figure:
+        simulator = AnomalySimulator(textures, recipe.replace(clean_share=0.), images)
+        plan = simulator.plan(len(images), 6, recipe.seed, 0)
+        crops = (images, plan) if recipe.image_size is None else RandomCrops(images, recipe).draw(plan, 0)
+        return plots.simulated_gallery(simulator(*crops))
+
+# %% ../nbs/40_methods.ipynb #1ab6c0d9
+def _save_autoencoder(found: AutoencoderDetector, run_dir: Path) -> None:
+    state = dict(recipe=dataclasses.asdict(found.recipe), net=found.net.state_dict(), losses=found.losses)
+    with replacing(run_dir / 'checkpoint.pt') as temporary: torch.save(state, temporary)
+    rows = pd.DataFrame(dict(step=range(1, len(found.losses) + 1), loss=found.losses.tolist()))
+    with replacing(run_dir / 'losses.csv') as temporary: rows.to_csv(temporary, index=False)
+    if found.threshold is not None: found.save_calibration(run_dir)
 
 # %% ../nbs/40_methods.ipynb #e8655a0d
-class _Autoencoder(_Kept):
-    name = 'autoencoder'
-
+class _Autoencoder:
     def by_name(self, name: str) -> AutoencoderRecipe:
         if name != 'demo': raise ValueError(f'unknown recipe {name!r}; an autoencoder has: demo')
         return AutoencoderRecipe()
 
-    def _fit(self, category: CategoryData, recipe: AutoencoderRecipe, device: torch.device) -> AutoencoderDetector:
+    def fit(self, category: CategoryData, recipe: AutoencoderRecipe | None = None, device: str | torch.device | None = None,
+            textures: Tensor | None = None, run_dir: str | Path | None = None) -> AutoencoderDetector:
+        recipe, device = recipe or AutoencoderRecipe(), pick_device(device)
+        about = describe_run('autoencoder', category, recipe, device)
+        if run_dir and is_there(Path(run_dir), about): return self.load(run_dir, device)
         found = fit_autoencoder(category, recipe, device)
-        found.save = lambda run_dir: self._save(found, Path(run_dir))
+        found.save = lambda run_dir: _save_autoencoder(found, Path(run_dir))
+        if run_dir: keep_run(found, about, Path(run_dir))
         return found
-
-    def _save(self, found: AutoencoderDetector, run_dir: Path) -> None:
-        state = dict(recipe=dataclasses.asdict(found.recipe), net=found.net.state_dict(), losses=found.losses)
-        with replacing(run_dir / 'checkpoint.pt') as temporary: torch.save(state, temporary)
-        if found.threshold is not None: found.save_calibration(run_dir)
 
     def load(self, run_dir: str | Path, device: str | torch.device | None = None) -> AutoencoderDetector:
         device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
@@ -82,24 +100,8 @@ class _Autoencoder(_Kept):
         found.load_calibration(run_dir)
         return found
 
-# %% ../nbs/40_methods.ipynb #536a6118
-class _CutPaste(_Kept):
-    name = 'cutpaste'           # imported when it is used: scikit-learn takes a second
-
-    def by_name(self, name: str) -> object:
-        from draem_nb import cutpaste
-        return cutpaste.by_name(name)
-
-    def _fit(self, category: CategoryData, recipe: object, device: torch.device) -> AnomalyDetector:
-        from draem_nb import cutpaste
-        return cutpaste.fit(category, recipe, device)
-
-    def load(self, run_dir: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
-        from draem_nb import cutpaste
-        return cutpaste.CutPasteDetector.load(run_dir, device)
-
 # %% ../nbs/40_methods.ipynb #67f88abc
-METHODS: dict[str, Method] = dict(draem=_Draem(), autoencoder=_Autoencoder(), cutpaste=_CutPaste(),
+METHODS: dict[str, Method] = dict(draem=_Draem(), autoencoder=_Autoencoder(), cutpaste=cutpaste,
                                   memory=memory, padim=padim, gaussian_ad=gaussian_ad)
 
 def method(name: str) -> Method:
@@ -115,16 +117,39 @@ def recipe_of(name: str, recipe: str = 'demo', **fields: object) -> object:
         raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(known)}")
     return dataclasses.replace(found, **fields)
 
+def published(name: str) -> object | None:
+    "A method's published recipe; None where it has none."
+    for recipe in ('published', 'paper'):
+        try: return method(name).by_name(recipe)
+        except ValueError: pass
+
+# %% ../nbs/40_methods.ipynb #c41d9e58
+def textures_of(
+    name: str,                                      # of the method
+    recipe: object,                                 # of that method
+    root: str | Path | None = None,                 # folder of images; None: the built-in photographs
+) -> Tensor | None:                                 # (N, 3, H, W) uint8, of the recipe's size
+    "The anomaly source of a method that simulates anomalies; None for one that does not."
+    if not getattr(method(name), 'wants_textures', False): return None
+    return load_textures(root, recipe.size, getattr(recipe, 'antialias', True))
+
+def examples(name: str, images: Tensor, recipe: object, textures: Tensor | None = None) -> Figure | None:
+    "What a method makes of (N, 3, H, W) uint8 normal images to learn from; None where it learns from them as they are."
+    shown = getattr(method(name), 'examples', None)
+    return shown(images, recipe, textures) if shown else None
+
 # %% ../nbs/40_methods.ipynb #4f8a2fc1
 def fit(
     name: str,                                      # of the method
     category: CategoryData,                         # its normal training images are used, nothing else
     recipe: object = None,                          # of that method; None: its 'demo'
     device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # (N, 3, H, W) uint8 anomaly source, where anomalies are simulated
+    textures: Tensor | None = None,                 # (N, 3, H, W) uint8 anomaly source, see `textures_of`
     run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
 ) -> AnomalyDetector:                               # with thresholds, unless recipe.holdout is 0
-    "A detector of a class by the method of that name."
+    "A detector of a class by the method of that name. One that wants textures gets the built-in photographs where none are given."
+    recipe = recipe or recipe_of(name)
+    if textures is None: textures = textures_of(name, recipe)
     return method(name).fit(category, recipe, device, textures, run_dir)
 
 def load(run_dir: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:

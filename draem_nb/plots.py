@@ -338,21 +338,24 @@ def _loss_panel(ax: Axes, step: pd.Series, loss: pd.Series) -> None:
     ax.set_title(f'ends at {smooth.iloc[-1]:.3g}', loc='right', fontsize=9, fontweight='normal', color=MUTED)
 
 # %% ../nbs/11_plots.ipynb #eb46f376
+_LOSS_NAMES = dict(ssim='SSIM loss', l2='L2 loss', focal='focal loss')
+
 @_styled
 def training_curves(
-    losses: pd.DataFrame,  # columns step, ssim, l2, focal, lr; one row a logged step
+    losses: pd.DataFrame,  # columns step, one for each loss, and lr where there is a learning rate; one row a logged step
 ) -> Figure:
-    "The three losses over the training, with the drops of the learning rate marked."
+    "Every loss over the training, with the drops of the learning rate marked."
     if not len(losses): return _sentence('No losses were logged.')
-    fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7), layout='constrained')
-    for ax, (column, title) in zip(axes, dict(ssim='SSIM loss', l2='L2 loss', focal='focal loss').items()):
-        ax.set_title(title)
-        used = losses[losses[column].notna()]
-        if not used[column].any():
+    names = [name for name in losses if name not in ('step', 'lr')]
+    fig, axes = plt.subplots(1, len(names), figsize=(WIDTH, 2.7), layout='constrained', squeeze=False)
+    for ax, name in zip(axes[0], names):
+        ax.set_title(_LOSS_NAMES.get(name, name))
+        used = losses[losses[name].notna()]
+        if not used[name].any():
             _say(ax, 'not part of this recipe')
             continue
-        _loss_panel(ax, used['step'], used[column])
-        for step, lr in _drops(losses):
+        _loss_panel(ax, used['step'], used[name])
+        for step, lr in _drops(losses) if 'lr' in losses else ():
             ax.axvline(step, color=MUTED, linestyle='--', linewidth=1)
             ax.annotate(f'lr {lr:.0e}'.replace('e-0', 'e-'), (step, 1), xycoords=('data', 'axes fraction'), xytext=(-2, -3),
                         textcoords='offset points', rotation=90, ha='right', va='top', fontsize=8, color=MUTED)

@@ -111,7 +111,7 @@ def default_folder(
     rest = {key: value for key, value in params.items() if key not in named and value}
     code = f"-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]}" if rest else ''
     seeds = f"seeds{'-'.join(map(str, p['seeds']))}" if 'seeds' in p else f"seed{p['seed']}"
-    before = f'{report}-' if report in ('ablation', 'cutpaste', 'learning_curve') else ''
+    before = f'{report}-' if report in ('ablation', 'learning_curve') else ''
     if p.get('method', 'draem') != 'draem': before += f"{p['method']}-"
     return Path(runs_dir) / f"{before}{p['category']}-{p['recipe']}-{seeds}{code}"
 

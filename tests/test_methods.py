@@ -7,9 +7,11 @@ from configparser import ConfigParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from draem_nb import evaluation, features, gaussian_ad, memory, methods, padim
@@ -110,11 +112,59 @@ def test_a_report_and_an_inspection_by_another_method(demo, tmp_path, capsys, me
     category = load_category(demo, 'gravel', overrides['size'])
     again = evaluation.evaluate(found, category, together=['hole'])
     for part in ('image', 'pixel', 'together', 'operating_point'): assert json.loads(json.dumps(again[part])) == results[part]
-    assert results['conditions']['recipe'] == f'{method} demo on EfficientNet-Lite0' and results['conditions']['changes'] == overrides
+    assert results['conditions']['recipe'] == f'{method} demo on EfficientNet-Lite0' and results['conditions']['method'] == method
+    assert results['conditions']['changes'] == {field: value for field, value in overrides.items() if field != 'size'}
     assert evaluation.runs_table([results]).conditions[0].startswith(f'{method} demo on EfficientNet-Lite0, 64 x')
     run_report('inspect', dict(run_dir=str(tmp_path / 'run'), images=str(demo / 'gravel' / 'test' / 'hole')), tmp_path / 'seen')
     verdicts = pd.read_csv(tmp_path / 'seen' / 'verdicts.csv')
     assert len(verdicts) == category.kinds.count('hole') and set(verdicts.verdict) <= {'anomalous', 'normal'}
+
+
+def test_a_method_that_learns_in_steps_shows_its_examples_and_losses(demo, tmp_path):
+    ask = dict(category='gravel', data_root=str(demo), method='cutpaste', kinds=['hole'], overrides=dict(steps=3, width=4, batch=2, stride=8), seed=1)
+    result = run_report('category', ask, folder := default_folder('category', ask, tmp_path))
+    files = {p.name for p in folder.iterdir()}
+    assert {'run.json', 'checkpoint.pt', 'threshold.json', 'losses.csv', 'metrics.json', 'report.html'} <= files
+    assert {'data.png', 'simulated.png', 'training.png', 'scores.png', 'hits.png'} <= {p.name for p in (folder / 'figures').iterdir()}
+    run, category = json.loads((folder / 'run.json').read_text()), load_category(demo, 'gravel', 64)
+    assert run['recipe']['seed'] == 1 and run['method'] == 'cutpaste' and run['fingerprint'] == category.fingerprint
+    again = evaluation.evaluate(load_detector(folder, 'cpu'), category, together=['hole'])       # what was kept is what the numbers are of
+    for part in ('image', 'operating_point', 'together'): assert json.loads(json.dumps(again[part])) == result.metrics[part]
+    (found,), incomplete = evaluation.read_runs(tmp_path)          # the summary tells it from a run of DRAEM
+    assert not incomplete and evaluation.conditions_name(found) == 'cutpaste demo, 64 x 64, 3 steps of 2, masks half, width = 4, stride = 8'
+    seen = run_report('inspect', dict(run_dir=str(folder), images=str(demo / 'gravel' / 'test' / 'hole')), tmp_path / 'seen').metrics
+    assert seen['images'] == category.kinds.count('hole') and seen['threshold'] == result.metrics['operating_point']['threshold']
+    with_itself = run_report('compare', dict(first=str(folder), second=str(folder), data_root=str(demo)), tmp_path / 'compared').metrics
+    assert with_itself['verdicts_differ'] == 0 and with_itself['metrics']['image AUROC']['second'] == result.metrics['image']['auroc']
+
+
+def test_a_method_that_wants_textures_gets_them(demo, tmp_path, monkeypatch):
+    "Of the folder that was named, at the recipe's size; without one the built-in photographs."
+    given, root = [], tmp_path / 'textures'
+    root.mkdir()
+    Image.fromarray(np.full((80, 80, 3), 7, np.uint8)).save(root / 'gray.png')
+    class Curious:
+        wants_textures = True
+        by_name, load = staticmethod(memory.by_name), staticmethod(memory.load)
+        def fit(self, category, recipe, device, textures, run_dir):
+            given.append(textures)
+            return memory.fit(category, recipe, device, run_dir=run_dir)
+    monkeypatch.setitem(methods.METHODS, 'curious', Curious())
+    recipe, category = methods.recipe_of('curious', size=64, pieces=20, candidates=500), load_category(demo, 'gravel', 64)
+    methods.fit('curious', category, recipe, 'cpu')
+    methods.fit('curious', category, recipe, 'cpu', methods.textures_of('curious', recipe, root))
+    assert given[0].shape[1:] == (3, 64, 64) and len(given[0]) > 1 and len(given[1]) == 1 and (given[1] == 7).all()
+    assert methods.textures_of('memory', recipe, root) is None
+
+
+def test_draem_of_large_images_is_a_method_too(demo, tmp_path):
+    recipe = methods.recipe_of('draem', size=32, image_size=64, base_width=4, base_channels=4, steps=2, batch=2, perlin_scales=[0, 2], score_window=5, precision='float32')
+    category = load_category(demo, 'gravel', 64, antialias=recipe.antialias)
+    found = methods.fit('draem', category, recipe, 'cpu', run_dir=tmp_path / 'run')
+    again = methods.load(tmp_path / 'run', 'cpu')
+    assert found.size == again.size == (64, 64) and found.threshold == again.threshold and found.n_held_out > 0
+    assert torch.equal(found.predict(category.test).maps, again.predict(category.test).maps)
+    assert methods.examples('draem', category.train, recipe, methods.textures_of('draem', recipe)).axes
 
 
 def test_methods_have_folders_of_their_own():

@@ -62,7 +62,7 @@ def test_a_complete_run_has_everything_and_is_not_repeated(notebook, tmp_path):
 def test_bad_names_and_folders_leave_nothing_behind(notebook, tmp_path):
     tiny = notebook()
     with pytest.raises(ValueError, match="has no parameter 'sede'; there are: category, recipe, seed$"): run_report(tiny, dict(sede=1), tmp_path / 'run')
-    with pytest.raises(ValueError, match="unknown report 'no such'; there are: ablation, category, compare, cutpaste, inspect, learning_curve, official, summary"): run_report('no such', {}, tmp_path / 'run')
+    with pytest.raises(ValueError, match="unknown report 'no such'; there are: ablation, category, compare, inspect, learning_curve, official, summary"): run_report('no such', {}, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match='cannot write to run folder .*file'): run_report(tiny, {}, tmp_path / 'file' / 'run')
@@ -318,30 +318,6 @@ def test_ablation_rows_are_runs_of_their_own(parts, tmp_path):
     apart = [result.metrics['rows'][name]['pixel']['ap'] for name in ('opacity only', 'DRAEM')]
     assert result.metrics['differences']['opacity only']['pixel AP']['difference'] == pytest.approx(100 * (apart[0] - apart[1]))
     with pytest.raises(RunFailed, match='unknown rows Disc; there are: Disc. only'): run_report('ablation', dict(ask, rows=['Disc']), tmp_path / 'other')
-
-
-def test_cutpaste_makes_a_complete_run_beside_that_of_draem(tmp_path):
-    from draem_nb.cutpaste import CutPasteDetector
-    from draem_nb.data import demo_category, load_category
-    from draem_nb.evaluation import conditions_name, evaluate, read_runs
-    folders = [reports.default_folder(name, dict(category='gravel'), tmp_path) for name in ('category', 'cutpaste', 'ablation')]
-    assert folders[1].name == 'cutpaste-gravel-demo-seed0' and len(set(folders)) == 3
-    result = run_report('cutpaste', dict(category='gravel', kinds=['hole'], overrides=dict(steps=3, width=4, batch=2, stride=8), seed=1), folders[1])
-    files = {p.name for p in folders[1].iterdir()}
-    assert files == {'run.json', 'checkpoint.pt', 'threshold.json', 'parameters.json', 'timing.json', 'metrics.json', 'figures', 'report.ipynb', 'report.html'}
-    run, category = json.loads((folders[1] / 'run.json').read_text()), load_category(demo_category('gravel').parent, 'gravel', 64)
-    assert run['recipe']['seed'] == 1 and run['recipe']['steps'] == 3 and run['fingerprint'] == category.fingerprint
-    assert {'data.png', 'simulated.png', 'training.png', 'scores.png', 'hits.png'} <= {p.name for p in (folders[1] / 'figures').iterdir()}
-    # what was kept is the detector that the numbers are of
-    again = evaluate(CutPasteDetector.load(folders[1], 'cpu'), category, together=['hole'])
-    assert again['image'] == result.metrics['image'] and again['operating_point'] == result.metrics['operating_point'] and 'together' in result.metrics
-    (found,), incomplete = read_runs(tmp_path)                     # the summary tells it from a run of DRAEM
-    assert not incomplete and conditions_name(found) == 'CutPaste demo 3way, 64 x 64, 3 steps of 6, masks half, width = 4, stride = 8'
-    # whoever looks at a run need not know by which method it was made
-    seen = run_report('inspect', dict(run_dir=str(folders[1]), images=str(category.root / 'gravel' / 'test' / 'hole')), tmp_path / 'seen').metrics
-    assert seen['images'] == category.kinds.count('hole') and seen['threshold'] == result.metrics['operating_point']['threshold']
-    with_itself = run_report('compare', dict(first=str(folders[1]), second=str(folders[1])), tmp_path / 'compared').metrics
-    assert with_itself['verdicts_differ'] == 0 and with_itself['metrics']['image AUROC']['second'] == result.metrics['image']['auroc']
 
 
 def test_a_learning_curve_is_of_one_run(parts, tmp_path):

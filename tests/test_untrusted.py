@@ -94,8 +94,8 @@ def test_nothing_from_the_data_is_executed(tmp_path):
         shutil.copytree(source / 'ground_truth' / kind, target / 'ground_truth' / name)
     (target / 'train' / 'good' / (names[0] + '.heic')).touch()
     tiny = dict(size=32, base_width=4, base_channels=4, steps=2, batch=2, score_window=5, perlin_scales=[0, 2], precision='float32')
-    for report, overrides in (('category', tiny), ('cutpaste', dict(steps=3, width=4, batch=2, stride=8))):
-        page = run_report(report, dict(category=names[2], data_root=str(tmp_path), overrides=overrides), tmp_path / report).report.read_text()
+    for method, overrides in (('draem', tiny), ('cutpaste', dict(steps=3, width=4, batch=2, stride=8))):
+        page = run_report('category', dict(category=names[2], method=method, data_root=str(tmp_path), overrides=overrides), tmp_path / method).report.read_text()
         assert scripts(page) == [] and '<svg' not in page and '&lt;svg onload' in page
         assert re.search('<meta (content="default-src \'none\'[^>]*http-equiv="Content-Security-Policy"|http-equiv="Content-Security-Policy"[^>]*default-src \'none\')', page)
     assert '1 file not looked at' in page
