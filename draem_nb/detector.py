@@ -33,7 +33,8 @@ __all__ = ['image_score', 'upper_quantile', 'Detections', 'as_images', 'AnomalyD
 
 # %% ../nbs/08_detector.ipynb #524530cf
 def image_score(maps: Tensor, window: int = 21) -> Tensor:
-    "(B, 1, H, W) maps -> (B,) scores: maximum of the window x window mean, stride 1, zero padding that counts (released code)."
+    """(B, 1, H, W) maps -> (B,) scores: maximum of the window x window mean, stride 1, zero padding that counts
+    (released code)."""
     rows = F.avg_pool2d(maps, (window, 1), 1, (window // 2, 0))           # a square mean is two mean lines
     return F.avg_pool2d(rows, (1, window), 1, (0, window // 2)).amax((1, 2, 3))
 
@@ -41,9 +42,10 @@ def image_score(maps: Tensor, window: int = 21) -> Tensor:
 _PART = 1 << 24     # values that are looked at together
 
 def upper_quantile(values: np.ndarray, quantile: float) -> float:
-    "The smallest of `values` that at least a share `quantile` of them does not exceed; of very many, only the highest are held."
+    """The smallest of `values` that at least a share `quantile` of them does not exceed; of very many, only the highest
+    are held."""
     values = values.reshape(-1)
-    above = values.size - max(min(math.ceil(quantile * values.size), values.size) - 1, 0)      # how many are not below it
+    above = values.size - max(min(math.ceil(quantile * values.size), values.size) - 1, 0)  # how many are not below it
     highest = values[:0]
     for at in range(0, values.size, _PART):
         highest = np.concatenate([highest, values[at:at + _PART]])
@@ -64,11 +66,14 @@ class Detections:
     def __len__(self) -> int: return len(self.scores)
 
 # %% ../nbs/08_detector.ipynb #72f8f8d4
-def as_images(images: object, size: tuple[int, int], color: str = 'rgb', antialias: bool = True) -> tuple[Tensor, list[Path] | None]:
+def as_images(images: object, size: tuple[int, int], color: str = 'rgb',
+              antialias: bool = True) -> tuple[Tensor, list[Path] | None]:
     """Images of any form as (B, 3, H, W) uint8 RGB, and their paths if they came from files.
 
-    Path(s) or a folder; numpy (H, W), (H, W, 3) or (B, H, W, 3); torch (3, H, W) or (B, 3, H, W); uint8, or float in 0..1.
-    `color` is the order of the result's channels; the input's is RGB. `antialias` as in `load_images`. `ValueError` for anything else."""
+    Path(s) or a folder; numpy (H, W), (H, W, 3) or (B, H, W, 3); torch (3, H, W) or (B, 3, H, W); uint8, or float in
+    0..1.
+    `color` is the order of the result's channels; the input's is RGB. `antialias` as in `load_images`. `ValueError`
+    for anything else."""
     if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
     if isinstance(images, Sequence):
         paths = [Path(p) for p in images]
@@ -76,42 +81,55 @@ def as_images(images: object, size: tuple[int, int], color: str = 'rgb', antiali
         return load_images(paths, size, color, antialias=antialias), paths
     batch = _as_batch(images)
     if batch.shape[-2:] != size:
-        batch = F.interpolate(batch.float(), size, mode='bilinear', antialias=antialias, align_corners=False).round().clamp(0, 255).to(torch.uint8)
+        batch = F.interpolate(batch.float(), size, mode='bilinear', antialias=antialias,
+                              align_corners=False).round().clamp(0, 255).to(torch.uint8)
     return (batch if color == 'rgb' else batch.flip(1)), None
 
+# %% ../nbs/08_detector.ipynb #b74bf698
 def _as_batch(images: np.ndarray | Tensor) -> Tensor:
     if isinstance(images, np.ndarray):
         if images.ndim == 2: images = np.repeat(images[..., None], 3, axis=-1)
         images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
-    if not isinstance(images, Tensor): raise ValueError(f'images must be paths, a folder, a numpy array or a tensor, got {type(images).__name__}')
+    if not isinstance(images, Tensor):
+        raise ValueError(f'images must be paths, a folder, a numpy array or a tensor, got {type(images).__name__}')
     batch = images[None] if images.ndim == 3 else images
-    if batch.ndim != 4 or batch.shape[1] != 3: raise ValueError(f'images must have three channels, (B, 3, H, W), got {tuple(images.shape)}')
+    if batch.ndim != 4 or batch.shape[1] != 3:
+        raise ValueError(f'images must have three channels, (B, 3, H, W), got {tuple(images.shape)}')
     if batch.dtype == torch.uint8: return batch
     if not batch.is_floating_point():
-        raise ValueError(f'images must be uint8, or float in 0..1, not {str(batch.dtype).removeprefix("torch.")}; divide by the largest value there can be (65535. for 16 bits)')
+        raise ValueError(f'images must be uint8, or float in 0..1, not {str(batch.dtype).removeprefix("torch.")}; '
+                         'divide by the largest value there can be (65535. for 16 bits)')
     if batch.numel() and not (0 <= batch.min() and batch.max() <= 1):
         raise ValueError(f'images must be uint8, or float in 0..1, not float in {batch.min():g} .. {batch.max():g}')
     return (batch * 255).round().to(torch.uint8)
 
 # %% ../nbs/08_detector.ipynb #752081c6
 def _check_batch(batch: int) -> None:
-    if not isinstance(batch, int) or batch < 1: raise ValueError(f'batch is {batch!r}; it must be a whole number of at least 1')
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f'batch is {batch!r}; it must be a whole number of at least 1')
 
 def _check_finite(maps: Tensor, scores: Tensor, names: Sequence[object]) -> None:
     "Of a batch: a map or score that is not a number is above no threshold, and would be called good."
     wrong = ~(scores.isfinite() & maps.flatten(1).isfinite().all(1))
-    if wrong.any(): raise ValueError(f'the score of image {names[int(wrong.nonzero()[0])]} is not finite: the weights of the detector are damaged; train it again or load another checkpoint')
+    if wrong.any():
+        raise ValueError(f'the score of image {names[int(wrong.nonzero()[0])]} is not finite: the weights of the '
+                         'detector are damaged; train it again or load another checkpoint')
 
 _CALIBRATION = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
 
+# %% ../nbs/08_detector.ipynb #211ccbf8
 def _read_calibration(path: Path) -> dict[str, object]:
     "The content of a threshold.json; `ValueError` where it is not what `save_calibration` writes."
     try: values = json.loads(path.read_text())
     except ValueError: values = None
-    known = isinstance(values, dict) and set(values) == set(_CALIBRATION) and isinstance(values['held_out_scores'], list)
-    numbers = [v for name in _CALIBRATION for v in (values[name] if name == 'held_out_scores' else [values[name]])] if known else []
-    if not known or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers):
-        raise ValueError(f'{path} is damaged or not ours: it must hold {", ".join(_CALIBRATION)}, all of them finite numbers, and nothing else; delete it and calibrate again')
+    known = isinstance(values,
+                       dict) and set(values) == set(_CALIBRATION) and isinstance(values['held_out_scores'], list)
+    numbers = [v for name in _CALIBRATION for v in (values[name] if name == 'held_out_scores'
+                                                    else [values[name]])] if known else []
+    if not known or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+                            for v in numbers):
+        raise ValueError(f'{path} is damaged or not ours: it must hold {", ".join(_CALIBRATION)}, all of them finite '
+                         'numbers, and nothing else; delete it and calibrate again')
     return values
 
 # %% ../nbs/08_detector.ipynb #f66978be
@@ -127,7 +145,7 @@ class AnomalyDetector:
     pixel_threshold: float | None = None                # of the map
     held_out_scores: Sequence[float] = ()               # of the normal images that both come from
     mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
-    has_map: bool = True                # False: the method scores images alone, its maps are a picture of ours and no metric is taken of them
+    has_map: bool = True                # False: it scores images alone; its maps are for pictures, not for metrics
 
     @property
     def n_held_out(self) -> int:
@@ -135,7 +153,8 @@ class AnomalyDetector:
         return len(self.held_out_scores)
 
     def _look(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        "(B, 3, H, W) uint8 on the device -> reconstruction (B, 3, H, W) in 0..1 or None, maps (B, 1, H, W), scores (B,)."
+        """(B, 3, H, W) uint8 on the device -> reconstruction (B, 3, H, W) in 0..1 or None, maps (B, 1, H, W), scores
+        (B,)."""
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -145,22 +164,27 @@ class AnomalyDetector:
         images, paths = as_images(images, self.size, self.color, self.antialias)
         names = paths or range(len(images))
         maps, scores, reconstructed = [torch.zeros(0, *self.size)], [torch.zeros(0)], []
-        for part in tqdm(images.split(batch) if len(images) else (), 'predicting', unit='batch', mininterval=0.5, delay=2):
+        for part in tqdm(images.split(batch) if len(images) else (), 'predicting', unit='batch', mininterval=0.5,
+                         delay=2):
             reconstruction, part_maps, part_scores = self._look(part.to(self.device))
             _check_finite(part_maps, part_scores, names[sum(map(len, scores)):])
             maps.append(part_maps[:, 0].cpu()); scores.append(part_scores.cpu())
-            if reconstructions and reconstruction is not None: reconstructed.append((reconstruction.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-        maps, scores, reconstructed = torch.cat(maps), torch.cat(scores), torch.cat(reconstructed) if reconstructed else None
+            if reconstructions and reconstruction is not None:
+                reconstructed.append((reconstruction.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        maps, scores = torch.cat(maps), torch.cat(scores)
+        reconstructed = torch.cat(reconstructed) if reconstructed else None
         return Detections(maps, scores, None if self.pixel_threshold is None else maps > self.pixel_threshold,
                           None if self.threshold is None else scores > self.threshold,
-                          reconstructed.flip(1) if reconstructed is not None and self.color == 'bgr' else reconstructed, paths)
+                          reconstructed.flip(1) if reconstructed is not None and self.color == 'bgr' else reconstructed,
+                          paths)
 
     def calibrate(self, normal_images: object, quantile: float | None = None) -> AnomalyDetector:
         "Set both thresholds from normal images that were not trained on; gives the detector itself."
         quantile = self.quantile if quantile is None else quantile
         if not 0 <= quantile <= 1: raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
         seen = self.predict(normal_images)
-        if not len(seen): raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
+        if not len(seen):
+            raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
         self.quantile, self.held_out_scores = quantile, seen.scores.tolist()
         self.threshold = upper_quantile(seen.scores.numpy(), self.quantile)
         self.pixel_threshold = max(self.pixel_floor, upper_quantile(seen.maps.numpy().ravel(), self.quantile))
@@ -178,7 +202,8 @@ class AnomalyDetector:
 class Detector(AnomalyDetector):
     "A trained DRAEM: `Detector.load(run_dir)`, then `predict`."
     def __init__(self, net: Draem, recipe: Recipe, device: str | torch.device | None = None):
-        self.recipe, self.device, self.size, self.color = recipe, pick_device(device), check_size(recipe.size), recipe.color
+        self.recipe, self.device = recipe, pick_device(device)
+        self.size, self.color = check_size(recipe.size), recipe.color
         self.antialias = recipe.antialias
         self.quantile, self.pixel_floor = recipe.quantile, 0.5 if recipe.discriminative else -math.inf
         self.memory_format = memory_format_of(recipe)
@@ -190,19 +215,29 @@ class Detector(AnomalyDetector):
         path = Path(path)
         checkpoint = path / 'checkpoint.pt' if path.is_dir() else path
         state = load_checkpoint(checkpoint)
-        recipe = Recipe(**{'antialias': True} | state['recipe'])        # older checkpoints do not say it: all were antialiased
+        # older checkpoints do not say it: all were antialiased
+        recipe = Recipe(**{'antialias': True} | state['recipe'])
         detector = cls(_filled(recipe, state['net']), recipe, device)
         detector.load_calibration(checkpoint.parent)
         return detector
 
     @classmethod
-    def from_official(cls, path: str | Path, seg_path: str | Path, device: str | torch.device | None = None) -> Detector:
-        "From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px without antialiasing, their scoring and mask rule; no threshold until `calibrate`."
-        nets = {name: load_checkpoint(file, remedy='download it again') for name, file in (('reconstructive', path), ('discriminative', seg_path))}
-        try: widths = nets['reconstructive']['encoder.block1.0.weight'].shape[0], nets['discriminative']['encoder_segment.block1.0.weight'].shape[0]
-        except KeyError as e: raise ValueError(f'{path} and {seg_path} are not a pair of released DRAEM checkpoints: {e} is missing') from None
-        recipe = official().replace(name='released checkpoint', color='bgr', base_width=widths[0], base_channels=widths[1])
-        detector = cls(_filled(recipe, {f'{net}.{k}': v for net, state in nets.items() for k, v in state.items()}), recipe, device)
+    def from_official(cls, path: str | Path, seg_path: str | Path,
+                      device: str | torch.device | None = None) -> Detector:
+        """From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px without
+        antialiasing, their scoring and mask rule; no threshold until `calibrate`."""
+        nets = {name: load_checkpoint(file, remedy='download it again')
+                for name, file in (('reconstructive', path), ('discriminative', seg_path))}
+        try:
+            widths = (nets['reconstructive']['encoder.block1.0.weight'].shape[0],
+                      nets['discriminative']['encoder_segment.block1.0.weight'].shape[0])
+        except KeyError as e:
+            raise ValueError(f'{path} and {seg_path} are not a pair of released DRAEM checkpoints: '
+                             f'{e} is missing') from None
+        recipe = official().replace(name='released checkpoint', color='bgr', base_width=widths[0],
+                                    base_channels=widths[1])
+        detector = cls(_filled(recipe, {f'{net}.{k}': v for net, state in nets.items() for k, v in state.items()}),
+                       recipe, device)
         detector.mask_rule = 'official'
         return detector
 
@@ -217,14 +252,19 @@ class Detector(AnomalyDetector):
         return reconstruction, maps, image_score(maps, self.recipe.score_window)
 
     def export_onnx(self, path: str | Path) -> Path:
-        "ONNX model: `image` (B, 3, H, W) float in 0..1 -> `map` (B, 1, H, W) and `score` (B,); any batch. Needs the package onnx."
+        """ONNX model: `image` (B, 3, H, W) float in 0..1 -> `map` (B, 1, H, W) and `score` (B,); any batch.
+
+        Needs the package onnx."""
         return _export_onnx(self, Path(path))
 
 # %% ../nbs/08_detector.ipynb #87ced72e
 def _filled(recipe: Recipe, state: dict[str, Tensor]) -> Draem:
-    with torch.device('meta'): net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
+    with torch.device('meta'):
+        net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
     try: net.load_state_dict(state, assign=True)
-    except RuntimeError as e: raise ValueError(f'the weights do not fit the networks of recipe {recipe.name!r}: {str(e).splitlines()[1].strip()}') from None
+    except RuntimeError as e:
+        raise ValueError(f'the weights do not fit the networks of recipe {recipe.name!r}: '
+                         f'{str(e).splitlines()[1].strip()}') from None
     return net.eval()
 
 def _reconstruction_and_map(net: Draem, x: Tensor, reconstruction_map: str) -> tuple[Tensor | None, Tensor]:
@@ -241,12 +281,15 @@ class _Exported(nn.Module):
         maps = _reconstruction_and_map(self.net, x, self.recipe.reconstruction_map)[1]
         return maps, image_score(maps, self.recipe.score_window)
 
+# %% ../nbs/08_detector.ipynb #93fcc49c
 def _export_onnx(detector: Detector, path: Path) -> Path:
     x = torch.rand(2, 3, *detector.size, device=detector.device)
-    with warnings.catch_warnings():                  # the tracing exporter is called legacy; the other needs one more package
+    with warnings.catch_warnings():  # the tracing exporter is called legacy; the other needs one more package
         warnings.simplefilter('ignore')
-        torch.onnx.export(_Exported(detector).eval(), (x,), str(path), input_names=['image'], output_names=['map', 'score'],
-                          dynamic_axes={name: {0: 'batch'} for name in ('image', 'map', 'score')}, opset_version=17, dynamo=False)
+        torch.onnx.export(_Exported(detector).eval(), (x,), str(path), input_names=['image'],
+                          output_names=['map', 'score'],
+                          dynamic_axes={name: {0: 'batch'} for name in ('image', 'map', 'score')}, opset_version=17,
+                          dynamo=False)
     return path
 
 # %% ../nbs/08_detector.ipynb #0e2453c8
@@ -255,13 +298,18 @@ def fit(
     recipe: Recipe | None = None,                   # None: `demo()`
     device: str | torch.device | None = None,       # None: a GPU where there is one
     textures: Tensor | None = None,                 # (N, 3, H, W) uint8 anomaly source; None: the built-in photographs
-    run_dir: str | Path | None = None,              # keeps checkpoint and thresholds, and goes on from what is there; None: nothing is kept
-) -> Detector:                                      # with thresholds from the held-out images, unless recipe.holdout is 0
-    "Train DRAEM on a class and set its thresholds. The same seed gives the same bits on a CPU. For a recipe with an `image_size` see 08b_tiling."
+    run_dir: str | Path | None = None,  # keeps checkpoint and thresholds, and resumes; None: nothing is kept
+) -> Detector:  # with thresholds from the held-out images, unless recipe.holdout is 0
+    """Train DRAEM on a class and set its thresholds.
+
+    The same seed gives the same bits on a CPU. For a recipe with an `image_size` see 08b_tiling."""
     recipe = recipe or demo()
-    if recipe.image_size is not None: raise ValueError('fit makes detectors of one size; for a recipe with an image_size call train and tiling.load_detector')
+    if recipe.image_size is not None:
+        raise ValueError('fit makes detectors of one size; for a recipe with an image_size call train and '
+                         'tiling.load_detector')
     textures = load_textures(None, recipe.size, recipe.antialias) if textures is None else textures
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
-        detector, held_out = Detector.load(train(category, textures, recipe, folder, device), device), split_held_out(len(category.train), recipe)[1]
+        detector, held_out = Detector.load(train(category, textures, recipe, folder, device),
+                                           device), split_held_out(len(category.train), recipe)[1]
         if len(held_out): detector.calibrate(category.train[held_out]).save_calibration(folder)
     return detector

@@ -40,7 +40,8 @@ class TieGroups(NamedTuple):
 
 # %% ../nbs/09_metrics.ipynb #d9251d09
 def _count_into(counts: np.ndarray, part: np.ndarray, at: np.ndarray, lock: Lock) -> None:
-    "Add to `counts` (2, k) how many scores of `part` are above each of the (rising) scores `at`, and how many at or above it."
+    """Add to `counts` (2, k) how many scores of `part` are above each of the (rising) scores `at`, and how many at or
+    above it."""
     part = np.sort(part)
     for row, side in zip(counts, ('right', 'left')):
         below = np.searchsorted(part, at, side)
@@ -50,12 +51,14 @@ _PART = 1 << 24     # scores that are sorted at once, so that maps that lie in a
 
 def _counts(scores: np.ndarray, at: np.ndarray) -> np.ndarray:
     counts, lock = np.zeros((2, at.size), np.int64), Lock()
-    threads = min(torch.get_num_threads(), scores.size // 100_000)      # a smaller part is sorted sooner than a thread starts
+    # a smaller part is sorted sooner than a thread starts
+    threads = min(torch.get_num_threads(), scores.size // 100_000)
     parts = np.array_split(scores, max(threads, -(-scores.size // _PART), 1))
     if threads < 2:
         for part in parts: _count_into(counts, part, at, lock)
     else:
-        with ThreadPoolExecutor(threads) as pool: list(pool.map(lambda part: _count_into(counts, part, at, lock), parts))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda part: _count_into(counts, part, at, lock), parts))
     return counts
 
 # %% ../nbs/09_metrics.ipynb #8c3648cd
@@ -72,7 +75,8 @@ def _checked(scores: object, labels: object, names: tuple[str, str]) -> tuple[np
         raise ValueError(f"{names[0]} have shape {scores.shape} and {names[1]} {labels.shape}; both must be the same")
     # NaN wins both min and max, so two passes without a copy see everything that is not finite.
     if scores.size and not (np.isfinite(scores.min()) and np.isfinite(scores.max())):
-        raise ValueError(f"{names[0]} hold {np.size(scores) - np.isfinite(scores).sum()} values that are NaN or infinite; a metric needs numbers")
+        raise ValueError(f"{names[0]} hold {np.size(scores) - np.isfinite(scores).sum()} values that are NaN or "
+                         "infinite; a metric needs numbers")
     if labels.dtype != bool and not np.isin(labels, (0, 1)).all():
         raise ValueError(f"{names[1]} must be bool, or 0 and 1; they hold other values")
     return scores, labels.astype(bool, copy=False)
@@ -113,7 +117,8 @@ def average_precision(groups: TieGroups) -> float | None:
 
 # %% ../nbs/09_metrics.ipynb #e803cdf7
 def f1_max(groups: TieGroups) -> tuple[float | None, float | None]:
-    "The largest F1, 0 to 1, and the highest threshold (score >= threshold) that reaches it; None, None without defects."
+    """The largest F1, 0 to 1, and the highest threshold (score >= threshold) that reaches it; None, None without
+    defects."""
     if not groups.n_defects: return None, None
     f1 = 2 * groups.found / (groups.n_defects + groups.found + groups.at_least)
     return float(f1.max()), float(groups.score[f1.argmax()])
@@ -147,7 +152,8 @@ def corners(
     weights: np.ndarray | None = None, # (n,) of each defect, summing to 1; None: all the same
 ) -> tuple[np.ndarray, np.ndarray]: # x, y, each (2k + 2,), rising from (0, 0) to (1, 1)
     "The corners of the ROC curve, or, with the weights of the regions, of the PRO curve. Needs defects and normals."
-    gain = groups.size / groups.n_defects if weights is None else np.bincount(groups.member, weights, minlength=groups.size.size)
+    if weights is None: gain = groups.size / groups.n_defects
+    else: gain = np.bincount(groups.member, weights, minlength=groups.size.size)
     x, y = np.zeros((2, 2 * gain.size + 2))
     x[1:-1:2], x[2:-1:2], x[-1] = groups.above, groups.at_least, groups.n_normals
     x /= groups.n_normals
@@ -188,7 +194,8 @@ def evaluate_maps(
     if not 0 < fpr_limit <= 1: raise ValueError(f"fpr_limit is {fpr_limit}; it must be above 0 and at most 1")
     maps, masks = _checked_maps(maps, masks)
     groups = _tie_groups(maps, masks)
-    aupro = area_to(*corners(groups, region_weights(masks)), fpr_limit) if groups.n_defects and groups.n_normals else None
+    aupro = area_to(*corners(groups, region_weights(masks)),
+                    fpr_limit) if groups.n_defects and groups.n_normals else None
     return dict(auroc=auroc(groups), ap=average_precision(groups), f1_max=f1_max(groups)[0], aupro=aupro)
 
 # %% ../nbs/09_metrics.ipynb #a3cfe56d
@@ -210,7 +217,8 @@ def curves(
     out = dict(fpr=None, tpr=None, recall=None, precision=None)
     if groups.n_defects:
         steps = precision(groups)
-        out['recall'], out['precision'] = _thinned(np.append(0, groups.found / groups.n_defects), np.append(steps[0], steps), points)
+        out['recall'], out['precision'] = _thinned(np.append(0, groups.found / groups.n_defects),
+                                                   np.append(steps[0], steps), points)
         if groups.n_normals: out['fpr'], out['tpr'] = _thinned(*corners(groups), points)
     return out
 
@@ -233,11 +241,14 @@ def bootstrap_interval(
     confidence: float = 0.95, # share of the draws inside the interval
     seed: int = 0,
 ) -> tuple[float, float] | None: # None where the metric is undefined on all images
-    "Percentile bootstrap over images; draws in which the metric is undefined (None) do not count. The same seed gives the same interval, and the same draws for every metric."
+    """Percentile bootstrap over images; draws in which the metric is undefined (None) do not count.
+
+    The same seed gives the same interval, and the same draws for every metric."""
     labels, rng = _array(labels).astype(bool), np.random.default_rng(seed)
     strata = [np.flatnonzero(labels == value) for value in (False, True)]
     if metric(np.arange(labels.size)) is None: return None
     drawn = [metric(np.concatenate([rng.choice(of, of.size) for of in strata if of.size]))
              for _ in tqdm(range(draws), desc='bootstrap', mininterval=1, leave=False, delay=2)]
-    low, high = np.quantile([value for value in drawn if value is not None], [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile([value for value in drawn if value is not None],
+                            [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -41,8 +41,9 @@ MUTED = '#767676'                         # words and lines that stand back
 HEAT = 'inferno'                          # black, purple, orange, yellow: its lightness grows evenly
 WIDTH = 9.5                               # inches: the text column of a report at 100 dots an inch
 
-# Names may be in any script: fonts that many systems have lend what the first one lacks. A sign that none of them has is a box.
-_MORE_FONTS = [name for name in ('Noto Sans CJK JP', 'Noto Sans CJK KR', 'Noto Sans CJK SC', 'NanumGothic', 'WenQuanYi Micro Hei', 'Noto Emoji', 'Symbola')
+# Names may be in any script: other common fonts have signs that the first one lacks. A sign in none is a box.
+_MORE_FONTS = [name for name in ('Noto Sans CJK JP', 'Noto Sans CJK KR', 'Noto Sans CJK SC', 'NanumGothic',
+                                 'WenQuanYi Micro Hei', 'Noto Emoji', 'Symbola')
                if name in font_manager.get_font_names()]
 warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from font', UserWarning)
 
@@ -125,7 +126,8 @@ def overlay(
     "An image with its score map over it: the surer the detector, the more opaque the heat."
     picture, scores = _picture(image), np.clip(_plane(map).astype(np.float32), 0, 1)
     if picture.shape[:2] != scores.shape:
-        raise ValueError(f'the image is {picture.shape[0]} x {picture.shape[1]} and the map {scores.shape[0]} x {scores.shape[1]}: '
+        raise ValueError(f'the image is {picture.shape[0]} x {picture.shape[1]} and the map {scores.shape[0]} x '
+                         f'{scores.shape[1]}: '
                          'resize the map to the image before laying it over')
     opacity = .7 * scores[..., None]
     mixed = ((1 - opacity) * picture + opacity * heatmap(map)).round().astype(np.uint8)
@@ -155,6 +157,7 @@ def _tiles(
     for ax in axes.flat: _frame(ax)
     return fig, axes
 
+# %% ../nbs/11_plots.ipynb #e7408522
 def _frame(ax: Axes) -> None:
     "A frame for a picture: no ticks, no lines."
     ax.set(xticks=[], yticks=[])
@@ -178,12 +181,14 @@ def _show_mask(ax: Axes, mask: torch.Tensor) -> None:
     "A mask (H, W) or (1, H, W) into a frame: white on dark gray."
     _paint(ax, _plane(mask).astype(np.float32), cmap='gray', vmin=-.2, vmax=1)
 
+# %% ../nbs/11_plots.ipynb #de64e4a2
 def _draw_outline(ax: Axes, mask: torch.Tensor, colour: str, dash: object = 'solid') -> None:
     "The outline of a mask as a line with a dark rim, which stays legible at any size and on any ground."
     inside = torch.as_tensor(_plane(mask)).float()
     if not inside.any(): return
     clear = max(1, round(min(inside.shape) / 100))  # keep clear of the region: a line on a thin crack would hide it
-    around = F.max_pool2d(F.pad(inside, [clear + 1] * 4)[None, None], 2 * clear + 1, stride=1, padding=clear)[0, 0].numpy()
+    around = F.max_pool2d(F.pad(inside, [clear + 1] * 4)[None, None], 2 * clear + 1, stride=1,
+                          padding=clear)[0, 0].numpy()
     rows, columns = (np.arange(n) - clear - 1 for n in around.shape)
     lines = ax.contour(columns, rows, around, levels=[.5], colors=[colour], linewidths=1.2, linestyles=[dash])
     lines.set_path_effects([patheffects.withStroke(linewidth=2, foreground='#00000090')])
@@ -192,7 +197,8 @@ def _draw_outline(ax: Axes, mask: torch.Tensor, colour: str, dash: object = 'sol
 # %% ../nbs/11_plots.ipynb #d1341069
 def _arrow(fig: Figure, path: Sequence[tuple[float, float]], **kwargs) -> None:
     "An arrow between two points given in fractions of the figure."
-    fig.add_artist(FancyArrowPatch(*path, transform=fig.transFigure, arrowstyle='-|>', mutation_scale=14, shrinkA=0, shrinkB=0,
+    fig.add_artist(FancyArrowPatch(*path, transform=fig.transFigure, arrowstyle='-|>', mutation_scale=14, shrinkA=0,
+                                   shrinkB=0,
                                    linewidth=1.6, color=MUTED, **kwargs))
 
 # %% ../nbs/11_plots.ipynb #fd520528
@@ -206,7 +212,9 @@ def method_picture(
 ) -> Figure:
     "What DRAEM does, in one row: input, reconstruction, score map, mask."
     fig, axes = _tiles(1, 4, _plane(map).shape, top=.3, bottom=.5, gap=1.1, widest=1.7, narrowest=1.3)
-    for ax, title in zip(axes[0], ('input', 'reconstruction', 'score map', 'found defect' if _plane(mask).any() else 'nothing found')): ax.set_title(title, loc='center')
+    for ax, title in zip(axes[0], ('input', 'reconstruction', 'score map',
+                                   'found defect' if _plane(mask).any() else 'nothing found')):
+        ax.set_title(title, loc='center')
     _show(axes[0, 0], image)
     _show(axes[0, 1], reconstruction)
     _show_map(axes[0, 2], map)
@@ -217,7 +225,8 @@ def method_picture(
         _arrow(fig, ((a.x1 + .008, middle), (b.x0 - .008, middle)))
         fig.text((a.x1 + b.x0) / 2, middle + .03, step, ha='center', va='bottom', fontsize=9)
     x0, x1 = (boxes[0].x0 + boxes[0].x1) / 2, (boxes[1].x1 + boxes[2].x0) / 2
-    fig.add_artist(Line2D((x0, x0, x1), (below - .03, below / 2.6, below / 2.6), transform=fig.transFigure, color=MUTED, linewidth=1.6))
+    fig.add_artist(Line2D((x0, x0, x1), (below - .03, below / 2.6, below / 2.6), transform=fig.transFigure, color=MUTED,
+                          linewidth=1.6))
     _arrow(fig, ((x1, below / 2.6), (x1, middle - .04)))
     fig.text((x0 + x1) / 2, below / 2.6 - .02, 'the input itself', ha='center', va='top', fontsize=9)
     if ground_truth is not None:
@@ -253,12 +262,14 @@ def _count_bars(ax: Axes, names: list[str], counts: list[int], colours: list[str
 
 # %% ../nbs/11_plots.ipynb #c6bef643
 def _samples(category: CategoryData) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    "Name, image and mask of a training image, a good test image and one of each kind of defect, as far as there are any."
+    """Name, image and mask of a training image, a good test image and one of each kind of defect, as far as there are
+    any."""
     good = [i for i, kind in enumerate(category.kinds) if kind == 'good']
     samples = [('train, good', category.train[0], None)] if len(category.train) else []
     samples += [('test, good', category.test[good[0]], None)] if good else []
     drawn = getattr(category, 'outlines', category.masks)          # None where nobody drew the defects
-    return samples + [(kind, category.test[i], torch.zeros_like(category.masks[i]) if drawn is None else drawn[i]) for kind in _kinds(category.kinds) for i in [_typical(category, kind)]]
+    return samples + [(kind, category.test[i], torch.zeros_like(category.masks[i]) if drawn is None else drawn[i])
+                      for kind in _kinds(category.kinds) for i in [_typical(category, kind)]]
 
 def _data_words(name: str, n_train: int, n_good: int, n_defect: int) -> str:
     "The numbers in one sentence, and what there is none of."
@@ -273,7 +284,8 @@ def _show_samples(axes: np.ndarray, samples: list[tuple[str, torch.Tensor, torch
     for ax in axes.flat[len(samples):]: ax.set_axis_off()
     for ax, (name, image, mask) in zip(axes.flat, samples):
         _show(ax, image)
-        ax.set_title(_short(name, letters), loc='center', fontsize=9.5, fontweight='normal', pad=4, color=NORMAL if mask is None else DEFECT)
+        ax.set_title(_short(name, letters), loc='center', fontsize=9.5, fontweight='normal', pad=4,
+                     color=NORMAL if mask is None else DEFECT)
         if mask is not None: _draw_outline(ax, mask, GROUND_TRUTH)
 
 # %% ../nbs/11_plots.ipynb #376367c3
@@ -288,12 +300,14 @@ def data_overview(
     columns = min(max(len(samples), 3), 5)
     rows = max(1, -(-len(samples) // columns))
     left, high = .15 + .075 * max(map(len, names)), .27 * len(names)  # of the bars, inches
-    fig, axes = _tiles(rows, columns, category.train.shape[-2:], left=left + 2.1, top=.58, row_gap=.3, lowest=(high + .3) / rows - .3)
+    fig, axes = _tiles(rows, columns, category.train.shape[-2:], left=left + 2.1, top=.58, row_gap=.3,
+                       lowest=(high + .3) / rows - .3)
     across, down = fig.get_size_inches()
     bars = fig.add_axes((left / across, 1 - (.58 + high) / down, 1.7 / across, high / down))
     _count_bars(bars, names, counts, [NORMAL, NORMAL, *[DEFECT] * len(kinds)])
     _show_samples(axes, samples)
-    fig.suptitle(_data_words(category.name, counts[0], counts[1], sum(counts[2:])), x=.1 / across, y=1 - .1 / down, ha='left', va='top', fontsize=11, fontweight='bold')
+    fig.suptitle(_data_words(category.name, counts[0], counts[1], sum(counts[2:])), x=.1 / across, y=1 - .1 / down,
+                 ha='left', va='top', fontsize=11, fontweight='bold')
     return fig
 
 # %% ../nbs/11_plots.ipynb #f8b1814a
@@ -309,12 +323,14 @@ def simulated_gallery(
     rows = [('normal image', _show, simulated.target), ('texture', _show, source),
             ('with anomaly', _show, simulated.augmented), ('mask, share\nof the area', _show_mask, simulated.mask)]
     rows = [row for row in rows if row[2] is not None]
-    fig, axes = _tiles(len(rows), n, simulated.mask.shape[-2:], left=1.2, narrowest=.7, top=.3, bottom=.3, widest=1.5, tallest=1.5, lowest=.4)
+    fig, axes = _tiles(len(rows), n, simulated.mask.shape[-2:], left=1.2, narrowest=.7, top=.3, bottom=.3, widest=1.5,
+                       tallest=1.5, lowest=.4)
     for line, (name, show, pictures) in zip(axes, rows):
         line[0].set_ylabel(name, rotation=0, ha='right', va='center')
         for ax, picture in zip(line, pictures): show(ax, picture)
     for top, foot, is_anomalous, mask in zip(axes[0], axes[-1], simulated.is_anomalous.tolist(), simulated.mask):
-        top.set_title('anomaly' if is_anomalous else 'clean', loc='center', fontsize=9.5, pad=4, color=DEFECT if is_anomalous else NORMAL)
+        top.set_title('anomaly' if is_anomalous else 'clean', loc='center', fontsize=9.5, pad=4,
+                      color=DEFECT if is_anomalous else NORMAL)
         foot.set_xlabel(f'{100 * mask.float().mean():.1f} %', fontsize=9)
     return fig
 
@@ -357,7 +373,8 @@ def training_curves(
         _loss_panel(ax, used['step'], used[name])
         for step, lr in _drops(losses) if 'lr' in losses else ():
             ax.axvline(step, color=MUTED, linestyle='--', linewidth=1)
-            ax.annotate(f'lr {lr:.0e}'.replace('e-0', 'e-'), (step, 1), xycoords=('data', 'axes fraction'), xytext=(-2, -3),
+            ax.annotate(f'lr {lr:.0e}'.replace('e-0', 'e-'), (step, 1), xycoords=('data', 'axes fraction'),
+                        xytext=(-2, -3),
                         textcoords='offset points', rotation=90, ha='right', va='top', fontsize=8, color=MUTED)
         ax.set_xlabel('step')
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
@@ -369,11 +386,13 @@ def _threshold_words(threshold: float | None, quantile: float | None, n_held_out
     if threshold is None: return 'no threshold: the detector is not calibrated'
     if not n_held_out: return f'dashed line: threshold {threshold:.3g}'
     chosen = f'the {100 * quantile:g} % quantile' if quantile is not None else 'a quantile'
-    return f'dashed line: threshold {threshold:.3g}, {chosen} of {n_held_out} held-out normal image{"s" * (n_held_out > 1)}'
+    images = f'{n_held_out} held-out normal image{"s" * (n_held_out > 1)}'
+    return f'dashed line: threshold {threshold:.3g}, {chosen} of {images}'
 
 def _count_words(kind: str, flagged: int, n: int) -> str:
     "What the threshold did to one row."
-    if kind == 'good': return f'{flagged} false alarm{"s" * (flagged > 1)} in {n}' if flagged else f'no false alarm in {n}'
+    if kind == 'good':
+        return f'{flagged} false alarm{"s" * (flagged > 1)} in {n}' if flagged else f'no false alarm in {n}'
     return f'all {n} found' if flagged == n > 1 else f'{flagged} of {n} found'
 
 # %% ../nbs/11_plots.ipynb #a75b43b8
@@ -381,7 +400,8 @@ def _strip(ax: Axes, y: int, scores: np.ndarray, colour: str, hollow: bool = Fal
     "A row of dots, spread up and down by the golden ratio so that they do not hide each other."
     spread = ((np.arange(len(scores)) * .618034 + .5) % 1 - .5) * .62  # the first in the middle
     size = 26 if len(scores) < 100 else 10
-    ax.scatter(scores, y + spread, s=size, alpha=.75, facecolor='none' if hollow else colour, edgecolor=colour if hollow else 'white', linewidth=1 if hollow else .4)
+    ax.scatter(scores, y + spread, s=size, alpha=.75, facecolor='none' if hollow else colour,
+               edgecolor=colour if hollow else 'white', linewidth=1 if hollow else .4)
 
 # %% ../nbs/11_plots.ipynb #59a88b8f
 def _histogram(ax: Axes, scores: np.ndarray, kinds: np.ndarray) -> None:
@@ -411,17 +431,21 @@ def _score_row(ax: Axes, y: int, kind: str, scores: np.ndarray, flagged: np.ndar
     n = len(scores)
     words = f'{n} image{"s" * (n > 1)}' if flagged is None else _count_words(kind, int(flagged.sum()), n)
     wrong = flagged is not None and flagged.sum() != (0 if kind == 'good' else n)
-    ax.text(1.01, y, words, transform=ax.get_yaxis_transform(), va='center', fontsize=9, fontweight='bold' if wrong else 'normal')
+    ax.text(1.01, y, words, transform=ax.get_yaxis_transform(), va='center', fontsize=9,
+            fontweight='bold' if wrong else 'normal')
 
-def _score_rows(ax: Axes, scores: np.ndarray, kinds: np.ndarray, flagged: np.ndarray | None, held_out: np.ndarray) -> None:
+def _score_rows(ax: Axes, scores: np.ndarray, kinds: np.ndarray, flagged: np.ndarray | None,
+                held_out: np.ndarray) -> None:
     "A row of dots a kind, the good ones first, above them the held-out images if there are any."
     rows = [kind for kind in ['good', *_kinds(kinds)] if (kinds == kind).any()]
-    for y, kind in enumerate(rows): _score_row(ax, y, kind, scores[kinds == kind], None if flagged is None else flagged[kinds == kind])
+    for y, kind in enumerate(rows):
+        _score_row(ax, y, kind, scores[kinds == kind], None if flagged is None else flagged[kinds == kind])
     if len(held_out):
         _strip(ax, -1, held_out, NORMAL, hollow=True)
         ax.text(1.01, -1, 'set the threshold', transform=ax.get_yaxis_transform(), va='center', fontsize=9, color=MUTED)
     first = -1 if len(held_out) else 0
-    ax.set(yticks=range(first, len(rows)), yticklabels=[*['good, held out'] * -first, *rows], ylim=(len(rows) - .4, first - .6), xlabel='anomaly score of an image')
+    ax.set(yticks=range(first, len(rows)), yticklabels=[*['good, held out'] * -first, *rows],
+           ylim=(len(rows) - .4, first - .6), xlabel='anomaly score of an image')
 
 # %% ../nbs/11_plots.ipynb #c1c23676
 @_styled
@@ -438,7 +462,8 @@ def score_histogram(
     if not len(scores): return _sentence('No test images, so no scores to show.')
     flagged = None if threshold is None else scores > threshold
     high = .3 * (len(set(kinds)) + (len(held_out) > 0)) + .1
-    fig, (top, ax) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH, high + 2.1), height_ratios=(1.1, high), layout='constrained')
+    fig, (top, ax) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH, high + 2.1), height_ratios=(1.1, high),
+                                  layout='constrained')
     _histogram(top, scores, kinds)
     _score_rows(ax, scores, kinds, flagged, held_out)
     top.set_title(_headline(flagged, kinds))
@@ -450,12 +475,13 @@ def score_histogram(
 # %% ../nbs/11_plots.ipynb #2017474d
 def _named(metrics: dict | None, **names: str) -> str:
     "The metrics asked for, in words; one that is not defined is left out."
-    return ', '.join(f'{name} {metrics[key]:.3f}' for key, name in names.items() if (metrics or {}).get(key) is not None)
+    return ', '.join(f'{name} {metrics[key]:.3f}' for key, name in names.items()
+                     if (metrics or {}).get(key) is not None)
 
 # %% ../nbs/11_plots.ipynb #ea65d0c6
 @_styled
 def detection_curves(
-    image_curves: dict | None,   # of metrics.curves over whole images: arrays 'fpr', 'tpr', 'precision', 'recall', or None
+    image_curves: dict | None,   # metrics.curves of images: arrays 'fpr', 'tpr', 'precision', 'recall', or None
     pixel_curves: dict | None,   # the same over pixels
     image_metrics: dict | None,  # 'auroc', 'ap', 'f1_max', fractions or None
     pixel_metrics: dict | None,  # the same and 'aupro'
@@ -465,18 +491,21 @@ def detection_curves(
     fig.get_layout_engine().set(wspace=.06)
     panels = ((roc, 'fpr', 'tpr', dict(auroc='AUROC', aupro='AUPRO'), 'default'),
               (pr, 'recall', 'precision', dict(ap='AP', f1_max='F1-max'), 'steps-pre'))  # AP is the area under steps
-    whats = (('images', image_curves, image_metrics, IMAGES, '-'), ('pixels', pixel_curves, pixel_metrics, PIXELS, '--'))
+    whats = (('images', image_curves, image_metrics, IMAGES, '-'),
+             ('pixels', pixel_curves, pixel_metrics, PIXELS, '--'))
     for ax, x, y, names, draw in panels:
         for what, curves, metrics, colour, dash in whats:
             curve = [(curves or {}).get(axis) for axis in (x, y)]
             drawn = curve[0] is not None and curve[1] is not None
             words = _named(metrics, **names) if drawn else 'not defined'
-            ax.plot(*(curve if drawn else ([], [])), color=colour, linestyle=dash, drawstyle=draw, label=f'{what}: {words}', clip_on=False)
+            ax.plot(*(curve if drawn else ([], [])), color=colour, linestyle=dash, drawstyle=draw,
+                    label=f'{what}: {words}', clip_on=False)
         ax.set(xlim=(0, 1), ylim=(0, 1))
         ax.legend(loc='lower right' if ax is roc else 'lower left')
     roc.plot((0, 1), (0, 1), color=MUTED, linewidth=1, linestyle=':')
     roc.set(title='ROC', xlabel='false alarms among the normal', ylabel='found among the defects')
-    pr.set(title='precision and recall', xlabel='recall: found among the defects', ylabel='precision: defects among the alarms')
+    pr.set(title='precision and recall', xlabel='recall: found among the defects',
+           ylabel='precision: defects among the alarms')
     return fig
 
 # %% ../nbs/11_plots.ipynb #a51e075d
@@ -497,7 +526,8 @@ def pick_cases(
     upward = np.argsort(scores, kind='stable')
     downward = np.argsort(-scores, kind='stable')
     chosen = lambda order, which: [int(i) for i in order if which[i]][:n]
-    return dict(hits=chosen(downward, labels & ~missed), misses=chosen(upward, missed), false_alarms=chosen(downward, alarmed))
+    return dict(hits=chosen(downward, labels & ~missed), misses=chosen(upward, missed),
+                false_alarms=chosen(downward, alarmed))
 
 # %% ../nbs/11_plots.ipynb #e8ae3da6
 def _verdict(is_anomalous: bool, kind: str | None) -> tuple[str, str]:
@@ -510,7 +540,8 @@ def _verdict(is_anomalous: bool, kind: str | None) -> tuple[str, str]:
 def _label_row(ax: Axes, lines: list[tuple[str, str]]) -> None:
     "Words to the left of a row of pictures, one (text, colour) a line; the first is bold."
     for i, (text, colour) in enumerate(lines):
-        ax.annotate(text, (0, .5), xycoords='axes fraction', xytext=(-8, 15 * ((len(lines) - 1) / 2 - i)), textcoords='offset points',
+        ax.annotate(text, (0, .5), xycoords='axes fraction', xytext=(-8, 15 * ((len(lines) - 1) / 2 - i)),
+                    textcoords='offset points',
                     ha='right', va='center', color=colour, fontsize=9, fontweight='bold' if i == 0 else 'normal')
 
 def _colour_bar(fig: Figure, last: Axes) -> None:
@@ -522,7 +553,8 @@ def _colour_bar(fig: Figure, last: Axes) -> None:
     fig.colorbar(ScalarMappable(Normalize(0, 1), HEAT), cax=bar, ticks=(0, .5, 1)).outline.set_visible(False)
 
 # %% ../nbs/11_plots.ipynb #aa6361ec
-def _row_words(detections: Detections, i: int, names: dict[int, str] | None, kinds: Sequence[str] | None, threshold: float | None) -> list[tuple[str, str]]:
+def _row_words(detections: Detections, i: int, names: dict[int, str] | None, kinds: Sequence[str] | None,
+               threshold: float | None) -> list[tuple[str, str]]:
     "Name, score and verdict of one image, each with its colour."
     score = float(detections.scores[i])
     flagged = None if detections.is_anomalous is None else bool(detections.is_anomalous[i])
@@ -536,12 +568,16 @@ def _row_words(detections: Detections, i: int, names: dict[int, str] | None, kin
 def _outline_legend(fig: Figure, ground_truth: bool, prediction: bool) -> None:
     "Names the outlines, at the foot of the last column."
     lines = [Line2D([], [], color=colour, linestyle=dash, label=label) for there, colour, dash, label in
-             ((ground_truth, GROUND_TRUTH, 'solid', 'ground truth'), (prediction, PREDICTION, DASHES, 'called defect')) if there]
+             ((ground_truth, GROUND_TRUTH, 'solid', 'ground truth'),
+              (prediction, PREDICTION, DASHES, 'called defect')) if there]
     across, down = fig.get_size_inches()
-    if lines: fig.legend(handles=lines, loc='lower right', bbox_to_anchor=(1 - .6 / across, 0), ncols=2, borderaxespad=.3, columnspacing=1.2)
+    if lines:
+        fig.legend(handles=lines, loc='lower right', bbox_to_anchor=(1 - .6 / across, 0), ncols=2, borderaxespad=.3,
+                   columnspacing=1.2)
 
 # %% ../nbs/11_plots.ipynb #05e9b989
-def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Detections, i: int, mask: torch.Tensor | None) -> None:
+def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Detections, i: int,
+                 mask: torch.Tensor | None) -> None:
     "The pictures of image i into the frames of its row."
     _show(at['input'], image)
     if 'reconstruction' in at: _show(at['reconstruction'], detections.reconstructions[i])
@@ -556,7 +592,7 @@ def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Detection
 @_styled
 def detection_gallery(
     images: torch.Tensor,                   # (M, 3, H, W) uint8
-    detections: Detections,                 # of these images: .maps, .scores; .reconstructions, .masks, .is_anomalous or None
+    detections: Detections,  # of these images: .maps, .scores; .reconstructions, .masks, .is_anomalous or None
     masks: torch.Tensor | None,             # (M, 1, H, W) bool, the ground truth; None: not known
     kinds: Sequence[str] | None,            # M kinds, 'good' for normal images; None: not known
     indices: Sequence[int],                 # which to show, one row each
@@ -566,7 +602,8 @@ def detection_gallery(
 ) -> Figure:
     "One row an image: input, reconstruction, score map, ground truth, overlay, with the verdict in words."
     if not len(indices): return _sentence(empty)
-    columns = ['input', *['reconstruction'] * (detections.reconstructions is not None), 'score map', *['ground truth'] * (masks is not None), 'overlay']
+    columns = ['input', *['reconstruction'] * (detections.reconstructions is not None), 'score map',
+               *['ground truth'] * (masks is not None), 'overlay']
     names = kinds if titles is None else titles
     names = None if names is None else {i: _short(str(names[i]), 32) for i in indices}
     left = max(1.5, .3 + .085 * max(map(len, names.values()))) if names else 1.5
@@ -584,7 +621,8 @@ def _kind_table(results: dict) -> pd.DataFrame:
     "All kinds, those taken together, and each: count, image AUROC and pixel AP; a metric that is not defined is nan."
     rows = {'all kinds': results}
     if 'together' in results: rows[' + '.join(results['together']['kinds'])] = results['together']
-    table = {name: (row['image']['n_anomalous'], row['image']['auroc'], row['pixel']['ap']) for name, row in (rows | results['kinds']).items()}
+    table = {name: (row['image']['n_anomalous'], row['image']['auroc'], row['pixel']['ap'])
+             for name, row in (rows | results['kinds']).items()}
     return pd.DataFrame.from_dict(table, orient='index', columns=['n', 'auroc', 'ap'], dtype=float)
 
 # %% ../nbs/11_plots.ipynb #2a1a220d
@@ -594,12 +632,14 @@ def kind_bars(
 ) -> Figure:
     "The image AUROC and the pixel AP of each kind of defect, and of all together."
     table = _kind_table(results)
-    if table[['auroc', 'ap']].isna().all(axis=None): return _sentence('No metric is defined: it takes good and defect test images.')
+    if table[['auroc', 'ap']].isna().all(axis=None):
+        return _sentence('No metric is defined: it takes good and defect test images.')
     fig, ax = plt.subplots(figsize=(WIDTH, .75 + .5 * len(table)), layout='constrained')
     y = np.arange(len(table))
     for column, name, colour, shift in (('auroc', 'image AUROC', IMAGES, -.2), ('ap', 'pixel AP', PIXELS, .2)):
         bars = ax.barh(y + shift, table[column].fillna(0), height=.36, color=colour, label=name)
-        ax.bar_label(bars, [f'{value:.2f}' if value == value else 'not defined' for value in table[column]], padding=4, fontsize=9)
+        ax.bar_label(bars, [f'{value:.2f}' if value == value else 'not defined' for value in table[column]], padding=4,
+                     fontsize=9)
     ax.axvline(.5, color='black', linestyle=':', linewidth=1, label='AUROC of a coin')
     names = [f'{name} ({n:.0f})' for name, n in table['n'].items()]
     ax.set(yticks=y, yticklabels=names, xlim=(0, 1.06), ylim=(len(table) - .5, -.5), xticks=np.linspace(0, 1, 6))
@@ -614,8 +654,10 @@ def _agreement(ax: Axes, table: pd.DataFrame, low: float) -> None:
     short = table['ours'] < table['published']
     ax.plot((low, 100), (low, 100), color=MUTED, linewidth=1)
     for which, colour, marker in ((~short, IMAGES, 'o'), (short, DEFECT, 'v')):
-        ax.scatter(table.loc[which, 'published'], table.loc[which, 'ours'], s=40, color=colour, marker=marker, alpha=.85, clip_on=False, zorder=3)
-    ax.set(xlim=(low, 100), ylim=(low, 100), xlabel='published AUROC, %', ylabel='our AUROC, %', aspect='equal', anchor='N')
+        ax.scatter(table.loc[which, 'published'], table.loc[which, 'ours'], s=40, color=colour, marker=marker,
+                   alpha=.85, clip_on=False, zorder=3)
+    ax.set(xlim=(low, 100), ylim=(low, 100), xlabel='published AUROC, %', ylabel='our AUROC, %', aspect='equal',
+           anchor='N')
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_title(f'{(~short).sum()} of {len(table)} reach the published value')
@@ -627,8 +669,10 @@ def _by_name(ax: Axes, table: pd.DataFrame, low: float) -> None:
         ax.plot((row.published, row.ours), (y, y), color=colour, linewidth=2, alpha=.5)
         ax.scatter(row.published, y, s=40, facecolor='white', edgecolor=MUTED, clip_on=False, zorder=3)
         ax.scatter(row.ours, y, s=40, color=colour, marker=marker, clip_on=False, zorder=4)
-        ax.text(1.03, y, f'{row.ours - row.published:+.1f}', transform=ax.get_yaxis_transform(), va='center', ha='left', fontsize=9)
-    ax.set(yticks=range(len(table)), yticklabels=table.index, ylim=(len(table) - .5, -.5), xlim=(low, 100), xlabel='AUROC, %')
+        ax.text(1.03, y, f'{row.ours - row.published:+.1f}', transform=ax.get_yaxis_transform(), va='center', ha='left',
+                fontsize=9)
+    ax.set(yticks=range(len(table)), yticklabels=table.index, ylim=(len(table) - .5, -.5), xlim=(low, 100),
+           xlabel='AUROC, %')
     ax.set_title('hollow: published, filled: ours')
 
 # %% ../nbs/11_plots.ipynb #ee6ff9a1
@@ -640,7 +684,8 @@ def against_paper(
     table = table[['ours', 'published']].astype(float).dropna().sort_values('published', ascending=False, kind='stable')
     if not len(table): return _sentence('No class has both a value of ours and a published one.')
     low = float(np.floor(min(table.min(axis=None), 95) - 1))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.4, .8 + .23 * len(table))), width_ratios=(1, 1.25), layout='constrained')
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.4, .8 + .23 * len(table))), width_ratios=(1, 1.25),
+                                      layout='constrained')
     _agreement(left, table, low)
     _by_name(right, table, low)
     return fig
@@ -648,7 +693,7 @@ def against_paper(
 # %% ../nbs/11_plots.ipynb #95cc6983
 @_styled
 def class_differences(
-    table: pd.DataFrame,    # of evaluation.differences under one set of conditions: category, difference, low, high, seeds
+    table: pd.DataFrame,    # of evaluation.differences, one set of conditions: category, difference, low, high, seeds
     metric: str,            # what differs
 ) -> Figure:
     "Ours less the published value, a row a class, with the interval over test images and each seed's own difference."
@@ -663,10 +708,13 @@ def class_differences(
         if len(row.seeds) > 1: ax.scatter(row.seeds, [y] * len(row.seeds), s=12, color='black', zorder=4)
         ax.scatter(row.difference, y, s=44, color=colour, marker=marker, zorder=3)
         interval = 'no interval' if np.isnan(row.low) else f'{row.low:+.1f} to {row.high:+.1f}'
-        ax.text(1.01, y, f'{row.difference:+.1f}  ({interval})', transform=ax.get_yaxis_transform(), va='center', fontsize=9, fontweight='bold' if sure else 'normal')
+        ax.text(1.01, y, f'{row.difference:+.1f}  ({interval})', transform=ax.get_yaxis_transform(), va='center',
+                fontsize=9, fontweight='bold' if sure else 'normal')
     n_seeds = sorted({len(seeds) for seeds in table.seeds})
-    ax.set(yticks=range(len(table)), yticklabels=table.category, ylim=(len(table) - .5, -.5), xlabel=f'ours less published, {metric}, percentage points')
-    ax.set_title(f'line: 95 % over test images; {"one seed" if n_seeds == [1] else "dots: the seeds"}; bold: zero is outside')
+    ax.set(yticks=range(len(table)), yticklabels=table.category, ylim=(len(table) - .5, -.5),
+           xlabel=f'ours less published, {metric}, percentage points')
+    ax.set_title(f'line: 95 % over test images; {"one seed" if n_seeds == [1] else "dots: the seeds"}; bold: zero is '
+                 'outside')
     ax.grid(False, axis='y')
     return fig
 
@@ -681,7 +729,8 @@ def _curve(ax: Axes, table: pd.DataFrame, metric: str, colour: str) -> None:
     if table.seed.nunique() > 1:
         for _, one in table.groupby('seed'): ax.plot(one.step, one[metric], color=colour, alpha=.45, linewidth=1)
     ax.plot(mean.index, mean, 'o-', color=colour, markersize=4)
-    ax.annotate(f'{mean.iloc[-1]:.3f}', (mean.index[-1], mean.iloc[-1]), xytext=(4, 0), textcoords='offset points', va='center', fontsize=9, annotation_clip=False)
+    ax.annotate(f'{mean.iloc[-1]:.3f}', (mean.index[-1], mean.iloc[-1]), xytext=(4, 0), textcoords='offset points',
+                va='center', fontsize=9, annotation_clip=False)
 
 def _step_ticks(ax: Axes, steps: Sequence[int]) -> None:
     "A tick at each step that was looked at; every second or third one has its number."
@@ -693,7 +742,7 @@ def _step_ticks(ax: Axes, steps: Sequence[int]) -> None:
 # %% ../nbs/11_plots.ipynb #d2f914db
 @_styled
 def learning_curve(
-    table: pd.DataFrame,            # seed, step, a column a metric (fractions, nan where undefined), and '<metric> low', '<metric> high' where there is an interval
+    table: pd.DataFrame,  # seed, step, a column for each metric (fractions or nan), with '<metric> low' and ' high'
     drops: Sequence[float] = (),    # steps after which the learning rate fell
 ) -> Figure:
     "Every metric against the steps of the training."

@@ -15,7 +15,8 @@ __all__ = ['Recipe', 'official', 'paper', 'demo', 'compact', 'by_name', 'ablatio
 # %% ../nbs/06_recipes.ipynb #8351510f
 _CHOICES = dict(color=('rgb', 'bgr'), mask_shape=('perlin', 'rectangle'), texture_source=('images', 'color'),
                 augmentation=('official', 'paper', 'none'), reconstruction_map=('ssim', 'msgms'),
-                schedule=('milestones', 'linear'), precision=('auto', 'float32', 'bfloat16', 'float16'), memory_format=('channels_last', 'contiguous'))
+                schedule=('milestones', 'linear'), precision=('auto', 'float32', 'bfloat16', 'float16'),
+                memory_format=('channels_last', 'contiguous'))
 
 @dataclass(frozen=True)
 class Recipe:
@@ -23,15 +24,15 @@ class Recipe:
     name: str = 'official'                          # what the report calls it
     # --- input
     size: int | tuple[int, int] = 256               # network input, S or (H, W) in pixels; multiples of 32
-    image_size: int | tuple[int, int] | None = None # images are brought to this, learned from in random crops of `size`, tested in tiles; None: to `size`
-    antialias: bool = False                         # how larger images and textures are shrunk; False: each pixel from the nearest four alone
-    color: str = 'rgb'                              # channel order of the network input; the authors' checkpoints want 'bgr'
+    image_size: int | tuple[int, int] | None = None # of images trained on in crops and tested in tiles; None: `size`
+    antialias: bool = False  # how larger images and textures are shrunk; False: each pixel from the nearest four alone
+    color: str = 'rgb'  # channel order of the network input; the authors' checkpoints want 'bgr'
     # --- networks
     base_width: int = 128                           # channels of the reconstructive net's first block
     base_channels: int = 64                         # channels of the discriminative net's first block
-    reconstructive: bool = True                     # False: discriminative net on the image alone (ablation 'Disc. only')
-    init_std: float = 0.02                          # standard deviation of the convolution weights at the start (04_networks)
-    anomaly_prior: float | None = None              # probability at which every pixel starts (04_networks); None: as released, 1/2
+    reconstructive: bool = True  # False: discriminative net on the image alone (ablation 'Disc. only')
+    init_std: float = 0.02  # standard deviation of the convolution weights at the start (04_networks)
+    anomaly_prior: float | None = None  # probability at which every pixel starts (04_networks); None: as released, 1/2
     discriminative: bool = True                     # False: map from the reconstruction error (ablations 'Recon.-AE')
     reconstruction_map: str = 'ssim'                # that error: 'ssim' or 'msgms' (multi-scale gradient similarity)
     # --- simulation: normal images
@@ -48,29 +49,29 @@ class Recipe:
     n_textures: int | None = None                   # use only the first n source textures (ablation); None: all
     augmentation: str = 'official'                  # set of texture augmentations: 'official', 'paper' or 'none'
     n_augmentations: int = 3                        # different ones per sample
-    own_share: float = 0.                           # share of anomalies filled with another normal image (03_simulator; not in the paper)
-    soft_share: float = 0.                          # share of anomalies that fade in from the edge of their mask (03_simulator; not in the paper)
-    match_gray: bool = False                        # where no normal image has colour, anomalies get none (not in the paper)
-    opacity: tuple[float, float] = (0.2, 1.0)       # weight of the texture under the mask, uniform; (1, 1): opaque (ablation)
+    own_share: float = 0.  # share of anomalies filled with another normal image (03_simulator; not in the paper)
+    soft_share: float = 0.                          # share of anomalies that fade in from their edge (03_simulator; not in the paper)
+    match_gray: bool = False  # where no normal image has colour, anomalies get none (not in the paper)
+    opacity: tuple[float, float] = (0.2, 1.0)       # weight of the texture in the mask, uniform; (1, 1): opaque
     # --- losses
     ssim_weight: float = 1.
     l2_weight: float = 1.
     focal_weight: float = 1.
     focal_gamma: float = 2.
     # --- optimisation
-    epochs: float = 700.                            # one epoch = as many steps as it takes to see as many samples as there are training images
+    epochs: float = 700.  # one epoch = as many steps as it takes to see as many samples as there are training images
     steps: int | None = None                        # optimiser steps; overrides `epochs`
-    replacement: bool = True                        # draw images with replacement; False: each epoch is one shuffled pass
+    replacement: bool = True  # draw images with replacement; False: each epoch is one shuffled pass
     batch: int = 8
     lr: float = 1e-4                                # Adam's
-    kernel_lr: float | None = None                  # Muon's, which then trains the inner kernels (06b_optimizers); None: Adam alone
-    deep_supervision: float = 0.                    # weight of the side heads at the start (05b_supervision); 0: no heads
-    schedule: str = 'milestones'                    # of the learning rates: falls at the milestones, or 'linear' down to zero
+    kernel_lr: float | None = None  # Muon's, which then trains the inner kernels (06b_optimizers); None: Adam alone
+    deep_supervision: float = 0.  # weight of the side heads at the start (05b_supervision); 0: no heads
+    schedule: str = 'milestones'  # of the learning rates: falls at the milestones, or 'linear' down to zero
     lr_milestones: tuple[float, ...] = (0.8, 0.9)   # fractions of the run after which ...
     lr_decay: float = 0.2                           # ... the learning rate is multiplied by this
     seed: int = 0                                   # every random choice of the run follows from it
     # --- score and operating point
-    score_window: int = 21                          # side of the mean filter before the maximum, odd, in pixels of the map
+    score_window: int = 21  # side of the mean filter before the maximum, odd, in pixels of the map
     holdout: float = 0.1                            # share of the normal images kept from training for the threshold
     quantile: float = 0.995                         # of the held-out normal scores: the threshold
     # --- machine
@@ -82,7 +83,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
-                raise ValueError(f"recipe field {field} is {getattr(self, field)!r}; choose one of {', '.join(map(repr, choices))}")
+                raise ValueError(f"recipe field {field} is {getattr(self, field)!r}; choose one of "
+                                 f"{', '.join(map(repr, choices))}")
         # JSON and papermill turn tuples into lists: accept them, so that a recipe survives the round trip.
         for field in ('size', 'image_size', 'perlin_scales', 'opacity', 'lr_milestones'):
             if isinstance(getattr(self, field), list): object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -106,21 +108,27 @@ def _check_ranges(r: Recipe) -> None:
     for field in ('base_width', 'base_channels', 'batch', 'checkpoint_every', 'n_augmentations'):
         need(isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field, 'a whole number of at least 1')
     for field in ('steps', 'n_textures'):
-        need(getattr(r, field) is None or isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field, 'None or a whole number of at least 1')
+        need(getattr(r, field) is None or isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field,
+             'None or a whole number of at least 1')
     for field in ('rotation_probability', 'clean_share', 'own_share', 'soft_share', 'holdout', 'quantile'):
         need(0 <= getattr(r, field) <= 1, field, 'between 0 and 1')
     need(r.kernel_lr is None or r.kernel_lr > 0, 'kernel_lr', 'None or greater than 0')
     need(r.anomaly_prior is None or 0 < r.anomaly_prior < 1, 'anomaly_prior', 'None or between 0 and 1')
     for field in ('lr', 'epochs', 'lr_decay', 'init_std'): need(getattr(r, field) > 0, field, 'greater than 0')
-    for field in ('ssim_weight', 'l2_weight', 'focal_weight', 'focal_gamma', 'deep_supervision'): need(getattr(r, field) >= 0, field, 'at least 0')
-    need(len(r.opacity) == 2 and 0 <= r.opacity[0] <= r.opacity[1] <= 1, 'opacity', 'a pair (low, high) with 0 <= low <= high <= 1')
-    need(len(r.perlin_scales) == 2 and 0 <= r.perlin_scales[0] <= r.perlin_scales[1] <= 8, 'perlin_scales', 'a pair of exponents (low, high) with 0 <= low <= high <= 8')
+    for field in ('ssim_weight', 'l2_weight', 'focal_weight', 'focal_gamma', 'deep_supervision'):
+        need(getattr(r, field) >= 0, field, 'at least 0')
+    need(len(r.opacity) == 2 and 0 <= r.opacity[0] <= r.opacity[1] <= 1, 'opacity',
+         'a pair (low, high) with 0 <= low <= high <= 1')
+    need(len(r.perlin_scales) == 2 and 0 <= r.perlin_scales[0] <= r.perlin_scales[1] <= 8, 'perlin_scales',
+         'a pair of exponents (low, high) with 0 <= low <= high <= 8')
     both = lambda size: size if isinstance(size, tuple) else (size, size)
-    need(r.image_size is None or all(big >= small for big, small in zip(both(r.image_size), both(r.size))), 'image_size', 'None, or at least `size` on both sides')
+    need(r.image_size is None or all(big >= small for big, small in zip(both(r.image_size), both(r.size))),
+         'image_size', 'None, or at least `size` on both sides')
     need(all(0 < m < 1 for m in r.lr_milestones), 'lr_milestones', 'fractions of the run between 0 and 1')
     need(r.holdout < 1, 'holdout', 'less than 1, so that images are left to train on')
     need(r.score_window % 2 == 1, 'score_window', 'odd, so that it has a centre')
-    need(r.reconstructive or r.discriminative, 'discriminative', 'True where reconstructive is False: a method needs one of the two nets')
+    need(r.reconstructive or r.discriminative, 'discriminative',
+         'True where reconstructive is False: a method needs one of the two nets')
 
 # %% ../nbs/06_recipes.ipynb #ae7f07e7
 def official() -> Recipe:
@@ -128,15 +136,18 @@ def official() -> Recipe:
     return Recipe()
 
 def paper() -> Recipe:
-    "The paper's text: all normal images turned by up to 45 degrees, opacity U[0.1, 1], lr x0.1 after epochs 400 and 600 of 700."
+    """The paper's text: all normal images turned by up to 45 degrees, opacity U[0.1, 1], lr x0.1 after epochs 400 and
+    600 of 700."""
     return Recipe(name='paper', antialias=True, rotation_degrees=45., rotation_probability=1., opacity=(0.1, 1.0),
                   augmentation='paper', replacement=False, lr_milestones=(400 / 700, 600 / 700), lr_decay=0.1)
 
 # %% ../nbs/06_recipes.ipynb #9700b6c8
 def demo() -> Recipe:
     "Small and quick, for two CPU cores: 96 px, widths 16 and 8, 1,000 steps of 8 images, side heads and Muon."
-    return Recipe(name='demo', size=96, antialias=True, base_width=16, base_channels=8, batch=8, steps=1000, lr=3e-3, kernel_lr=0.05,
-                  deep_supervision=1., schedule='linear', anomaly_prior=0.05, rotation_probability=0., score_window=9, match_gray=True)
+    return Recipe(name='demo', size=96, antialias=True, base_width=16, base_channels=8, batch=8, steps=1000, lr=3e-3,
+                  kernel_lr=0.05,
+                  deep_supervision=1., schedule='linear', anomaly_prior=0.05, rotation_probability=0., score_window=9,
+                  match_gray=True)
 
 def compact() -> Recipe:
     "For real parts on two cores, ours: `demo`, with half of the anomalies filled from the normal images themselves."
@@ -150,7 +161,8 @@ def by_name(name: str) -> Recipe:
 
 # %% ../nbs/06_recipes.ipynb #b6de308f
 def ablations() -> dict[str, dict[str, object]]:
-    "Rows of the paper's ablation table, by their names in `paper_table('ablation')`: the recipe fields that make each; DRAEM itself is the last."
+    """Rows of the paper's ablation table, by their names in `paper_table('ablation')`: the recipe fields that make
+    each; DRAEM itself is the last."""
     return {
         'Disc. only': dict(reconstructive=False),
         'Recon.-AE (SSIM map)': dict(discriminative=False),

@@ -26,7 +26,9 @@ def tile_starts(
     overlap: int, # of neighbours, at least; 0 <= overlap < tile
 ) -> list[int]: # first pixels, rising from 0 to length - tile
     "Where tiles begin along one axis."
-    if not 0 <= overlap < tile <= length: raise ValueError(f"tiles of {tile} pixels with {overlap} of overlap do not fit an axis of {length}; need 0 <= overlap < tile <= length")
+    if not 0 <= overlap < tile <= length:
+        raise ValueError(f"tiles of {tile} pixels with {overlap} of overlap do not fit an axis of {length}; need 0 <= "
+                         "overlap < tile <= length")
     n = math.ceil((length - overlap) / (tile - overlap))
     return [round(i * (length - tile) / (n - 1)) for i in range(n)] if n > 1 else [0]
 
@@ -41,7 +43,8 @@ def blend_weights(length: int, tile: int, overlap: int) -> Tensor: # (n tiles, t
     return torch.stack([ramp / total[start:start + tile] for start in starts]).float()
 
 # %% ../nbs/08b_tiling.ipynb #91786d31
-def _one_by_one(images: object, size: tuple[int, int], antialias: bool) -> tuple[int, Callable[[int], Tensor], list[Path] | None]:
+def _one_by_one(images: object, size: tuple[int, int],
+                antialias: bool) -> tuple[int, Callable[[int], Tensor], list[Path] | None]:
     "How many, a function that gives the i-th as (3, H, W) uint8 RGB, and their paths; files are read one at a time."
     if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
     if isinstance(images, (list, tuple)) and images:
@@ -54,7 +57,8 @@ def _one_by_one(images: object, size: tuple[int, int], antialias: bool) -> tuple
 def _blended(tiled: TiledDetector, image: Tensor, batch: int, reconstructions: bool) -> tuple[Tensor, Tensor | None]:
     "(3, H, W) uint8 -> (H, W) map on the device, and (3, H, W) uint8 reconstruction if asked for and there is one."
     (h, w), color = tiled.detector.size, tiled.detector.color
-    places = [(y, x, wy[:, None] * wx) for y, wy in zip(tiled.starts[0], tiled.weights[0]) for x, wx in zip(tiled.starts[1], tiled.weights[1])]
+    places = [(y, x, wy[:, None] * wx) for y, wy in zip(tiled.starts[0], tiled.weights[0])
+              for x, wx in zip(tiled.starts[1], tiled.weights[1])]
     score_map = torch.zeros(tiled.size, device=tiled.device)
     reconstructed = torch.zeros(3, *tiled.size, device=tiled.device) if reconstructions else None
     for first in range(0, len(places), batch):
@@ -64,8 +68,11 @@ def _blended(tiled: TiledDetector, image: Tensor, batch: int, reconstructions: b
         if tile_reconstructions is None: reconstructed = None
         for i, (y, x, weight) in enumerate(part):
             score_map[y:y + h, x:x + w] += weight * maps[i, 0]
-            if reconstructed is not None: reconstructed[:, y:y + h, x:x + w] += weight * (tile_reconstructions[i] if color == 'rgb' else tile_reconstructions[i].flip(0))
-    return score_map, None if reconstructed is None else (reconstructed.clamp_(0, 1) * 255).round().to(torch.uint8).cpu()
+            if reconstructed is not None:
+                reconstructed[:, y:y + h, x:x + w] += weight * (tile_reconstructions[i] if color == 'rgb'
+                                                                else tile_reconstructions[i].flip(0))
+    if reconstructed is not None: reconstructed = (reconstructed.clamp_(0, 1) * 255).round().to(torch.uint8).cpu()
+    return score_map, reconstructed
 
 # %% ../nbs/08b_tiling.ipynb #e8e72cc3
 class TiledDetector(AnomalyDetector):
@@ -79,10 +86,12 @@ class TiledDetector(AnomalyDetector):
         self.detector, self.size, self.device = detector, check_size(size), detector.device
         if not 0 <= overlap < 1: raise ValueError(f"overlap is {overlap}; it must be at least 0 and less than 1")
         sides = [(length, tile, int(overlap * tile)) for length, tile in zip(self.size, detector.size)]
-        self.starts, self.weights = [tile_starts(*side) for side in sides], [blend_weights(*side).to(self.device) for side in sides]
+        self.starts = [tile_starts(*side) for side in sides]
+        self.weights = [blend_weights(*side).to(self.device) for side in sides]
         if (recipe := getattr(detector, 'recipe', None)) is not None: self.recipe = recipe
         self.window = getattr(recipe, 'score_window', 21)
-        for name in ('antialias', 'quantile', 'pixel_floor', 'threshold', 'pixel_threshold', 'held_out_scores'): setattr(self, name, getattr(detector, name))
+        for name in ('antialias', 'quantile', 'pixel_floor', 'threshold', 'pixel_threshold', 'held_out_scores'):
+            setattr(self, name, getattr(detector, name))
 
     @torch.inference_mode()
     def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
@@ -99,7 +108,8 @@ class TiledDetector(AnomalyDetector):
             if masks is not None: masks[i] = maps[i] > self.pixel_threshold
             if reconstruction is None: reconstructed = None
             else: reconstructed[i] = reconstruction
-        return Detections(maps, scores, masks, None if self.threshold is None else scores > self.threshold, reconstructed, paths)
+        return Detections(maps, scores, masks, None if self.threshold is None else scores > self.threshold,
+                          reconstructed, paths)
 
 # %% ../nbs/08b_tiling.ipynb #6c5eaa69
 def load_detector(
@@ -108,7 +118,8 @@ def load_detector(
 ) -> AnomalyDetector:
     "The detector of a run, by the method that its run.json names, with the thresholds if the run has been calibrated."
     folder = path if (path := Path(path)).is_dir() else path.parent
-    if (run := folder / 'run.json').exists() and (name := str(read_json(run).get('method', 'draem')).lower()) != 'draem':
+    run = folder / 'run.json'
+    if run.exists() and (name := str(read_json(run).get('method', 'draem')).lower()) != 'draem':
         from draem_nb.methods import method     # here, not at the start: that module needs this one
         return method(name).load(folder, device)
     detector = Detector.load(path, device)

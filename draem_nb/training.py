@@ -40,10 +40,12 @@ __all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of'
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 def split_held_out(n_images: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    "Indices of the normal images that are trained on and of those held out for the threshold, both ascending; by holdout and seed of any recipe."
+    """Indices of the normal images that are trained on and of those held out for the threshold, both ascending; by
+    holdout and seed of any recipe."""
     n_held_out = max(1, round(recipe.holdout * n_images)) if recipe.holdout else 0
     if n_images <= n_held_out:
-        raise ValueError(f'{n_images} normal image in train/good is not enough: one is held out for the threshold, so at least 2 are '
+        raise ValueError(f'{n_images} normal image in train/good is not enough: one is held out for the threshold, so '
+                         'at least 2 are '
                          f'needed (or the recipe field holdout=0, which gives scores without verdicts)')
     order = np.random.default_rng([recipe.seed, 2]).permutation(n_images)
     return torch.from_numpy(np.sort(order[n_held_out:])), torch.from_numpy(np.sort(order[:n_held_out]))
@@ -53,13 +55,15 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     "The device to work on; None takes a GPU where there is one. `ValueError` where the device does not exist."
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda' and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device={str(device)!r} was asked for, but PyTorch finds {torch.cuda.device_count()} CUDA GPUs here; use device='cpu'")
+        raise ValueError(f"device={str(device)!r} was asked for, but PyTorch finds {torch.cuda.device_count()} CUDA "
+                         "GPUs here; use device='cpu'")
     return device
 
 def pick_precision(recipe: Recipe, device: torch.device) -> torch.dtype:
     "The autocast type of the networks: what `recipe.precision` says or, for 'auto', what the device is fast at."
     if recipe.precision != 'auto': return getattr(torch, recipe.precision)
-    if device.type == 'cuda': return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == 'cuda':
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     has_amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)      # absent from older releases
     return torch.bfloat16 if device.type == 'cpu' and has_amx() else torch.float32
 
@@ -86,7 +90,8 @@ class RandomCrops:
         (h, w), (height, width) = self.size, self.images.shape[-2:]
         rng = np.random.default_rng([self.recipe.seed, 3, step])
         corners = rng.integers(0, (height - h + 1, width - w + 1), (len(plan.image), 2)).tolist()
-        crops = torch.stack([self.images[i, :, y:y + h, x:x + w] for i, (y, x) in zip(self.indices[plan.image].tolist(), corners)])
+        crops = torch.stack([self.images[i, :, y:y + h, x:x + w]
+                             for i, (y, x) in zip(self.indices[plan.image].tolist(), corners)])
         return crops.flip(1) if self.flipped else crops, dataclasses.replace(
             plan, image=torch.arange(len(crops)), own_image=plan.own_image % len(crops))
 
@@ -96,11 +101,14 @@ class Trainer:
     def __init__(self, images: Tensor | RandomCrops, textures: Tensor, recipe: Recipe, device: torch.device):
         self.recipe, self.device, self.done, self.batch = recipe, device, 0, None
         self.total = recipe.total_steps(len(images))
-        if recipe.color == 'bgr': images, textures = images.flip(1), textures.flip(1)      # what comes in is RGB, everywhere
-        self.images, self.simulator = images, AnomalySimulator(textures, recipe, getattr(images, 'images', images))    # on the host
+        # the input is RGB, everywhere
+        if recipe.color == 'bgr': images, textures = images.flip(1), textures.flip(1)
+        self.images = images            # on the host, as the simulator
+        self.simulator = AnomalySimulator(textures, recipe, getattr(images, 'images', images))
         self.dtype, self.memory_format = pick_precision(recipe, device), memory_format_of(recipe)
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
-        self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior, recipe.init_std).to(device, memory_format=self.memory_format)
+        self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior,
+                              recipe.init_std).to(device, memory_format=self.memory_format)
         self.forward = torch.compile(self.net) if recipe.compile else self.net
         self.heads = self.side_heads() if recipe.reconstructive and recipe.deep_supervision else None
         self.optimizers = make_optimizers(self.net, recipe, self.heads.parameters() if self.heads else ())
@@ -108,7 +116,7 @@ class Trainer:
         self.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.history = torch.zeros(self.total, 3, device=device)            # SSIM, L2 and focal loss of every step
-        self.rates = torch.zeros(self.total, dtype=torch.float64)           # the optimiser's learning rate in it; on the host
+        self.rates = torch.zeros(self.total, dtype=torch.float64)  # the optimiser's learning rate in it; on the host
 
     def side_heads(self) -> SideHeads:
         "Side heads that listen to the reconstructive net (05b_supervision), on its device."
@@ -118,9 +126,11 @@ class Trainer:
     def step(self) -> None:
         "One optimiser step on one simulated batch; no device-to-host copy."
         plan = self.simulator.plan(len(self.images), self.recipe.batch, self.recipe.seed, self.done)
-        images, plan = self.images.draw(plan, self.done) if isinstance(self.images, RandomCrops) else (self.images, plan)
-        on_host = self.device.type == 'cpu'         # then into the memory of the last batch; else into memory that the device copies from
-        batch = self.batch = self.simulator(images, plan, self.batch if on_host else None, self.device.type == 'cuda').to(self.device)
+        images = self.images
+        if isinstance(images, RandomCrops): images, plan = images.draw(plan, self.done)
+        on_host = self.device.type == 'cpu'     # the batch reuses the last one's memory; else memory to copy from
+        batch = self.batch = self.simulator(images, plan, self.batch if on_host else None,
+                                            self.device.type == 'cuda').to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             reconstruction, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
         losses = draem_loss(reconstruction, logits, batch.target, batch.mask, self.recipe)
@@ -136,12 +146,15 @@ class Trainer:
         self.done += 1
 
     def recent_losses(self, n: int) -> list[float]:
-        "Mean SSIM, L2 and focal loss of the last n steps; `FloatingPointError` if any is not finite. Waits for the device."
+        """Mean SSIM, L2 and focal loss of the last n steps; `FloatingPointError` if any is not finite.
+
+        Waits for the device."""
         losses = self.history[max(0, self.done - n):self.done].cpu()
         if not losses.isfinite().all():
             step = self.done - len(losses) + int((~losses.isfinite()).any(1).nonzero()[0]) + 1
-            raise FloatingPointError(f"the loss is not finite at step {step}; a smaller recipe field lr (now {self.recipe.lr:g}) "
-                                     f"or precision='float32' usually helps; the last checkpoint is from before and is kept")
+            raise FloatingPointError(f'the loss is not finite at step {step}; a smaller recipe field lr (now '
+                                     f"{self.recipe.lr:g}) or precision='float32' usually helps; the last checkpoint "
+                                     'is from before and is kept')
         return losses.mean(0).tolist()
 
     def aids(self) -> dict[str, list]:
@@ -153,7 +166,8 @@ class Trainer:
         parts = dict(net=self.net.state_dict(), scaler=self.scaler.state_dict())
         if self.done < self.total:              # what helps to train, and nobody needs afterwards
             parts |= {name: [part.state_dict() for part in parts_of] for name, parts_of in self.aids().items()}
-        return dict(parts, step=self.done, history=self.history[:self.done].cpu(), rates=self.rates[:self.done].clone(), recipe=dataclasses.asdict(self.recipe), versions=versions())
+        return dict(parts, step=self.done, history=self.history[:self.done].cpu(), rates=self.rates[:self.done].clone(),
+                    recipe=dataclasses.asdict(self.recipe), versions=versions())
 
     def load_state_dict(self, state: dict) -> None:
         "Go on from what `state_dict` gave."
@@ -163,14 +177,17 @@ class Trainer:
         self.done = state['step']
         self.history[:self.done], self.rates[:self.done] = state['history'].to(self.device), state['rates'].cpu()
 
+# %% ../nbs/07_training.ipynb #70fd3cc1
 def versions() -> dict[str, str]:
     "Versions of what a run's numbers depend on."
-    return dict(draem_nb=draem_nb.__version__, python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__, numba=numba.__version__)
+    return dict(draem_nb=draem_nb.__version__, python=platform.python_version(), torch=str(torch.__version__),
+                numpy=np.__version__, numba=numba.__version__)
 
 # %% ../nbs/07_training.ipynb #1bcaa2c5
 def _save(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:
     if snapshot:        # before the checkpoint: where that one stands at this step or later, the snapshot is there
-        kept = {name: value for name, value in trainer.state_dict().items() if name in ('net', 'step', 'recipe', 'versions')}
+        kept = {name: value for name, value in trainer.state_dict().items()
+                if name in ('net', 'step', 'recipe', 'versions')}
         with replacing(run_dir / f'checkpoint-{trainer.done}.pt') as temporary: torch.save(kept, temporary)
     with replacing(run_dir / 'checkpoint.pt') as temporary:
         with open(temporary, 'wb') as f:
@@ -179,27 +196,38 @@ def _save(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:
     with replacing(run_dir / 'losses.csv') as temporary, open(temporary, 'w', newline='') as f:
         rows = csv.writer(f)
         rows.writerow(['step', 'ssim', 'l2', 'focal', 'lr'])
-        rows.writerows([i + 1, *losses, lr] for i, (losses, lr) in enumerate(zip(trainer.history[:trainer.done].tolist(), trainer.rates.tolist())))
+        rows.writerows([i + 1, *losses, lr]
+                       for i, (losses, lr) in enumerate(zip(trainer.history[:trainer.done].tolist(),
+                                                            trainer.rates.tolist())))
 
 # %% ../nbs/07_training.ipynb #78d015ee
 def _fingerprint(t: Tensor) -> str:
     return hashlib.sha256(t.contiguous().numpy()).hexdigest()
 
+# %% ../nbs/07_training.ipynb #dac5db8a
 def _claim(run_dir: Path, run: dict, resume: bool) -> None:
     "Make the folder and write run.json, or check that the run in it is this one."
     try: run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f'the run folder {run_dir} cannot be made ({e.strerror}); choose another run_dir') from None
+    except OSError as e:
+        raise ValueError(f'the run folder {run_dir} cannot be made ({e.strerror}); choose another run_dir') from None
     known = run_dir / 'run.json'
     if resume and known.exists():
         old = json.loads(known.read_text())
         new = json.loads(json.dumps(run))
-        differ = [f'{k} {old["recipe"].get(k)!r} there, {v!r} now' for k, v in new['recipe'].items() if old['recipe'].get(k) != v]
-        differ += [f'other {k.replace("_", " ")}' for k in ('category', 'fingerprint', 'textures_fingerprint') if old[k] != new[k]]
-        if differ: raise ValueError(f'{run_dir} holds a run with another recipe or data ({"; ".join(differ)}); choose another run_dir or delete that one')
+        differ = [f'{k} {old["recipe"].get(k)!r} there, {v!r} now'
+                  for k, v in new['recipe'].items() if old['recipe'].get(k) != v]
+        differ += [f'other {k.replace("_", " ")}' for k in ('category', 'fingerprint', 'textures_fingerprint')
+                   if old[k] != new[k]]
+        if differ:
+            raise ValueError(f'{run_dir} holds a run with another recipe or data ({"; ".join(differ)}); choose another '
+                             'run_dir or delete that one')
     try: write_json(run, known)
-    except OSError as e: raise ValueError(f'the run folder {run_dir} cannot be written ({e.strerror}); choose another run_dir') from None
+    except OSError as e:
+        raise ValueError(f'the run folder {run_dir} cannot be written ({e.strerror}); choose another run_dir') from None
     if not resume:
-        for path in [run_dir / name for name in ('checkpoint.pt', 'losses.csv', 'threshold.json', 'results.json', 'metrics.json')] + [*run_dir.glob('checkpoint-*.pt')]: path.unlink(missing_ok=True)
+        for path in [run_dir / name for name in ('checkpoint.pt', 'losses.csv', 'threshold.json', 'results.json',
+                                                 'metrics.json')] + [*run_dir.glob('checkpoint-*.pt')]:
+            path.unlink(missing_ok=True)
 
 # %% ../nbs/07_training.ipynb #85e189b1
 @contextlib.contextmanager
@@ -216,6 +244,41 @@ def interrupt_noted() -> Iterator[list]:
 # %% ../nbs/07_training.ipynb #a28efffe
 _LOOK_EVERY = 25     # steps between two looks at the losses, each of which waits for the device
 
+def _check_fits(category: CategoryData, recipe: Recipe) -> None:
+    "`ValueError` where the class was not loaded as the recipe says."
+    if recipe.image_size is not None and category.size != check_size(recipe.image_size):
+        raise ValueError(f'recipe field image_size is {recipe.image_size}, but the class was loaded at '
+                         f'{category.size}; load it at the image_size')
+    if category.antialias != recipe.antialias:
+        raise ValueError(f'recipe field antialias is {recipe.antialias}, but the class was loaded otherwise; load it '
+                         f'with antialias={recipe.antialias}')
+
+def _check_snapshots(trainer: Trainer, snapshots: Sequence[int], run_dir: Path) -> None:
+    "`ValueError` where the run has passed a step whose weights it has not kept."
+    kept = [step for step in snapshots if (run_dir / f'checkpoint-{step}.pt').exists()]
+    if lost := [step for step in snapshots if step <= trainer.done and step not in kept]:
+        raise ValueError(f'{run_dir} is at step {trainer.done} and has kept no weights of step {lost[0]}; choose '
+                         'another run_dir or delete that one')
+
+# %% ../nbs/07_training.ipynb #1700a88b
+def _train_on(trainer: Trainer, run_dir: Path, name: str, snapshots: Sequence[int]) -> bool:
+    "Step to the end, with checkpoints and a progress bar; whether Ctrl-C stopped it."
+    with interrupt_noted() as interrupted, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+        bar = tqdm(total=trainer.total, initial=trainer.done, desc=name, unit='step', mininterval=1,
+                   disable=trainer.done == trainer.total)
+        while trainer.done < trainer.total and not interrupted:
+            trainer.step()
+            bar.update()
+            at_interval = trainer.done % trainer.recipe.checkpoint_every == 0
+            save = at_interval or trainer.done in (trainer.total, *snapshots) or bool(interrupted)
+            if save or trainer.done % _LOOK_EVERY == 0:
+                ssim, l2, focal = trainer.recent_losses(_LOOK_EVERY)
+                bar.set_postfix_str(f'ssim {ssim:.3f}, l2 {l2:.4f}, focal {focal:.4f}', refresh=False)
+            if save or interrupted: _save(trainer, run_dir, trainer.done in snapshots)
+        bar.close()
+    return bool(interrupted)
+
+# %% ../nbs/07_training.ipynb #0bb5d23d
 def train(
     category: CategoryData,                     # its normal training images are used, nothing else
     textures: Tensor,                           # (N, 3, H, W) uint8 anomaly source, of the same size
@@ -228,28 +291,16 @@ def train(
     "Train both networks (paper, section 3); see `Recipe` for all choices. A finished run returns at once."
     device, run_dir = pick_device(device), Path(run_dir)
     fit, held_out = split_held_out(len(category.train), recipe)
-    if recipe.image_size is not None and category.size != check_size(recipe.image_size):
-        raise ValueError(f'recipe field image_size is {recipe.image_size}, but the class was loaded at {category.size}; load it at the image_size')
-    if category.antialias != recipe.antialias:
-        raise ValueError(f'recipe field antialias is {recipe.antialias}, but the class was loaded otherwise; load it with antialias={recipe.antialias}')
-    trainer = Trainer(category.train[fit] if recipe.image_size is None else RandomCrops(category.train, recipe, fit), textures, recipe, device)
+    _check_fits(category, recipe)
+    trainer = Trainer(category.train[fit] if recipe.image_size is None else RandomCrops(category.train, recipe, fit),
+                      textures, recipe, device)
     checkpoint = run_dir / 'checkpoint.pt'
     _claim(run_dir, _describe(category, textures, trainer, held_out), resume)
     if checkpoint.exists(): trainer.load_state_dict(load_checkpoint(checkpoint, device))
-    if lost := [step for step in snapshots if step <= trainer.done and not (run_dir / f'checkpoint-{step}.pt').exists()]:
-        raise ValueError(f'{run_dir} is at step {trainer.done} and has kept no weights of step {lost[0]}; choose another run_dir or delete that one')
-    with interrupt_noted() as interrupted, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-        bar = tqdm(total=trainer.total, initial=trainer.done, desc=category.name, unit='step', mininterval=1, disable=trainer.done == trainer.total)
-        while trainer.done < trainer.total and not interrupted:
-            trainer.step()
-            bar.update()
-            save = trainer.done % recipe.checkpoint_every == 0 or trainer.done in (trainer.total, *snapshots) or bool(interrupted)
-            if save or trainer.done % _LOOK_EVERY == 0:
-                ssim, l2, focal = trainer.recent_losses(_LOOK_EVERY)
-                bar.set_postfix_str(f'ssim {ssim:.3f}, l2 {l2:.4f}, focal {focal:.4f}', refresh=False)
-            if save or interrupted: _save(trainer, run_dir, trainer.done in snapshots)
-        bar.close()
-    if interrupted: raise KeyboardInterrupt(f'stopped at step {trainer.done} of {trainer.total}; {checkpoint} is written, run again to go on')
+    _check_snapshots(trainer, snapshots, run_dir)
+    if _train_on(trainer, run_dir, category.name, snapshots):
+        raise KeyboardInterrupt(f'stopped at step {trainer.done} of {trainer.total}; {checkpoint} is written, run '
+                                'again to go on')
     return checkpoint
 
 # %% ../nbs/07_training.ipynb #ae62af4c
@@ -259,22 +310,31 @@ def _not_finite(value: object, name: str = '') -> str:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     return next(filter(None, (_not_finite(v, f'{name}.{k}'.lstrip('.')) for k, v in items)), '')
 
-def load_checkpoint(path: str | Path, device: str | torch.device = 'cpu', remedy: str = 'delete it to train again') -> dict:
-    "The content of a checkpoint.pt (weights only, nothing in it is executed); `ValueError` names a file that is none or damaged and says the `remedy`."
+def load_checkpoint(path: str | Path, device: str | torch.device = 'cpu',
+                    remedy: str = 'delete it to train again') -> dict:
+    """The content of a checkpoint.pt (weights only, nothing in it is executed); `ValueError` names a file that is none
+    or damaged and says the `remedy`."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None     # PyTorch writes checksums and does not look at them
+        # PyTorch writes checksums and does not look at them
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
     except FileNotFoundError: raise FileNotFoundError(f'there is no checkpoint {path}; train first') from None
-    except Exception as e: raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}); {remedy}') from None
+    except Exception as e:
+        raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}); {remedy}') from None
     if damaged: raise ValueError(f'{path} is damaged: {damaged} in it does not have its checksum; {remedy}')
     if name := _not_finite(state): raise ValueError(f'{path} is damaged: a value of {name} is not finite; {remedy}')
     return state
 
+# %% ../nbs/07_training.ipynb #51c3dd25
 def _describe(category: CategoryData, textures: Tensor, trainer: Trainer, held_out: Tensor) -> dict:
     "What run.json says."
-    device = torch.cuda.get_device_name(trainer.device) if trainer.device.type == 'cuda' else platform.processor() or platform.machine()
-    return dict(category=category.name, recipe=dataclasses.asdict(trainer.recipe), seed=trainer.recipe.seed, steps=trainer.total,
-                fingerprint=category.fingerprint, textures_fingerprint=_fingerprint(textures), n_textures=len(trainer.simulator.textures),
+    on_gpu = trainer.device.type == 'cuda'
+    device = torch.cuda.get_device_name(trainer.device) if on_gpu else platform.processor() or platform.machine()
+    return dict(category=category.name, recipe=dataclasses.asdict(trainer.recipe), seed=trainer.recipe.seed,
+                steps=trainer.total,
+                fingerprint=category.fingerprint, textures_fingerprint=_fingerprint(textures),
+                n_textures=len(trainer.simulator.textures),
                 n_train=len(trainer.images), held_out=[category.train_paths[i].name for i in held_out.tolist()],
-                device=f'{trainer.device.type}: {device}', threads=torch.get_num_threads(), precision=str(trainer.dtype).removeprefix('torch.'),
+                device=f'{trainer.device.type}: {device}', threads=torch.get_num_threads(),
+                precision=str(trainer.dtype).removeprefix('torch.'),
                 memory_format=str(trainer.memory_format).removeprefix('torch.'), versions=versions())
