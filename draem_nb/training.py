@@ -15,7 +15,8 @@ import platform
 import signal
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -31,12 +32,12 @@ from .losses import draem_loss
 from .networks import Draem, initialise
 from .optimizers import learning_rate_factor, make_optimizers
 from .recipes import Recipe
-from .simulator import AnomalySimulator, Plan
+from .simulator import AnomalySimulator, Plan, Simulated
 from .supervision import SideHeads, supervision_weight
 
 # %% auto #0
-__all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'Trainer', 'versions',
-           'interrupt_noted', 'train', 'load_checkpoint']
+__all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'BatchesAhead', 'Trainer',
+           'versions', 'interrupt_noted', 'train', 'load_checkpoint']
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 def split_held_out(n_images: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -95,6 +96,34 @@ class RandomCrops:
         return crops.flip(1) if self.flipped else crops, dataclasses.replace(
             plan, image=torch.arange(len(crops)), own_image=plan.own_image % len(crops))
 
+# %% ../nbs/07_training.ipynb #a4eadba7
+class BatchesAhead:
+    "Batches of steps below `total`, made on the host by a thread while earlier steps run, and copied to `device`."
+    def __init__(self, make: Callable[[int], Simulated], device: torch.device, total: int, ahead: int = 3):
+        self.make, self.device, self.total, self.ahead = make, device, total, ahead
+        self.stream = torch.cuda.Stream(device) if device.type == 'cuda' else None      # the copies' own
+        self.waiting: dict[int, Future] = {}
+        self.thread = ThreadPoolExecutor(1, 'batches ahead')
+
+    def _copied(self, step: int) -> tuple[Simulated, torch.cuda.Event | None]:
+        with torch.cuda.stream(self.stream):
+            batch = self.make(step).to(self.device)
+            return batch, self.stream.record_event() if self.stream else None
+
+    def __call__(self, step: int) -> Simulated:
+        "The batch of a step, on the device; waits where it is not made yet, and raises what making it raised."
+        steps = range(step, min(step + self.ahead + 1, self.total))
+        self.waiting = {s: self.waiting.get(s) or self.thread.submit(self._copied, s) for s in steps}
+        batch, copied = self.waiting.pop(step).result()
+        if copied is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(copied)                        # the GPU waits for the copy, not the host
+            for t in vars(batch).values(): t.record_stream(computing)      # its memory is free after the step
+        return batch
+
+    def close(self) -> None: self.thread.shutdown(cancel_futures=True)
+
+
 # %% ../nbs/07_training.ipynb #7b0b6186
 class Trainer:
     "The state of a run: networks, optimiser, schedule, and the losses of all steps so far."
@@ -105,6 +134,7 @@ class Trainer:
         if recipe.color == 'bgr': images, textures = images.flip(1), textures.flip(1)
         self.images = images            # on the host, as the simulator
         self.simulator = AnomalySimulator(textures, recipe, getattr(images, 'images', images))
+        self.ahead = BatchesAhead(self.host_batch, device, self.total) if device.type != 'cpu' else None
         self.dtype, self.memory_format = pick_precision(recipe, device), memory_format_of(recipe)
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
         self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior,
@@ -123,14 +153,19 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.recipe.seed)
         return SideHeads(self.net.reconstructive, self.recipe.base_width, generator).to(self.device)
 
+    def host_batch(self, step: int, out: Simulated | None = None) -> Simulated:
+        "The batch of a step, on the host; it follows from seed and step alone. `out`: a batch to be overwritten."
+        plan, images = self.simulator.plan(len(self.images), self.recipe.batch, self.recipe.seed, step), self.images
+        if isinstance(images, RandomCrops): images, plan = images.draw(plan, step)
+        return self.simulator(images, plan, out, self.device.type == 'cuda')
+
+    def close(self) -> None:
+        "End the thread that makes batches ahead, if there is one."
+        if self.ahead: self.ahead.close()
+
     def step(self) -> None:
         "One optimiser step on one simulated batch; no device-to-host copy."
-        plan = self.simulator.plan(len(self.images), self.recipe.batch, self.recipe.seed, self.done)
-        images = self.images
-        if isinstance(images, RandomCrops): images, plan = images.draw(plan, self.done)
-        on_host = self.device.type == 'cpu'     # the batch reuses the last one's memory; else memory to copy from
-        batch = self.batch = self.simulator(images, plan, self.batch if on_host else None,
-                                            self.device.type == 'cuda').to(self.device)
+        batch = self.batch = self.ahead(self.done) if self.ahead else self.host_batch(self.done, self.batch)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             reconstruction, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
         losses = draem_loss(reconstruction, logits, batch.target, batch.mask, self.recipe)
@@ -263,7 +298,8 @@ def _check_snapshots(trainer: Trainer, snapshots: Sequence[int], run_dir: Path) 
 # %% ../nbs/07_training.ipynb #1700a88b
 def _train_on(trainer: Trainer, run_dir: Path, name: str, snapshots: Sequence[int]) -> bool:
     "Step to the end, with checkpoints and a progress bar; whether Ctrl-C stopped it."
-    with interrupt_noted() as interrupted, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+    settings = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
+    with interrupt_noted() as interrupted, settings, contextlib.closing(trainer):
         bar = tqdm(total=trainer.total, initial=trainer.done, desc=name, unit='step', mininterval=1,
                    disable=trainer.done == trainer.total)
         while trainer.done < trainer.total and not interrupted:

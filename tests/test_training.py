@@ -8,19 +8,21 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from draem_nb import training
 from draem_nb.data import demo_category, load_category
 from draem_nb.detector import Detector
 from draem_nb.networks import Draem
 from draem_nb.recipes import demo, official
 from draem_nb.supervision import SideHeads
 from draem_nb.textures import load_textures
-from draem_nb.training import Trainer, load_checkpoint, split_held_out, train
+from draem_nb.training import BatchesAhead, Trainer, load_checkpoint, split_held_out, train
 
 TINY = dict(size=64, base_width=4, base_channels=4, steps=600, batch=2, checkpoint_every=5, precision='float32')
 
@@ -277,3 +279,66 @@ def test_a_step_with_side_heads_in_half_precision(category, textures):
     trainer = Trainer(category.train, textures, demo().replace(**TINY | dict(precision='bfloat16', deep_supervision=1.)), torch.device('cpu'))
     trainer.step()
     assert trainer.history[0].isfinite().all()
+
+
+class Ahead(Trainer):
+    "Makes batches ahead on a CPU too, where nothing is gained by it."
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.ahead = BatchesAhead(self.host_batch, self.device, self.total)
+
+
+class StoppedAt(Ahead):
+    at = 0
+
+    def step(self):
+        super().step()
+        if self.done == self.at: signal.raise_signal(signal.SIGINT)
+
+
+def threads_ahead() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith('batches ahead')]
+
+
+def test_batches_made_ahead_are_the_same_wherever_a_run_is_stopped(category, textures, tmp_path, monkeypatch):
+    recipe = demo().replace(**{**TINY, 'steps': 6})
+    train(category, textures, recipe, tmp_path / 'plain', 'cpu')
+    for at in (1, 4):
+        monkeypatch.setattr(training, 'Trainer', type('Stopped', (StoppedAt,), dict(at=at)))
+        with pytest.raises(KeyboardInterrupt, match=f'stopped at step {at} of 6'): train(category, textures, recipe, tmp_path / str(at), 'cpu')
+        assert not threads_ahead()
+        train(category, textures, recipe, tmp_path / str(at), 'cpu')
+        assert torch.equal(weights(tmp_path / 'plain'), weights(tmp_path / str(at))) and not threads_ahead()
+
+
+def test_crops_made_ahead_are_the_same(root, tmp_path, monkeypatch):
+    recipe, category = demo().replace(**{**TINY, 'steps': 4, 'image_size': (96, 128)}), load_category(root, 'brick', (96, 128))
+    textures = load_textures(size=64)
+    train(category, textures, recipe, tmp_path / 'plain', 'cpu')
+    monkeypatch.setattr(training, 'Trainer', Ahead)
+    train(category, textures, recipe, tmp_path / 'ahead', 'cpu')
+    assert torch.equal(weights(tmp_path / 'plain'), weights(tmp_path / 'ahead'))
+
+
+def test_an_error_while_a_batch_is_made_ahead_is_raised_as_itself(category, textures, tmp_path, monkeypatch):
+    class Failing(Ahead):
+        def host_batch(self, step, out=None):
+            if step == 3: raise OSError('the disk with the images is gone')
+            return super().host_batch(step, out)
+    monkeypatch.setattr(training, 'Trainer', Failing)
+    with pytest.raises(OSError, match='the disk with the images is gone'):
+        train(category, textures, demo().replace(**{**TINY, 'steps': 6}), tmp_path, 'cpu')
+    assert not threads_ahead()
+
+
+def test_batches_are_made_in_time_and_no_more_than_there_are(category, textures):
+    "Three ahead of the one that is asked for, none after the last; from any step on."
+    made = []
+    ahead = BatchesAhead(lambda step: (made.append(step), trainer.host_batch(step))[1], torch.device('cpu'), total=9)
+    trainer = Trainer(category.train, textures, demo().replace(**TINY), torch.device('cpu'))
+    for step, until in ((0, 3), (1, 4), (5, 8), (6, 8)):
+        batch = ahead(step)
+        for future in ahead.waiting.values(): future.result()
+        assert made == [*range(until + 1)] and torch.equal(batch.augmented, trainer.host_batch(step).augmented)
+    ahead.close()
+    assert not threads_ahead()
