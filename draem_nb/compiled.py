@@ -21,7 +21,7 @@ from .textures import OPERATIONS, Augmentation
 __all__ = ['CODES', 'Chains', 'chains_of', 'Memory', 'Work', 'Made', 'simulate']
 
 # %% ../nbs/02b_compiled.ipynb #4c12a8c5
-def _compiled(function: Callable) -> Callable:
+def _compile(function: Callable) -> Callable:
     options = dict(nogil=True, error_model='numpy')
     try: return njit(cache=True, **options)(function)
     except RuntimeError: return njit(**options)(function)       # there is no folder that the result could be kept in
@@ -29,7 +29,7 @@ def _compiled(function: Callable) -> Callable:
 _0, _32ND, _FAINT, _HALF, _1, _255 = (np.float32(x) for x in (0, 1 / 32, .2, .5, 1, 255))  # Python's: all double
 
 # %% ../nbs/02b_compiled.ipynb #8f9802aa
-@_compiled
+@_compile
 def _cells(size: int, exponent: int) -> tuple:
     "Of `size` pixels along an axis of 2^exponent cells: their cell, and their place t in it, and its fade (size,)."
     cell, place, fade = np.empty(size, np.int64), np.empty(size, np.float32), np.empty(size, np.float32)
@@ -40,12 +40,12 @@ def _cells(size: int, exponent: int) -> tuple:
         place[i], fade[i] = t, t**3 * (t * (t * 6 - 15) + 10)
     return cell, place, fade
 
-@_compiled
+@_compile
 def _frame(size: tuple, dtype: type) -> np.ndarray:
     return np.zeros((size[0] + 3) * (size[1] + 2), dtype)
 
 # %% ../nbs/02b_compiled.ipynb #cc117373
-@_compiled
+@_compile
 def _perlin_into(frame: np.ndarray, size: tuple, scales: np.ndarray, angles: np.ndarray) -> None:
     "Noise into a frame; `scales`: both exponents, `angles` (L, L): of the lattice vectors."
     (height, width), w = size, size[1] + 2
@@ -65,7 +65,7 @@ def _perlin_into(frame: np.ndarray, size: tuple, scales: np.ndarray, angles: np.
             line[j] = (_1 - g) * (p[c] + q[c] * s) + g * (p[c + 1] + q[c + 1] * (s - _1))
 
 # %% ../nbs/02b_compiled.ipynb #9ab2ce79
-@_compiled
+@_compile
 def _turn(degrees: float, size: tuple) -> np.ndarray:
     "Where a turn takes the pixels from, in 1024ths: what each row, then each column, adds to x and to y, (2, H + W)."
     (height, width), cos, sin = size, math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -76,7 +76,7 @@ def _turn(degrees: float, size: tuple) -> np.ndarray:
     for j in range(width): parts[0, height + j], parts[1, height + j] = np.rint(1024 * j * cos), np.rint(1024 * j * sin)
     return parts
 
-@_compiled
+@_compile
 def _place(x: np.float32, y: np.float32, height: np.float32, width: np.float32, w: np.int32) -> tuple:
     "Of a place in 1024ths: its upper left neighbour in a frame, and how far east and south of that one it lies, 0..1."
     x = min(max(np.floor(x * _32ND) * _32ND, -_1), width)          # what is outside goes to the border
@@ -85,7 +85,7 @@ def _place(x: np.float32, y: np.float32, height: np.float32, width: np.float32, 
     return np.int32(top + _1) * w + np.int32(left + _1), x - left, y - top
 
 # %% ../nbs/02b_compiled.ipynb #93a77218
-@_compiled
+@_compile
 def _places(i: int, parts: np.ndarray, corner: np.ndarray, east: np.ndarray, south: np.ndarray) -> None:
     "The places of all pixels of row i, as `_place` gives them, each (W,)."
     h, w = parts.shape[1] - len(corner), len(corner)
@@ -93,18 +93,18 @@ def _places(i: int, parts: np.ndarray, corner: np.ndarray, east: np.ndarray, sou
     height, width, stride = np.float32(h), np.float32(w), np.int32(w + 2)
     for j in range(w): corner[j], east[j], south[j] = _place(x + across_x[j], y + across_y[j], height, width, stride)
 
-@_compiled
+@_compile
 def _mean(a: float, b: float, c: float, d: float, east: np.float32, south: np.float32) -> np.float32:
     "Bilinear mean of four neighbours: upper left and right, lower left and right."
     return (a * (_1 - east) + b * east) * (_1 - south) + (c * (_1 - east) + d * east) * south
 
-@_compiled
+@_compile
 def _row_of(width: int) -> tuple:
     "Room for the places of a row."
     return np.empty(width, np.int32), np.empty(width, np.float32), np.empty(width, np.float32)
 
 # %% ../nbs/02b_compiled.ipynb #9103d042
-@_compiled
+@_compile
 def _turn_noise(
     frame: np.ndarray, size: tuple, degrees: float, threshold: np.float32, mask: np.ndarray, pixels: np.ndarray,
 ) -> int:
@@ -124,7 +124,7 @@ def _turn_noise(
     return n
 
 # %% ../nbs/02b_compiled.ipynb #a7845ddb
-@_compiled
+@_compile
 def _pack(image: np.ndarray, lut: np.ndarray, frame: np.ndarray) -> None:
     "An image (3, H, W) uint8, seen through `lut` (3, 256), into a frame of words."
     _, height, width = image.shape
@@ -134,21 +134,21 @@ def _pack(image: np.ndarray, lut: np.ndarray, frame: np.ndarray) -> None:
             red, green, blue = lut[0, image[0, i, j]], lut[1, image[1, i, j]], lut[2, image[2, i, j]]
             line[j] = np.uint32(red) | np.uint32(green) << np.uint32(8) | np.uint32(blue) << np.uint32(16)
 
-@_compiled
+@_compile
 def _channel(word: np.uint32, shift: np.uint32) -> np.float32: return np.float32(word >> shift & np.uint32(255))
 
-@_compiled
+@_compile
 def _level_of(a: int, b: int, c: int, d: int, shift: np.uint32, east: np.float32, south: np.float32) -> np.float32:
     "As `_mean`, of one channel of four words; a level, a whole number."
     mean = _mean(_channel(a, shift), _channel(b, shift), _channel(c, shift), _channel(d, shift), east, south)
     return np.floor(mean + _HALF)
 
 # %% ../nbs/02b_compiled.ipynb #72e42679
-@_compiled
+@_compile
 def _turn_image(
     frame: np.ndarray, size: tuple, degrees: float, spans: np.ndarray, divisor: np.float32, out: np.ndarray,
 ) -> None:
-    "The image in a frame of words turned, rounded to levels, over `divisor`, into the `spans` (H, 2) of `out` (3, H, W)."
+    "The image in a frame, rotated, rounded to levels, over `divisor`, into the `spans` (H, 2) of `out` (3, H, W)."
     (height, width), w, parts = size, size[1] + 2, _turn(degrees, size)
     (corner, east, south), near = _row_of(width), np.empty((4, width), np.uint32)
     for i in range(height):
@@ -164,7 +164,7 @@ def _turn_image(
             for j in range(last - first):
                 line[j] = _level_of(near[0, j], near[1, j], near[2, j], near[3, j], shift, e[j], s[j]) / divisor
 
-@_compiled
+@_compile
 def _all_rows(size: tuple) -> np.ndarray:
     spans = np.zeros((size[0], 2), np.int64)
     spans[:, 1] = size[1]
@@ -177,7 +177,7 @@ CODES = {name: code for code, name in enumerate((
     'posterize', 'solarize', 'invert', 'brightness', 'gamma_contrast', 'equalize', 'autocontrast',
     'sharpness', 'color', 'add_hue_saturation', 'multiply_add', 'rotate'))}
 
-@_compiled
+@_compile
 def _plain_table(code: int, strength: np.ndarray, channel: int, table: np.ndarray) -> None:
     "The table of an operation that does not depend on the image."
     for v in range(256):
@@ -188,7 +188,7 @@ def _plain_table(code: int, strength: np.ndarray, channel: int, table: np.ndarra
         else: table[v] = int(np.float32(v / 255) ** strength[channel] * _255)
 
 # %% ../nbs/02b_compiled.ipynb #fa602407
-@_compiled
+@_compile
 def _equalize_table(counts: np.ndarray, table: np.ndarray) -> None:
     step, below = (counts.sum() - counts[255]) // 255, 0
     if (counts > 0).sum() == 1: step = 0            # one value only, or too few pixels: unchanged
@@ -196,7 +196,7 @@ def _equalize_table(counts: np.ndarray, table: np.ndarray) -> None:
         table[v] = min((step // 2 + below) // step, 255) if step else v
         below += counts[v]
 
-@_compiled
+@_compile
 def _autocontrast_table(counts: np.ndarray, cutoff: int, table: np.ndarray) -> None:
     cut, low, high = counts.sum() * cutoff // 100, 0, 255
     below, above = counts[0], counts[255]
@@ -210,14 +210,14 @@ def _autocontrast_table(counts: np.ndarray, cutoff: int, table: np.ndarray) -> N
     for v in range(256): table[v] = int(min(max(v * scale + -low * scale, 0.), 255.)) if high > low else v
 
 # %% ../nbs/02b_compiled.ipynb #c804671b
-@_compiled
+@_compile
 def _histogram(plane: np.ndarray, level: np.ndarray) -> np.ndarray:
     "Counts (256,) of a channel as it is seen through `level` (256,)."
     counts = np.zeros(256, np.int64)
     for v in plane: counts[level[v]] += 1
     return counts
 
-@_compiled
+@_compile
 def _follow(lut: np.ndarray, image: np.ndarray, code: int, strength: np.ndarray) -> None:
     "Put the table of an operation behind `lut`."
     table = np.empty(256, np.uint8)
@@ -227,7 +227,7 @@ def _follow(lut: np.ndarray, image: np.ndarray, code: int, strength: np.ndarray)
         else: _plain_table(code, strength, c, table)
         for v in range(256): lut[c, v] = table[lut[c, v]]
 
-@_compiled
+@_compile
 def _reset(lut: np.ndarray) -> None:
     for c in range(3):
         for v in range(256): lut[c, v] = v
@@ -238,7 +238,7 @@ with np.errstate(divide='ignore'):      # in fixed point: 255 / v, 30 / v
 _ROUND = np.arange(540) - 60 * np.arange(3)[:, None]
 _FALL = (60 - abs(_ROUND % 180 - 90)).clip(0, 30)      # of channel c at hue h - 180, in 30ths: w_c, (3, 540)
 
-@_compiled
+@_compile
 def _hue(red: int, green: int, blue: int, value: int, chroma: int) -> int:
     "150 .. 329, 180 is red; `value` is the largest channel, `chroma` its distance to the smallest."
     if chroma == 0: return 180
@@ -248,7 +248,7 @@ def _hue(red: int, green: int, blue: int, value: int, chroma: int) -> int:
     return 180 + ((sixth * _PER_CHROMA[chroma] + 2048) >> 12)
 
 # %% ../nbs/02b_compiled.ipynb #dedcb459
-@_compiled
+@_compile
 def _through_hsv(red: int, green: int, blue: int, table: np.ndarray, hue: int, saturation: int) -> tuple[int, int, int]:
     "Look V up in a table (256,), add to hue and saturation."
     value = max(red, green, blue)
@@ -259,7 +259,7 @@ def _through_hsv(red: int, green: int, blue: int, table: np.ndarray, hue: int, s
     vs = float(value * saturation) / 7650
     return int(value - vs * _FALL[0, hue]), int(value - vs * _FALL[1, hue]), int(value - vs * _FALL[2, hue])
 
-@_compiled
+@_compile
 def _through_hls(red: int, green: int, blue: int, table: np.ndarray) -> tuple[int, int, int]:
     value, total = max(red, green, blue), max(red, green, blue) + min(red, green, blue)
     chroma = 2 * value - total
@@ -275,18 +275,18 @@ def _through_hls(red: int, green: int, blue: int, table: np.ndarray) -> tuple[in
 _LUMA = np.array([[11682, 9241, 22987, -11698, -5636, 29049],          # YCrCb: from R - Y and B - Y; and back
                   [14369, 8061, 18678, -9519, -6472, 33292]])          # YUV
 
-@_compiled
-def _scaled(x: int) -> int: return (x + 8192) >> 14
+@_compile
+def _unscale(x: int) -> int: return (x + 8192) >> 14
 
-@_compiled
+@_compile
 def _level(x: int) -> int: return min(max(x, 0), 255)
 
-@_compiled
+@_compile
 def _through_luma(red: int, green: int, blue: int, table: np.ndarray, k: np.ndarray) -> tuple[int, int, int]:
-    y = _scaled(4899 * red + 9617 * green + 1868 * blue)
-    r, b = min(max(_scaled((red - y) * k[0]), -128), 127), min(max(_scaled((blue - y) * k[1]), -128), 127)
+    y = _unscale(4899 * red + 9617 * green + 1868 * blue)
+    r, b = min(max(_unscale((red - y) * k[0]), -128), 127), min(max(_unscale((blue - y) * k[1]), -128), 127)
     y = np.int64(table[y])
-    return _level(y + _scaled(r * k[2])), _level(y + _scaled(r * k[3] + b * k[4])), _level(y + _scaled(b * k[5]))
+    return _level(y + _unscale(r * k[2])), _level(y + _unscale(r * k[3] + b * k[4])), _level(y + _unscale(b * k[5]))
 
 # %% ../nbs/02b_compiled.ipynb #2de41b7c
 _v, _light = np.arange(256) / 255, np.arange(2**14) / (2**14 - 1)
@@ -300,7 +300,7 @@ _ROOT = np.rint(2**15 * np.where(_t < .008856, 7.787 * _t + 16 / 116, np.cbrt(_t
 _LIGHT_2040 = np.rint(2040 * _LIGHT).astype(np.int64)
 _XYZ_4096 = np.rint(4096 * _XYZ / _WHITE[:, None]).astype(np.int64)
 
-@_compiled
+@_compile
 def _to_levels(x: float, y: float, z: float) -> tuple[int, int, int]:
     red = _RGB[0, 0] * x + _RGB[0, 1] * y + _RGB[0, 2] * z
     green = _RGB[1, 0] * x + _RGB[1, 1] * y + _RGB[1, 2] * z
@@ -309,14 +309,14 @@ def _to_levels(x: float, y: float, z: float) -> tuple[int, int, int]:
             _LEVEL[int(min(max(blue, 0.), 1.) * 16383 + .5)])
 
 # %% ../nbs/02b_compiled.ipynb #78876b83
-@_compiled
+@_compile
 def _cube(f: float) -> float: return f**3 if f > 6 / 29 else (f - 16 / 116) / 7.787
 
-@_compiled
+@_compile
 def _root_of(i: int, red: int, green: int, blue: int) -> int:
     return _ROOT[(red * _XYZ_4096[i, 0] + green * _XYZ_4096[i, 1] + blue * _XYZ_4096[i, 2] + 2048) >> 12]
 
-@_compiled
+@_compile
 def _through_lab(red: int, green: int, blue: int, table: np.ndarray) -> tuple[int, int, int]:
     r, g, b = _LIGHT_2040[red], _LIGHT_2040[green], _LIGHT_2040[blue]
     x, y, z = _root_of(0, r, g, b), _root_of(1, r, g, b), _root_of(2, r, g, b)
@@ -325,7 +325,7 @@ def _through_lab(red: int, green: int, blue: int, table: np.ndarray) -> tuple[in
     return _to_levels(_cube(f + a / 500) * _WHITE[0], _cube(f), _cube(f - b / 200) * _WHITE[2])
 
 # %% ../nbs/02b_compiled.ipynb #4bfd8dee
-@_compiled
+@_compile
 def _through_luv(red: int, green: int, blue: int, table: np.ndarray) -> tuple[int, int, int]:
     r, g, b = _LIGHT[red], _LIGHT[green], _LIGHT[blue]
     x, y = _XYZ[0, 0] * r + _XYZ[0, 1] * g + _XYZ[0, 2] * b, _XYZ[1, 0] * r + _XYZ[1, 1] * g + _XYZ[1, 2] * b
@@ -340,22 +340,22 @@ def _through_luv(red: int, green: int, blue: int, table: np.ndarray) -> tuple[in
     return _to_levels(9 * y * p * q, y, y * ((156 * light - 3 * p) * q - 5))
 
 # %% ../nbs/02b_compiled.ipynb #da25daec
-@_compiled
-def _seen(image: np.ndarray, lut: np.ndarray, p: int) -> tuple[int, int, int]:
+@_compile
+def _pixel_of(image: np.ndarray, lut: np.ndarray, p: int) -> tuple[int, int, int]:
     "The three channels of a pixel, through `lut`."
     return np.int64(lut[0, image[0, p]]), np.int64(lut[1, image[1, p]]), np.int64(lut[2, image[2, p]])
 
-@_compiled
-def _enhanced(dull: np.float32, x: int, factor: np.float32) -> int:
+@_compile
+def _enhance(dull: np.float32, x: int, factor: np.float32) -> int:
     return int(min(max((np.float32(x) - dull) * factor + dull, _0), _255))
 
-@_compiled
-def _colored(red: int, green: int, blue: int, factor: np.float32) -> tuple[int, int, int]:
+@_compile
+def _color_of(red: int, green: int, blue: int, factor: np.float32) -> tuple[int, int, int]:
     gray = np.float32((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)
-    return _enhanced(gray, red, factor), _enhanced(gray, green, factor), _enhanced(gray, blue, factor)
+    return _enhance(gray, red, factor), _enhance(gray, green, factor), _enhance(gray, blue, factor)
 
 # %% ../nbs/02b_compiled.ipynb #4152fce9
-@_compiled
+@_compile
 def _brightness_table(code: int, strength: np.ndarray) -> np.ndarray:
     "What becomes of the brightness (256,): times a factor plus an offset or, with `strength[3]` 1, the sum first."
     table, offset = np.empty(256, np.uint8), int(np.rint(strength[1]))
@@ -368,7 +368,7 @@ def _brightness_table(code: int, strength: np.ndarray) -> np.ndarray:
 # %% ../nbs/02b_compiled.ipynb #76c394ce
 _YCRCB, _HSV, _HLS, _LAB, _LUV, _YUV = range(6)
 
-@_compiled
+@_compile
 def _recolor(
     out: np.ndarray, image: np.ndarray, lut: np.ndarray, pixels: np.ndarray, code: int, strength: np.ndarray,
 ) -> None:
@@ -377,20 +377,21 @@ def _recolor(
         space, hue, saturation = _HSV, int(strength[0] / _255 * np.float32(180)), int(strength[1])
     luma = _LUMA[0 if space == _YCRCB else 1]
     if code == _COLOR:
-        for p in pixels: out[0, p], out[1, p], out[2, p] = _colored(*_seen(image, lut, p), strength[0])
+        for p in pixels: out[0, p], out[1, p], out[2, p] = _color_of(*_pixel_of(image, lut, p), strength[0])
     elif space == _HSV:
-        for p in pixels: out[0, p], out[1, p], out[2, p] = _through_hsv(*_seen(image, lut, p), table, hue, saturation)
+        for p in pixels:
+            out[0, p], out[1, p], out[2, p] = _through_hsv(*_pixel_of(image, lut, p), table, hue, saturation)
     elif space == _HLS:
-        for p in pixels: out[0, p], out[1, p], out[2, p] = _through_hls(*_seen(image, lut, p), table)
+        for p in pixels: out[0, p], out[1, p], out[2, p] = _through_hls(*_pixel_of(image, lut, p), table)
     elif space == _LAB:
-        for p in pixels: out[0, p], out[1, p], out[2, p] = _through_lab(*_seen(image, lut, p), table)
+        for p in pixels: out[0, p], out[1, p], out[2, p] = _through_lab(*_pixel_of(image, lut, p), table)
     elif space == _LUV:
-        for p in pixels: out[0, p], out[1, p], out[2, p] = _through_luv(*_seen(image, lut, p), table)
+        for p in pixels: out[0, p], out[1, p], out[2, p] = _through_luv(*_pixel_of(image, lut, p), table)
     else:
-        for p in pixels: out[0, p], out[1, p], out[2, p] = _through_luma(*_seen(image, lut, p), table, luma)
+        for p in pixels: out[0, p], out[1, p], out[2, p] = _through_luma(*_pixel_of(image, lut, p), table, luma)
 
 # %% ../nbs/02b_compiled.ipynb #2fd798f3
-@_compiled
+@_compile
 def _spans(pixels: np.ndarray, size: tuple) -> np.ndarray:
     "Of each row: from where to where it has pixels of an ascending list, (H, 2)."
     spans, width = np.zeros((size[0], 2), np.int64), size[1]
@@ -401,10 +402,10 @@ def _spans(pixels: np.ndarray, size: tuple) -> np.ndarray:
     return spans
 
 # %% ../nbs/02b_compiled.ipynb #7c86c394
-@_compiled
-def _three(x: np.ndarray, j: int) -> np.float32: return np.float32(x[j]) + np.float32(x[j + 1]) + np.float32(x[j + 2])
+@_compile
+def _sum3(x: np.ndarray, j: int) -> np.float32: return np.float32(x[j]) + np.float32(x[j + 1]) + np.float32(x[j + 2])
 
-@_compiled
+@_compile
 def _sharpen(
     out: np.ndarray, image: np.ndarray, lut: np.ndarray, pixels: np.ndarray, factor: np.float32, size: tuple,
 ) -> None:
@@ -420,12 +421,12 @@ def _sharpen(
             above, here, below, to = x[first - w - 1:], x[first - 1:], x[first + w - 1:], sharp[first:]
             for j in range(last - first):
                 centre = np.float32(here[j + 1])
-                total = _three(above, j) + _three(here, j) + _three(below, j) + np.float32(4) * centre
+                total = _sum3(above, j) + _sum3(here, j) + _sum3(below, j) + np.float32(4) * centre
                 dull = np.rint(total * np.float32(1 / 13))
                 to[j] = np.uint8(min(max((centre - dull) * factor + dull, _0), _255))
 
 # %% ../nbs/02b_compiled.ipynb #0cb5028f
-@_compiled
+@_compile
 def _corner_of(p: int, parts: np.ndarray, height: int, width: int) -> int:
     "The first of the four pixels, in a frame, that the turn takes pixel p from."
     i = int((p + .5) / width)
@@ -434,8 +435,8 @@ def _corner_of(p: int, parts: np.ndarray, height: int, width: int) -> int:
     return _place(x, y, np.float32(height), np.float32(width), np.int32(width + 2))[0]
 
 # %% ../nbs/02b_compiled.ipynb #5f55cfe2
-@_compiled
-def _before(after: np.ndarray, pixels: np.ndarray, size: tuple, code: int, degrees: float) -> int:
+@_compile
+def _pixels_before(after: np.ndarray, pixels: np.ndarray, size: tuple, code: int, degrees: float) -> int:
     "The `pixels` that a turn or sharpness needs to know before it, for `after` to be known after it; how many."
     (height, width), n, known, parts = size, 0, _frame(size, np.bool_), _turn(degrees, size)
     w = width + 2
@@ -465,8 +466,8 @@ def chains_of(augmentation: Augmentation) -> Chains:
     return Chains(codes[augmentation.operations.numpy()], augmentation.strengths.numpy())
 
 # %% ../nbs/02b_compiled.ipynb #5d32b43b
-@_compiled
-def _needed(chain: Chains, a: int, lists: np.ndarray, counts: np.ndarray, size: tuple) -> None:
+@_compile
+def _list_needed(chain: Chains, a: int, lists: np.ndarray, counts: np.ndarray, size: tuple) -> None:
     "`lists` (k + 1, H * W): row i has the `counts[i]` pixels needed after i operations. The last row is given."
     first, area = 0, lists.shape[1]
     while first < len(chain.code[a]) and chain.code[a, first] <= _AUTOCONTRAST: first += 1
@@ -475,7 +476,8 @@ def _needed(chain: Chains, a: int, lists: np.ndarray, counts: np.ndarray, size: 
         if code == _EQUALIZE or code == _AUTOCONTRAST:
             for p in range(area): lists[k, p] = p
             n = area
-        elif code == _ROTATE or code == _SHARPNESS: n = _before(after, lists[k], size, code, chain.strength[a, k, 0])
+        elif code == _ROTATE or code == _SHARPNESS:
+            n = _pixels_before(after, lists[k], size, code, chain.strength[a, k, 0])
         else: lists[k, :n] = after
         counts[k] = n
 
@@ -490,7 +492,7 @@ class Memory(NamedTuple):
     images: np.ndarray       # (2, 3, H * W) uint8
     weights: np.ndarray      # (H * W,) float32 in 0..1, how much of the opacity each pixel of the mask gets
 
-@_compiled
+@_compile
 def _memory(size: tuple, k: int) -> Memory:
     area = size[0] * size[1]
     return Memory(_frame(size, np.float32), _frame(size, np.uint32), np.empty((k + 1, area), np.int32),
@@ -498,12 +500,12 @@ def _memory(size: tuple, k: int) -> Memory:
                   np.empty(area, np.float32))
 
 # %% ../nbs/02b_compiled.ipynb #1a86da31
-@_compiled
+@_compile
 def _augment(texture: np.ndarray, chains: Chains, a: int, memory: Memory) -> np.ndarray:
     "Chain a of a texture (3, H, W): an image (3, H * W) that, seen through the lut, is right where listed last."
     (_, height, width), lut, free = texture.shape, memory.lut, 0
     size, image = (height, width), texture.reshape(3, height * width)
-    _needed(chains, a, memory.lists, memory.counts, size)
+    _list_needed(chains, a, memory.lists, memory.counts, size)
     _reset(lut)
     for k in range(len(chains.code[a])):
         code, strength, out = chains.code[a, k], chains.strength[a, k], memory.images[free]
@@ -555,7 +557,7 @@ class Made(NamedTuple):
     is_anomalous: np.ndarray # (B,) bool
 
 # %% ../nbs/02b_compiled.ipynb #539f961b
-@_compiled
+@_compile
 def _normal_into(
     image: np.ndarray, degrees: np.float32, memory: Memory, target: np.ndarray, augmented: np.ndarray,
 ) -> None:
@@ -572,7 +574,7 @@ def _normal_into(
     augmented[:] = target
 
 # %% ../nbs/02b_compiled.ipynb #ee857217
-@_compiled
+@_compile
 def _rectangle_into(rectangle: np.ndarray, mask: np.ndarray, pixels: np.ndarray) -> int:
     "As `_turn_noise`: a pixel belongs where its centre lies inside."
     (height, width), (top, left, bottom, right), n = mask.shape, rectangle, 0
@@ -585,7 +587,7 @@ def _rectangle_into(rectangle: np.ndarray, mask: np.ndarray, pixels: np.ndarray)
             n += hit
     return n
 
-@_compiled
+@_compile
 def _mask_into(mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory: Memory) -> int:
     "The mask (H, W) of anomaly a, and the list of its pixels; how many."
     if work.is_rectangle: return _rectangle_into(work.rectangle[a], mask, pixels)
@@ -593,8 +595,10 @@ def _mask_into(mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory:
     return _turn_noise(memory.noise, mask.shape, work.mask_degrees[a], work.threshold, mask, pixels)
 
 # %% ../nbs/02b_compiled.ipynb #6deeaca9
-@_compiled
-def _weights_into(weights: np.ndarray, mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory: Memory) -> None:
+@_compile
+def _weights_into(
+    weights: np.ndarray, mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory: Memory,
+) -> None:
     "How much of the opacity the `pixels` of anomaly a get; what gets a fifth or less leaves the `mask` (H, W)."
     (height, width), flat, highest = mask.shape, mask.reshape(mask.size), _0
     for p in pixels: weights[p] = _1
@@ -612,8 +616,8 @@ def _weights_into(weights: np.ndarray, mask: np.ndarray, pixels: np.ndarray, wor
         flat[p] = _1 if weights[p] > _FAINT else _0
 
 # %% ../nbs/02b_compiled.ipynb #4fb53a5a
-@_compiled
-def _filling(work: Work, a: int, memory: Memory) -> np.ndarray:
+@_compile
+def _filling_image(work: Work, a: int, memory: Memory) -> np.ndarray:
     "An image (3, H * W) uint8 that is right on the mask of anomaly a, seen through the lut."
     texture = work.textures[work.texture[a]]
     if work.own[a] >= 0:
@@ -623,7 +627,7 @@ def _filling(work: Work, a: int, memory: Memory) -> np.ndarray:
     for c in range(3): memory.lut[c] = work.color[a, c]
     return texture.reshape(3, texture.shape[1] * texture.shape[2])
 
-@_compiled
+@_compile
 def _blend(
     normal: np.ndarray, out: np.ndarray, pixels: np.ndarray, weights: np.ndarray, source: np.ndarray, lut: np.ndarray,
     work: Work, a: int,
@@ -632,7 +636,7 @@ def _blend(
     weight = work.luminance
     for p in pixels:
         beta = work.opacity[a] * weights[p]
-        r, g, b = _seen(source, lut, p)
+        r, g, b = _pixel_of(source, lut, p)
         red, green, blue = np.float32(r) / _255, np.float32(g) / _255, np.float32(b) / _255
         if work.is_gray: red = green = blue = weight[0] * red + weight[1] * green + weight[2] * blue
         out[0, p] = (red - normal[0, p]) * beta + normal[0, p]
@@ -640,8 +644,8 @@ def _blend(
         out[2, p] = (blue - normal[2, p]) * beta + normal[2, p]
 
 # %% ../nbs/02b_compiled.ipynb #264918a0
-@_compiled
-def _make(samples: np.ndarray, work: Work, made: Made) -> None:
+@_compile
+def _make_samples(samples: np.ndarray, work: Work, made: Made) -> None:
     "Make some samples of the batch."
     height, width = work.images.shape[2:]
     area, k = height * width, work.chains.code.shape[1]
@@ -655,7 +659,7 @@ def _make(samples: np.ndarray, work: Work, made: Made) -> None:
         made.is_anomalous[b], memory.counts[k] = n > 0, n
         if n:
             _weights_into(memory.weights, mask, pixels[:n], work, a, memory)
-            source = _filling(work, a, memory)
+            source = _filling_image(work, a, memory)
             _blend(target.reshape(3, area), augmented.reshape(3, area), pixels[:n], memory.weights, source, memory.lut,
                    work, a)
 
@@ -670,8 +674,8 @@ def simulate(
     order = np.argsort(-cost, kind='stable')
     threads = min(threads, len(order)) if made.target.size >= 2**20 else 1
     hands = [order[k::threads].copy() for k in range(threads)]
-    others = [_pool(threads - 1).submit(_make, hand, work, made) for hand in hands[1:]]
-    _make(hands[0], work, made)
+    others = [_pool(threads - 1).submit(_make_samples, hand, work, made) for hand in hands[1:]]
+    _make_samples(hands[0], work, made)
     for other in others: other.result()
 
 @cache
