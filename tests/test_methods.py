@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from draem_nb import evaluation, features, gaussian_ad, memory, methods, padim
+from draem_nb import evaluation, feature_draem, features, gaussian_ad, memory, methods, padim
 from draem_nb.data import demo_category, load_category
 from draem_nb.reports import RunFailed, default_folder, main, run_report
+from draem_nb.textures import load_textures
 from draem_nb.tiling import load_detector
+from draem_nb.training import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,7 +105,8 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize('method, overrides, detector', [
     ('memory', dict(size=64, pieces=50, candidates=2000), memory.MemoryDetector), ('padim', dict(size=[64, 96], channels=10), padim.PadimDetector),
-    ('gaussian_ad', dict(size=64), gaussian_ad.GaussianDetector)])
+    ('gaussian_ad', dict(size=64), gaussian_ad.GaussianDetector),
+    ('feature_draem', dict(size=64, steps=3, width=8), feature_draem.FeatureDraemDetector)])
 def test_a_report_and_an_inspection_by_another_method(demo, tmp_path, capsys, method, overrides, detector):
     assert main(['category', '--method', method, '--category', 'gravel', '--data-root', str(demo), '--kinds', '["hole"]', '--seed', '2',
                  '--overrides', json.dumps(overrides), '--run-dir', str(tmp_path / 'run')]) == 0
@@ -165,6 +168,48 @@ def test_draem_of_large_images_is_a_method_too(demo, tmp_path):
     assert found.size == again.size == (64, 64) and found.threshold == again.threshold and found.n_held_out > 0
     assert torch.equal(found.predict(category.test).maps, again.predict(category.test).maps)
     assert methods.examples('draem', category.train, recipe, methods.textures_of('draem', recipe)).axes
+def test_feature_draem_stopped_and_resumed_ends_with_the_same_bits(demo, tmp_path, monkeypatch):
+    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
+    recipe = feature_draem.demo().replace(size=64, steps=6, width=8, batch=2, checkpoint_every=4)
+    fit = lambda run_dir: feature_draem.fit(category, recipe, 'cpu', textures, tmp_path / run_dir)
+    whole, step = fit('whole'), feature_draem.FeatureDraemTraining.step
+
+    def stopping(self, i):
+        if i == 5: raise RuntimeError('stopped')
+        return step(self, i)
+
+    monkeypatch.setattr(feature_draem.FeatureDraemTraining, 'step', stopping)
+    with pytest.raises(RuntimeError, match='stopped'): fit('stopped')
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / 'stopped' / 'checkpoint.pt')['step'] == 4
+    seen = whole.predict(category.test)
+    for found in (fit('stopped'), fit('whole'), methods.load(tmp_path / 'stopped', 'cpu'), methods.load(tmp_path / 'whole', 'cpu')):
+        again = found.predict(category.test)
+        assert torch.equal(again.maps, seen.maps) and torch.equal(again.scores, seen.scores) and found.threshold == whole.threshold
+    assert len({(tmp_path / run / 'losses.csv').read_text() for run in ('whole', 'stopped')}) == 1
+    other = feature_draem.fit(category, recipe.replace(seed=1), 'cpu', textures)
+    assert not torch.equal(other.predict(category.test).maps, seen.maps)
+    with pytest.raises(ValueError, match='another textures fingerprint'): feature_draem.fit(category, recipe, 'cpu', load_textures(None, 64)[6:12], tmp_path / 'whole')
+    with pytest.raises(ValueError, match='is the checkpoint of feature_draem, not of padim'): padim.load(tmp_path / 'whole', 'cpu')
+    padim.fit(category, padim.demo().replace(size=64, channels=5), 'cpu', run_dir=tmp_path / 'padim')
+    with pytest.raises(ValueError, match='is the checkpoint of padim, not of feature_draem'): feature_draem.load(tmp_path / 'padim', 'cpu')
+
+
+@pytest.mark.parametrize('fields', [dict(levels=[8, 4]), dict(backbone='vgg'), dict(width=0), dict(steps=0), dict(lr=0.), dict(own_share=1.5), dict(soft_share=-0.1), dict(opacity=[1., 0.5]),
+                                    dict(focal_weight=0.), dict(score_window=8), dict(batch=1.5), dict(holdout=1.), dict(base_width=8)])
+def test_feature_draem_names_a_bad_field(fields):
+    with pytest.raises(ValueError, match=f'recipe field {next(iter(fields))}'): methods.recipe_of('feature_draem', **fields)
+
+
+@pytest.mark.parametrize('levels', [(4,), (8, 16), (4, 16), (2, 4, 8, 16, 32)])
+@pytest.mark.parametrize('size', [64, (96, 160)])
+def test_feature_draem_takes_any_levels_and_sides(levels, size):
+    nets, (height, width) = feature_draem.networks(feature_draem.demo().replace(levels=levels, size=size, width=8)).eval(), (size, size) if isinstance(size, int) else size
+    seen = [torch.rand(2, features.BACKBONES['efficientnet_lite0'].channels[stride], height // stride, width // stride) for stride in levels]
+    found, reconstructed, logits = feature_draem.reconstruct_and_segment(nets, seen)
+    assert [level.shape for level in reconstructed] == [level.shape for level in seen] and logits.shape == (2, 2, *seen[0].shape[2:])
+    without = feature_draem.networks(feature_draem.demo().replace(levels=levels, size=size, width=8, reconstructive=False))
+    assert 'reconstruct' not in without and feature_draem.reconstruct_and_segment(without, seen)[1] is None
 
 
 def test_methods_have_folders_of_their_own():
@@ -173,7 +218,7 @@ def test_methods_have_folders_of_their_own():
 
 
 def test_a_report_names_what_is_wrong(demo, tmp_path):
-    for params, says in ((dict(method='magic'), 'there are: draem, autoencoder, cutpaste, memory, padim'), (dict(method='memory', recipe='official'), 'a memory has: demo'),
+    for params, says in ((dict(method='magic'), 'there are: draem, autoencoder, cutpaste, memory, padim, gaussian_ad, feature_draem'), (dict(method='memory', recipe='official'), 'a memory has: demo'),
                          (dict(method='padim', overrides=dict(steps=3)), 'unknown recipe field steps')):
         with pytest.raises(RunFailed, match=says): run_report('category', dict(category='gravel', data_root=str(demo)) | params, tmp_path / 'run')
 
