@@ -74,6 +74,7 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(nn.ConvTranspose2d(bottleneck, below, last), *up)
 
     def forward(self, x: Tensor) -> Tensor:
+        "(B, 3, H, W) in 0..1 -> its reconstruction, the same shape."
         return self.decoder(self.encoder(x))
 
 # %% ../nbs/20_autoencoder.ipynb #f04ef2a6

@@ -473,10 +473,10 @@ def _list_needed(chain: Chains, a: int, lists: np.ndarray, counts: np.ndarray, s
     while first < len(chain.code[a]) and chain.code[a, first] <= _AUTOCONTRAST: first += 1
     for k in range(len(chain.code[a]) - 1, first, -1):
         code, after, n = chain.code[a, k], lists[k + 1, :counts[k + 1]], counts[k + 1]
-        if code == _EQUALIZE or code == _AUTOCONTRAST:
+        if code in (_EQUALIZE, _AUTOCONTRAST):
             for p in range(area): lists[k, p] = p
             n = area
-        elif code == _ROTATE or code == _SHARPNESS:
+        elif code in (_ROTATE, _SHARPNESS):
             n = _pixels_before(after, lists[k], size, code, chain.strength[a, k, 0])
         else: lists[k, :n] = after
         counts[k] = n

@@ -242,7 +242,9 @@ class ResNet18(nn.Module):
         "(B, 3, H, W) -> (B, 8 * width), the mean over all places."
         return self.body(x).mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor: return self.head(self.features(x))
+    def forward(self, x: Tensor) -> Tensor:
+        "(B, 3, H, W) -> (B, classes) logits."
+        return self.head(self.features(x))
 
 # %% ../nbs/22_cutpaste.ipynb #79b1aa31
 @torch.no_grad()

@@ -238,7 +238,7 @@ def _cached_images(paths: list[Path], size: tuple[int, int], antialias: bool) ->
         try: _write_cache(file, _resized_images(paths, size, antialias), shape)
         except OSError as error: # a home that is full or read-only is no reason to stop
             warnings.warn(f"cannot write the image cache {file.parent} ({error.strerror}); "
-                          "set DRAEM_NB_CACHE to a folder that can be written")
+                          "set DRAEM_NB_CACHE to a folder that can be written", stacklevel=2)
         array = _read_cache(file, shape)
     return _in_memory(paths, size, antialias) if array is None else array
 
@@ -649,8 +649,8 @@ def _fetch(url: str, part: Path, archive: Path) -> None:
 @contextmanager
 def _open_with_progress(archive: Path, what: str) -> Iterator[BinaryIO]: # the open file, with a progress bar
     size = archive.stat().st_size
-    with open(archive, 'rb') as file:
-        with tqdm.wrapattr(file, 'read', size, desc=what, mininterval=0.5, delay=2) as watched: yield watched
+    with open(archive, 'rb') as file, tqdm.wrapattr(file, 'read', size, desc=what, mininterval=0.5, delay=2) as watched:
+        yield watched
 
 def _verify(archive: Path, sha256: str) -> None:
     digest = hashlib.sha256()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import check_size, find_images, load_images, write_json
+from .data import CategoryData, check_size, find_images, load_images, write_json
 from .losses import reconstruction_error
 from .networks import Draem, fold_batchnorm, winograd
 from .recipes import Recipe, demo, official

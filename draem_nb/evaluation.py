@@ -332,7 +332,7 @@ def paper_table(name: str) -> pd.DataFrame:
     here = Path(draem_nb.__file__).resolve().parent           # a wheel carries the tables beside the modules
     folder = here / 'paper' if (here / 'paper').is_dir() else here.parent / 'data' / 'paper'
     table = pd.read_csv(folder / f'{name}.csv', index_col=0)
-    if 'category' == table.index.name: table.loc['average'] = table.mean()
+    if table.index.name == 'category': table.loc['average'] = table.mean()
     return table
 
 # %% ../nbs/10_evaluation.ipynb #e513a397
@@ -357,7 +357,8 @@ def beside_paper(results: dict) -> pd.DataFrame | None:
     if category not in detection.index: return None
     table = pd.DataFrame({'image AUROC': detection.loc[category]})
     for metric, suffix in (('pixel AUROC', '_auroc'), ('pixel AP', '_ap')):
-        table[metric] = localization.loc[category].filter(like=suffix).rename(lambda name: name.removesuffix(suffix))
+        column = localization.loc[category].filter(like=suffix)
+        table[metric] = column.set_axis(column.index.str.removesuffix(suffix))
     if method == 'cutpaste': table.loc['CutPaste'] = _cutpaste_row(category)
     if (own := PUBLISHED_AS.get(method)) in table.index: table = table.reindex([*table.index.drop(own), own])
     percent = {metric: results[part][key] for metric, (part, key) in _METRICS.items()}

@@ -92,6 +92,7 @@ class EfficientNetLite(Trunk):
         self.fc = nn.Linear(1280, 1000)
 
     def forward(self, x: Tensor) -> Tensor:
+        "(B, 3, H, W), normalised -> (B, 1000) logits of ImageNet."
         *_, last = self.outputs(x)
         return self.fc(last.mean((2, 3)))
 
@@ -146,8 +147,10 @@ def _from_torchvision(name: str, state: dict[str, Tensor]) -> Trunk:
 def _frozen(net: Trunk, device: torch.device) -> Trunk:
     return fold_batchnorm(net).requires_grad_(False).to(device, memory_format=torch.channels_last)
 
+_CPU = torch.device('cpu')
+
 @functools.lru_cache
-def load_network(device: torch.device = torch.device('cpu'), backbone: str = 'efficientnet_lite0') -> Trunk:
+def load_network(device: torch.device = _CPU, backbone: str = 'efficientnet_lite0') -> Trunk:
     "A backbone, a key of `BACKBONES`, with ImageNet weights, frozen; one for each device."
     path, remedy = weights_path(backbone), f'delete it and get it again with: {BACKBONES[backbone].install}'
     state = load_checkpoint(path, remedy=remedy)

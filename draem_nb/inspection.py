@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import numpy as np
 
@@ -49,7 +49,7 @@ def choose_threshold(detector: AnomalyDetector, threshold: float | None = None, 
     if threshold is not None: detector.threshold = threshold
     if false_alarms is not None: detector.threshold = threshold_for(detector.held_out_scores, false_alarms)
 
-def calibrate(detector: AnomalyDetector, images: object, false_alarms: float) -> None:
+def calibrate(detector: AnomalyDetector, images: Sized, false_alarms: float) -> None:
     "Set both thresholds of a detector from good images (as `predict` takes them) for a share of false alarms, 0..1."
     threshold_for(range(len(images)), false_alarms)         # a share that cannot be promised is refused before the work
     detector.calibrate(images)

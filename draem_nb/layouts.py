@@ -64,7 +64,8 @@ def find_files(
 ) -> Found:
     "The image files of a folder, and what is not looked at. `FileNotFoundError` if there is no such folder."
     if not Path(folder).is_dir(): raise FileNotFoundError(f"the image folder {shown(folder)} does not exist")
-    found, folders, links, entered = Found([], {}, {}), [Path(folder)], [], set()
+    links: list[Path] = []
+    found, folders, entered = Found([], {}, {}), [Path(folder)], set()
     while folders or links:
         here = (folders or links).pop(0)
         try:
@@ -178,11 +179,11 @@ def _test_files(
         raise ValueError(f"the test image {stray} must lie in test/good or in test/<kind of defect>")
     folders = [p.relative_to(test).parts[0] for p in paths]
     found = {kind: {p.stem: p for p in _images(mask_folder / kind)} for kind in set(folders)}
-    masks = []
+    masks: list[list[Path]] = []
     for path, kind in zip(paths, folders):
         mask = found[kind].get(f'{path.stem}_mask') or found[kind].get(path.stem)
         if kind != good and mask is None: raise _missing_mask(path, mask_folder / kind / f'{path.stem}_mask.png')
-        masks.append([] if kind == good else [mask])
+        masks.append([] if mask is None or kind == good else [mask])
     return paths, ['good' if kind == good else kind for kind in folders], masks
 
 def _mvtec(folder: Path) -> ClassFiles:
@@ -300,7 +301,8 @@ def _tiles(stems: Sequence[str]) -> list[list[str]]:
         if not (found := _TILE.match(stem)):
             raise ValueError(f"{stem!r} is no name of a Magnetic Tile photograph (exp<n>_num_<n>)")
         return int(found[2]), int(found[1])
-    tiles, last = [], (-1000, 99)
+    tiles: list[list[str]] = []
+    last = (-1000, 99)
     for number, exposure, stem in sorted((*key(stem), stem) for stem in stems):
         if exposure <= last[1] and number - last[0] > 40: tiles.append([])
         tiles[-1].append(stem)
@@ -317,9 +319,10 @@ def _magnetic_tile(folder: Path) -> ClassFiles:
     train, good = ([free[stem] for first, tile in tiles.items() if (first in aside) == side for stem in tile]
                    for side in (False, True))
     if not train: raise FileNotFoundError(f"{folder / 'MT_Free' / 'Imgs'} holds no photographs (.jpg)")
-    test, kinds, masks = sorted(good), ['good'] * len(good), [[] for _ in good]
+    test, kinds = sorted(good), ['good'] * len(good)
+    masks: list[list[Path]] = [[] for _ in good]
     for part in sorted(p.name for p in folder.glob('MT_*') if p.name != 'MT_Free'):
-        for stem, path in photographs(part).items():
+        for path in photographs(part).values():
             if not (mask := path.with_suffix('.png')).is_file(): raise _missing_mask(path, mask)
             test.append(path)
             kinds.append(part[3:].lower())

@@ -153,7 +153,8 @@ def reconstruction_error(image: Tensor, reconstruction: Tensor, kind: str = 'ssi
     "Error map (B, 1, H, W), 0 where alike: (1 - SSIM) / 2, or 1 - MSGMS, of (B, 3, H, W) in 0..1."
     if kind == 'ssim': return (1 - ssim_map(image, reconstruction).mean(1, keepdim=True)) / 2
     if kind != 'msgms': raise ValueError(f"error map {kind!r} is unknown; choose 'ssim' or 'msgms'")
-    x, y, total = image.mean(1, keepdim=True), reconstruction.mean(1, keepdim=True), 0.
+    x, y = image.mean(1, keepdim=True), reconstruction.mean(1, keepdim=True)
+    total = torch.zeros_like(x)
     for scale in range(4):
         if scale: x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
         gx, gy = _gradient(x), _gradient(y)

@@ -64,14 +64,14 @@ _CHUNK = 8192           # pieces that are brought up to date together: bounds th
 def coreset(points: Tensor, n: int, first: int = 0) -> tuple[Tensor, float]:
     "Greedy k-centre on (N, D) points: n indices in order of choice, fewer if the rest are copies; the largest distance."
     n, norms, chosen = min(n, len(points)), points.square().sum(1), [first]
-    nearest, new, farthest = torch.full_like(norms, torch.inf), [first], 0.
+    nearest, new = torch.full_like(norms, torch.inf), [first]
     bar = tqdm(total=n, desc='choosing what to remember', unit='piece', mininterval=0.5, delay=2)
     while True:
         for part, near, norm in zip(*(t.split(_CHUNK) for t in (points, nearest, norms))):
             torch.minimum(near, _squared(part, norm, points[new]).amin(1), out=near)
         nearest[chosen] = 0                                         # whatever rounding says
         bar.update(len(new))
-        if len(chosen) >= n or (farthest := float(nearest.max())) == 0: break
+        if len(chosen) >= n or float(nearest.max()) == 0: break
         top = nearest.topk(min(_LIVELY, len(points)))
         new = _round(points[top.indices], norms[top.indices], top.values.clone(), n - len(chosen))
         new = top.indices[new].tolist()

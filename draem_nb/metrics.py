@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,8 @@ def _count_into(counts: np.ndarray, part: np.ndarray, at: np.ndarray, lock: Lock
     """Add to `counts` (2, k) how many scores of `part` are above each of the (rising) scores `at`, and how many at or
     above it."""
     part = np.sort(part)
-    for row, side in zip(counts, ('right', 'left')):
+    sides: tuple[Literal['right', 'left'], ...] = ('right', 'left')
+    for row, side in zip(counts, sides):
         below = np.searchsorted(part, at, side)
         with lock: row += part.size; row -= below                       # in place: there may be many
 
@@ -152,8 +153,8 @@ def corners(
     weights: np.ndarray | None = None, # (n,) of each defect, summing to 1; None: all the same
 ) -> tuple[np.ndarray, np.ndarray]: # x, y, each (2k + 2,), rising from (0, 0) to (1, 1)
     "The corners of the ROC curve, or, with the weights of the regions, of the PRO curve. Needs defects and normals."
-    if weights is None: gain = groups.size / groups.n_defects
-    else: gain = np.bincount(groups.member, weights, minlength=groups.size.size)
+    gain: np.ndarray = groups.size / groups.n_defects
+    if weights is not None: gain = np.bincount(groups.member, weights, minlength=groups.size.size)
     x, y = np.zeros((2, 2 * gain.size + 2))
     x[1:-1:2], x[2:-1:2], x[-1] = groups.above, groups.at_least, groups.n_normals
     x /= groups.n_normals
@@ -214,7 +215,7 @@ def curves(
 ) -> dict[str, np.ndarray | None]: # fpr, tpr and recall, precision; None where a curve is undefined
     "ROC and precision-recall curves for a figure. The second is drawn as steps (`where='pre'`): its area is the AP."
     groups = tie_groups(scores, labels)
-    out = dict(fpr=None, tpr=None, recall=None, precision=None)
+    out: dict[str, np.ndarray | None] = dict(fpr=None, tpr=None, recall=None, precision=None)
     if groups.n_defects:
         steps = precision(groups)
         out['recall'], out['precision'] = _thinned(np.append(0, groups.found / groups.n_defects),

@@ -42,6 +42,7 @@ class _Normalised(torch.autograd.Function):
 class BatchNorm2d(nn.BatchNorm2d):
     "`torch.nn.BatchNorm2d`, also exact and fast in channels-last on a CPU; (B, C, H, W) -> the same, in its layout."
     def forward(self, x: Tensor) -> Tensor:
+        "(B, C, H, W) -> the same shape, normalised."
         if x.device.type != 'cpu' or x.is_contiguous(): return super().forward(x)
         if x.shape[1] < 16: return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         n = x.numel() // x.shape[1]
@@ -104,6 +105,7 @@ class ReconstructiveSubNetwork(nn.Module):
         self.decoder = _ReconstructiveDecoder(base_width, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        "(B, in_channels, H, W) in 0..1 -> reconstruction (B, out_channels, H, W)."
         return self.decoder(self.encoder(x)[-1])
 
 # %% ../nbs/04_networks.ipynb #a0346682
@@ -134,6 +136,7 @@ class DiscriminativeSubNetwork(nn.Module):
         self.decoder_segment = _DiscriminativeDecoder(base_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        "(B, in_channels, H, W) -> (B, out_channels, H, W) logits."
         return self.decoder_segment(self.encoder_segment(x))
 
 # %% ../nbs/04_networks.ipynb #d5b14b62
@@ -149,6 +152,7 @@ class Draem(nn.Module):
         self.discriminative = DiscriminativeSubNetwork(channels, 2, base_channels) if discriminative else None
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        "(B, 3, H, W) in 0..1 -> reconstruction (B, 3, H, W), logits (B, 2, H, W); None for a net that is left out."
         reconstruction = self.reconstructive(x) if self.reconstructive is not None else None
         if self.discriminative is None: return reconstruction, None
         pair = x if reconstruction is None else torch.cat([reconstruction, x], dim=1)
@@ -211,6 +215,7 @@ class WinogradConv2d(nn.Module):
         for name, value in buffers.items(): self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
+        "(B, C, H, W) -> (B, O, H, W)."
         (B, C, H, W), O, h, w = x.shape, len(self.bias), x.shape[2] // 4, x.shape[3] // 4
         y = x.new_empty(B, h, 4, w, 4, O)
         for part, out in zip(x.split(n := max(1, _BUFFER // (144 * C * h * w))), y.split(n)):

@@ -664,7 +664,7 @@ def _agreement(ax: Axes, table: pd.DataFrame, low: float) -> None:
 
 def _by_name(ax: Axes, table: pd.DataFrame, low: float) -> None:
     "A line a class from the published value (hollow) to ours (filled), with the difference."
-    for y, (name, row) in enumerate(table.iterrows()):
+    for y, (_, row) in enumerate(table.iterrows()):
         colour, marker = (DEFECT, 'v') if row.ours < row.published else (IMAGES, 'o')
         ax.plot((row.published, row.ours), (y, y), color=colour, linewidth=2, alpha=.5)
         ax.scatter(row.published, y, s=40, facecolor='white', edgecolor=MUTED, clip_on=False, zorder=3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 # %% auto #0
 __all__ = ['Recipe', 'official', 'paper', 'demo', 'compact', 'by_name', 'ablations']
@@ -90,7 +91,7 @@ class Recipe:
             if isinstance(getattr(self, field), list): object.__setattr__(self, field, tuple(getattr(self, field)))
         _check_ranges(self)
 
-    def replace(self, **fields: object) -> Recipe:
+    def replace(self, **fields: Any) -> Recipe:
         "A copy with other values; an unknown field name raises `ValueError` that lists the names there are."
         names = [f.name for f in dataclasses.fields(self)]
         if unknown := sorted(set(fields) - set(names)):

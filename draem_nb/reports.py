@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -153,6 +152,7 @@ class Figures:
     def __init__(self, run_dir: str | Path) -> None: self.folder = Path(run_dir) / 'figures'
 
     def __call__(self, name: str, figure: Figure) -> None:
+        "Show a figure and write its file."
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / f'{name}.png') as temporary: figure.savefig(temporary, format='png', bbox_inches='tight')
         display(figure)
@@ -308,7 +308,7 @@ def locked(
 # %% ../nbs/12_reports.ipynb #1c4ad62f
 def _lock(path: Path) -> TextIO | None:
     "The locked file, or None where another process has it."
-    file = open(path, 'a')
+    file = open(path, 'a')  # noqa: SIM115, open while the lock is held
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: file.close(); return None
     # The one before us may have taken the file away between our opening and our locking: then we hold nothing.

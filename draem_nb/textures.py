@@ -87,7 +87,8 @@ def _ranges(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     pairs = [(ranges + [(0, 0)] * 4)[:4] for ranges in _STRENGTHS[kind].values()]
     ends = torch.tensor(pairs, dtype=torch.float32).view(-1, 4, 2)
     whole = [[isinstance(low, int) for low, _ in row] for row in pairs]
-    return *ends.unbind(2), torch.tensor(whole, dtype=torch.bool).view(-1, 4)
+    low, high = ends.unbind(2)
+    return low, high, torch.tensor(whole, dtype=torch.bool).view(-1, 4)
 
 # %% ../nbs/02_textures.ipynb #6ef39a5b
 def draw_augmentation(

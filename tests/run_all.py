@@ -1,4 +1,4 @@
-"""All that is checked, in one run: clean notebooks, an exported library, every notebook executed, then pytest.
+"""All that is checked, in one run: clean notebooks, an exported library, style and types, every notebook executed, then pytest.
 
 `make test` calls this. The last line says `N passed, N failed`; the exit status is not 0 if anything failed."""
 
@@ -52,12 +52,20 @@ def run_pytest() -> tuple[int, int]:
     slow = ['tests/test_category.py', 'tests/test_reports.py']         # about as long as all others together
     halves = {'slow': slow, 'others': ['tests', *(f'--ignore={path}' for path in slow)]}
     with tempfile.TemporaryDirectory() as folder:
+        # the process writes into its file until it ends, so nothing here closes it
         start = lambda name: subprocess.Popen([BIN / 'pytest', '-q', '-p', 'no:cacheprovider', '--durations=6', f'--junitxml={folder}/{name}.xml', *halves[name]], cwd=ROOT,
-                                              stdout=open(f'{folder}/{name}.txt', 'w'), stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                                              stdout=open(f'{folder}/{name}.txt', 'w'),        # noqa: SIM115
+                                              stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         processes = {name: start(name) for name in halves}
         print(f'pytest, in {len(processes)} processes side by side; their output comes when they end', flush=True)
         counts = [pytest_counts(process.wait(), Path(folder, name)) for name, process in processes.items()]
     return sum(passed for passed, _ in counts), sum(failed for _, failed in counts)
+
+
+def check_style() -> list[tuple[int, int]]:
+    "Passed and failed: ruff on all Python files, mypy on the library; both configured in pyproject.toml."
+    failed = [subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT).returncode != 0 for command in (['ruff', 'check'], ['mypy'])]
+    return [(int(not bad), int(bad)) for bad in failed]
 
 
 def pytest_counts(status: int, output: Path) -> tuple[int, int]:
@@ -74,7 +82,7 @@ def pytest_counts(status: int, output: Path) -> tuple[int, int]:
 def main() -> int:
     changed = check_clean_and_exported()
     if changed: print('nbdev_clean and nbdev_export changed files that should have been committed clean and exported:', *changed, sep='\n  ')
-    results = [(int(not changed), int(bool(changed))), run_notebooks(), run_pytest()]
+    results = [(int(not changed), int(bool(changed))), *check_style(), run_notebooks(), run_pytest()]
     passed, failed = (sum(column) for column in zip(*results))
     print(f'{passed} passed, {failed} failed', flush=True)
     return int(failed > 0)

@@ -15,7 +15,8 @@ from draem_nb.evaluation import (ablation_table, beside_paper, compare, conditio
 from draem_nb.metrics import bootstrap_interval, evaluate_maps, evaluate_scores
 from draem_nb.recipes import ablations, demo, official
 
-MVTEC = 'bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood zipper'.split()
+MVTEC = ['bottle', 'cable', 'capsule', 'carpet', 'grid', 'hazelnut', 'leather', 'metal_nut', 'pill', 'screw', 'tile', 'toothbrush',
+         'transistor', 'wood', 'zipper']
 
 
 def tiny(kinds: list[str], name: str = 'nuts', size: int = 16, small: str = '') -> CategoryData:
@@ -85,7 +86,7 @@ def test_intervals_are_those_of_a_plain_bootstrap():
     for part, names in dict(image=('auroc', 'ap'), pixel=('auroc', 'ap', 'aupro')).items():
         assert tuple(got[part]) == names
         for name in names:
-            low, high = bootstrap_interval(lambda i: plain[part](i)[name], category.labels, draws=400)
+            low, high = bootstrap_interval(lambda i, part=part, name=name: plain[part](i)[name], category.labels, draws=400)
             assert got[part][name] == pytest.approx([low, high], abs=0.15 * (high - low) + 1e-4), (part, name)
 
 

@@ -216,7 +216,7 @@ def test_large_maps_are_exact_within_three_times_the_memory(kind, monkeypatch):
     tracemalloc.stop()
     assert peak < 3 * maps.nbytes
     for threads in (1, 3):                                                          # the counts are whole numbers: bit for bit
-        monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+        monkeypatch.setattr(torch, 'get_num_threads', lambda threads=threads: threads)
         assert evaluate_maps(maps, masks) == got
     del got['aupro']
     assert close(got, sklearn_metrics(maps.ravel(), masks.ravel()))

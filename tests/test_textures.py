@@ -83,7 +83,7 @@ def test_operations_equal_pillow(name, size):
     s = torch.rand(15, generator=g) * (high - low) + low
     if whole: s = s.round()
     s[:2] = torch.tensor([low, high])
-    theirs = torch.cat([pillow(x[i:i + 1], lambda image: PILLOW[name](image, s[i].item())) for i in range(15)])
+    theirs = torch.cat([pillow(x[i:i + 1], lambda image, i=i: PILLOW[name](image, s[i].item())) for i in range(15)])
     assert torch.equal(apply(x, (name, s)), theirs)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from draem_nb import reports
-from draem_nb.layouts import as_markdown, find_files, find_images, list_files, shown
+from draem_nb.layouts import as_markdown, find_files, list_files, shown
 from draem_nb.reports import main, run_report
 
 ATTACKS = ('<svg onload=window.ran=1>', '<img src=x onerror=window.ran=1>', '[a](javascript:window.ran=1)')
@@ -68,7 +68,7 @@ def test_one_name_or_one_file_does_not_end_an_inspection(trained, tmp_path, capf
     assert main(['inspect', '--run-dir', str(trained), '--images', str(photos), '--out-dir', str(tmp_path / 'seen')]) == 3
     said = capfd.readouterr().out
     assert '2 files not looked at: IMG_0001.HEIC, b.heic; save pictures as png or jpg.' in said and 'unreadable: ' in said and 'broken.jpg' in said
-    rows = list(csv.DictReader(open(tmp_path / 'seen' / 'verdicts.csv', encoding='utf-8')))
+    rows = list(csv.DictReader(io.StringIO((tmp_path / 'seen' / 'verdicts.csv').read_text(encoding='utf-8'))))
     assert len(rows) == len(NAMES) + 1 and rows[0]['verdict'].startswith('unreadable: ') and rows[0]['file'] == str(photos / 'broken.jpg')
     assert {row['file'] for row in rows[1:]} == {shown(photos / name) for name in NAMES}
     assert all(row['verdict'] in ('normal', 'anomalous') and float(row['margin']) == pytest.approx(float(row['score']) - float(row['threshold']), abs=2e-6) for row in rows[1:])
@@ -309,7 +309,7 @@ def test_archives_and_addresses_that_are_not_what_they_should_be(tmp_path, monke
             tar.addfile(member, io.BytesIO(os.urandom(1 << 16)))
     whole = buffer.getvalue()
     def unpack(content: bytes) -> Path:
-        (archive := tmp_path / 'dtd-r1.0.1.tar.gz').write_bytes(content)
+        (tmp_path / 'dtd-r1.0.1.tar.gz').write_bytes(content)
         monkeypatch.setattr(data, '_DTD_SHA256', hashlib.sha256(content).hexdigest())
         return data.download_dtd(tmp_path)
     for cut in (whole[:len(whole) // 2], b'', b'no archive'):
