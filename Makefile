@@ -1,6 +1,6 @@
 # make report    train and test a detector on one class; without more words DRAEM on the built-in class `brick`; METHOD=memory in a minute
 # make inspect   RUN=runs/... IMAGES=folder: a trained detector on a folder of new images
-# make table     DATA=folder SEEDS=0,1,2: every class, seed and recipe side by side, then the summary; SCHEDULER=tcp://... on a cluster, DRY_RUN=1 the plan only
+# make table     DATA=folder METHODS=draem,padim SEEDS=0,1,2: every class, method, seed and recipe side by side, then the summary; SCHEDULER=tcp://... on a cluster, DRY_RUN=1 the plan only
 # make summary   the paper's two tables with the classes of RUNS beside them
 # make bench     each fast path against the plain one; runs/bench.json and runs/bench.ipynb
 # make test      everything that is checked
@@ -25,6 +25,7 @@ RUN ?=
 IMAGES ?=
 # make table CATEGORIES=brick,grass SEEDS=0,1,2 RECIPE=demo,official WORKERS=2 THREADS=1 TIME_LIMIT=3600
 CATEGORIES ?=
+METHODS ?=
 SEEDS ?= 0
 SCHEDULER ?=
 WORKERS ?=
@@ -51,7 +52,7 @@ inspect: $(made)
 	$(bin)/draem_nb inspect $(call option,--run-dir,$(RUN)) $(call option,--images,$(IMAGES)) $(call option,--device,$(DEVICE))
 
 table: $(made)
-	$(bin)/draem_nb table --recipes '$(RECIPE)' --seeds '$(SEEDS)' --runs-dir '$(RUNS)' $(call option,--categories,$(CATEGORIES)) $(call option,--data-root,$(DATA)) \
+	$(bin)/draem_nb table --recipes '$(RECIPE)' --seeds '$(SEEDS)' --runs-dir '$(RUNS)' $(call option,--categories,$(CATEGORIES)) $(call option,--methods,$(METHODS)) $(call option,--data-root,$(DATA)) \
 	  $(call option,--textures-root,$(TEXTURES)) $(call option,--overrides,$(OVERRIDES)) $(call option,--device,$(DEVICE)) $(call option,--scheduler,$(SCHEDULER)) \
 	  $(call option,--workers,$(WORKERS)) $(call option,--threads,$(THREADS)) $(call option,--time-limit,$(TIME_LIMIT)) $(if $(DRY_RUN),--dry-run)
 

@@ -546,18 +546,34 @@ def demo_category(
 # %% ../nbs/00_data.ipynb #581b9b71
 _FEW = 16 # pixels: a mask of fewer is called near-empty
 
-def _image_facts(path: Path) -> tuple[str, str, str] | str: # size, mode as stored, hash of the pixels; or the error
+# Of an image: size, mode as stored, hash of the pixels, mean gray value, sharpness; or the error.
+def _image_facts(path: Path) -> tuple[str, str, str, float, float] | str:
     try:
         image = read_image(path)
         with open_image(path) as header: mode = header.mode
     except (OSError, ValueError) as error: return str(error)
     pixels = f'{image.mode} {image.size}'.encode() + image.tobytes()
-    return f'{image.width} x {image.height}', mode, hashlib.sha256(pixels).hexdigest()
+    gray = np.asarray(image.convert('L'), np.float32)
+    sharpness = sum(float(np.abs(np.diff(gray, axis=axis)).mean()) if gray.shape[axis] > 1 else 0. for axis in (0, 1))
+    return f'{image.width} x {image.height}', mode, hashlib.sha256(pixels).hexdigest(), float(gray.mean()), sharpness
 
 def _mixed_values(values: list[str]) -> str | None: # None if they are all the same
     counts = Counter(values).most_common()
     if len(counts) < 2: return None
     return ', '.join(f'{value} ({n})' for value, n in counts[:6]) + (' and more' if len(counts) > 6 else '')
+
+# %% ../nbs/00_data.ipynb #e0b71c46
+_TELLS, _ENOUGH = 0.95, 5   # image AUROC of one number; images of each sort, with fewer of which it says little
+
+def _one_number_tells(good: list[tuple], defective: list[tuple]) -> Iterator[tuple[str, str, str]]:
+    "A finding for each trivial number, of `_image_facts`, by which good and defective test images can be told apart."
+    if min(len(good), len(defective)) < _ENOUGH: return
+    for i, number in ((3, 'mean gray value'), (4, 'sharpness')):
+        a, b = (np.array([of[i] for of in facts]) for facts in (good, defective))
+        auroc = float((b[:, None] > a).mean() + (b[:, None] == a).mean() / 2)
+        if (auroc := max(auroc, 1 - auroc)) > _TELLS:
+            yield (f'{number} tells defects', '', f'it alone has image AUROC {auroc:.3f} (median {np.median(a):.1f} of good and '
+                   f'{np.median(b):.1f} of defective test images): any method\'s image AUROC on this class is to be doubted')
 
 # %% ../nbs/00_data.ipynb #a1f0aeb8
 def _mask_problem(image: Path, paths: list[Path], any_value: bool) -> tuple[str, Path, str] | None:
@@ -585,6 +601,8 @@ def _problems(files: ClassFiles) -> Iterator[tuple[str, Path | str, str]]: # pro
         if path in readable and (twin := learned.get(readable[path][2])):
             yield 'test image is a training image', path, f'the same pixels as {twin}'
     yield from (problem for problem in of_masks if problem)
+    kinds = [(readable[path], kind != 'good') for path, kind in zip(files.test, files.kinds) if path in readable]
+    yield from _one_number_tells([of for of, bad in kinds if not bad], [of for of, bad in kinds if bad])
 
 # %% ../nbs/00_data.ipynb #32551d7c
 def check(
@@ -595,7 +613,8 @@ def check(
     """Read every file of a class, and list what may be wrong.
 
     Files that are skipped or unreadable, mixed sizes and modes, masks that do not fit or are near-empty,
-    and test images that are training images."""
+    test images that are training images, and a mean gray value or sharpness by which alone the good and
+    the defective test images are told apart (image AUROC above 0.95)."""
     rows = []
     for category in [name] if name is not None else find_categories(root, layout):
         try: found = list(_problems(list_files(root, category, layout)))

@@ -465,7 +465,7 @@ def _published(metric: str) -> pd.DataFrame:
 def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd.DataFrame, list[str]]:
     "The paper's table for 'image AUROC', 'pixel AUROC' or 'pixel AP' (any other metric: none published) with one column of ours for each set of conditions; and what is missing, in words."
     if metric not in _OURS: raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(_OURS)}")
-    table = _published(metric)
+    table, of = _published(metric), {conditions_name(run): PUBLISHED_AS.get(method_of(run)) for run in runs}
     classes, notes, ours = table.index.drop('average'), [], runs_table(runs)
     for name, group in ours.groupby('conditions') if len(ours) else ():
         column = group.set_index('category')[metric].reindex(classes)
@@ -475,6 +475,10 @@ def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd
         if not len(undefined) and not len(missing): column['average'] = column.mean()
         else: notes.append(f'{name}: no average, because ' + ' and '.join([f'the metric is undefined for {", ".join(undefined)}'] * (len(undefined) > 0) + [f'there is no run of {", ".join(missing)}'] * (len(missing) > 0)))
         table[f'ours: {name}'] = column
+    after = lambda c: of.get(c.removeprefix('ours: ').split(', data ')[0]) if c.startswith('ours: ') else None
+    beside = {c: [other for other in table if after(other) == c] for c in table}
+    alone = [c for c in table if after(c) in (None, *(set(PUBLISHED_AS.values()) - set(table)))]
+    table = table[[c for first in alone for c in (first, *beside[first])]]
     return table, notes
 
 def mark_best(table: pd.DataFrame, digits: int = 1) -> pd.DataFrame:
@@ -489,11 +493,13 @@ def differences(
     runs: Sequence[dict],
     metric: str = 'image AUROC',    # 'image AUROC', 'pixel AUROC' or 'pixel AP'
 ) -> pd.DataFrame:                  # a row a class and set of conditions: category, conditions, difference, low, high, seeds (a list: each seed's difference)
-    "Ours less what was published for DRAEM, percentage points; only MVTec AD's classes. low and high are nan where a run has no interval."
+    "Ours less what was published for the same method, percentage points; only MVTec AD's classes and the paper's methods. low and high are nan where a run has no interval."
     if metric not in _METRICS: raise ValueError(f"no published values of {metric!r}; there are those of: {', '.join(_METRICS)}")
-    published, found = _published(metric).DRAEM.drop('average'), []
+    table, found = _published(metric).drop('average'), []
+    of = {conditions_name(run): PUBLISHED_AS.get(method_of(run)) for run in runs}
     for (category, conditions), group in _run_rows(runs).dropna(subset=metric).groupby(['category', 'conditions']) if runs else ():
-        if category not in published.index: continue
+        if category not in table.index or (method := of[conditions.split(', data ')[0]]) not in table: continue
+        published = table[method]
         ours = dict(difference=group[metric].mean(), low=group[f'{metric} low'].mean(skipna=False), high=group[f'{metric} high'].mean(skipna=False))
         found.append(dict(category=category, conditions=conditions, **{k: v - published[category] for k, v in ours.items()}, seeds=(group[metric] - published[category]).tolist()))
     return pd.DataFrame(found, columns=['category', 'conditions', 'difference', 'low', 'high', 'seeds'])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -32,7 +33,7 @@ from typing import TextIO
 import pandas as pd
 
 import draem_nb
-from . import recipes, reports
+from . import methods, reports
 from .data import DEMO_CATEGORIES, find_categories, read_json, temporary_folder
 from .reports import RunFailed, default_folder, locked, report_notebook, run_report
 
@@ -59,15 +60,15 @@ def _other_recipe(run_dir: Path, params: dict) -> str:
     if 'recipe' not in params or not (run_dir / 'run.json').exists(): return ''
     held = read_json(run_dir / 'run.json').get('recipe')
     if not isinstance(held, dict): return f"{run_dir / 'run.json'} is damaged: it names no recipe; remove {run_dir}, or choose another folder for the runs"
-    asked = recipes.by_name(params['recipe']).replace(seed=params.get('seed', 0), **(params.get('overrides') or {}))
-    now = json.loads(json.dumps(vars(asked)))
+    asked = methods.recipe_of(params.get('method', 'draem'), params['recipe'], **{'seed': params.get('seed', 0)} | (params.get('overrides') or {}))
+    now = json.loads(json.dumps(dataclasses.asdict(asked)))
     differ = [f'{key} {held.get(key)!r} there, {value!r} now' for key, value in now.items() if held.get(key) != value]
     return f"{run_dir} holds a run of another recipe ({'; '.join(differ)}); remove it, or choose another folder for the runs" if differ else ''
 
 # %% ../nbs/13_fanout.ipynb #027eb3de
 def estimate(planned: pd.DataFrame, n_workers: int, name: str | Path = 'category') -> tuple[float, str] | None:
     "Seconds that the runs of a plan may take, and from what that is taken: complete runs of the same recipe in the folder, else of any; None without any."
-    like = lambda row: json.dumps([row.get('recipe'), row.get('overrides') or {}], sort_keys=True)
+    like = lambda row: json.dumps([row.get('method', 'draem'), row.get('recipe'), row.get('overrides') or {}], sort_keys=True)
     known: dict[str, list[float]] = {}
     for folder in {Path(row).parent for row in planned.run_dir if row}:
         for done in folder.glob('*/metrics.json'):
@@ -410,7 +411,7 @@ def _why(error: BaseException) -> str:
     return f'{type(error).__name__}: {error}'
 
 # %% ../nbs/13_fanout.ipynb #5c53a7e4
-_SHOWN = ('category', 'recipe', 'seed', 'status', 'image_auroc', 'image_ap', 'pixel_auroc', 'pixel_ap', 'pixel_aupro')
+_SHOWN = ('category', 'method', 'recipe', 'seed', 'status', 'image_auroc', 'image_ap', 'pixel_auroc', 'pixel_ap', 'pixel_aupro')
 
 def table(argv: list[str] | None = None) -> int:
     "`draem_nb table`, which is `make table`. Returns the exit status: 0 when every run is complete."
@@ -430,12 +431,13 @@ def table(argv: list[str] | None = None) -> int:
 
 # %% ../nbs/13_fanout.ipynb #94fca836
 def _table_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser('draem_nb table', description='Every class, seed and recipe as a report, side by side; then the summary.', allow_abbrev=False)
+    parser = argparse.ArgumentParser('draem_nb table', description='Every method, class, seed and recipe as a report, side by side; then the summary.', allow_abbrev=False)
     names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(',') if part.strip()))
     option = parser.add_argument
     option('--categories', type=names, help='a,b,c (default: every class of the data root, or the built-in ones)')
     option('--seeds', type=lambda text: [_number(n, int, 0) for n in names(text)], default=[0], help='0,1,2 (default: 0)')
-    option('--recipes', type=names, default=['demo'], help='demo,official (default: demo)')
+    option('--methods', type=names, default=['draem'], help='draem,padim,memory: names of 40_methods (default: draem)')
+    option('--recipes', type=names, default=['demo'], help='demo,paper: recipes that all the methods have (default: demo, of each its own)')
     option('--overrides', type=reports._value('overrides', {}), default={}, help='recipe fields as JSON, for all runs')
     option('--data-root', default=os.environ.get('DRAEM_NB_DATA_ROOT'), help='folder of the classes (default: the built-in ones, or DRAEM_NB_DATA_ROOT)')
     option('--textures-root', default=os.environ.get('DRAEM_NB_TEXTURES_ROOT'), help='folder of anomaly source images (default: the built-in ones)')
@@ -454,18 +456,19 @@ def _number(text: str, kind: type, least: float) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number of at least {least}")
 
 def _param_sets(options: argparse.Namespace) -> list[dict]:
-    "One set of parameters for each class, recipe and seed."
+    "One set of parameters for each method, recipe, class and seed."
     root, elsewhere = options.data_root, options.scheduler != 'local' and options.categories      # then the workers look, each at its own data
     there = find_categories(root) if root and not elsewhere else None if root else sorted(DEMO_CATEGORIES)
     classes = options.categories or there
     if there is not None and (unknown := sorted(set(classes) - set(there))): raise ValueError(f"there is no class {', '.join(unknown)} in {root or 'the built-in ones'}; there are: {', '.join(there) or 'none'}")
     if not classes: raise ValueError(f'there is no class in {root}')
-    for recipe in options.recipes: recipes.by_name(recipe).replace(**options.overrides)       # a mistake is one sentence, not as many as runs
+    for method in options.methods:                          # a mistake is one sentence, not as many as runs
+        for recipe in options.recipes: methods.recipe_of(method, recipe, **options.overrides)
     shared = {key: value for key in ('data_root', 'textures_root', 'device', 'overrides') if (value := getattr(options, key))}
-    return [dict(shared, category=c, recipe=r, seed=s) for r in options.recipes for c in classes for s in options.seeds]
+    return [dict(shared, category=c, method=m, recipe=r, seed=s) for m in options.methods for r in options.recipes for c in classes for s in options.seeds]
 
 def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
-    print(planned[['category', 'recipe', 'seed', 'todo', 'run_dir', *(['why'] if planned.why.any() else [])]].to_string(index=False))
+    print(planned[['category', 'method', 'recipe', 'seed', 'todo', 'run_dir', *(['why'] if planned.why.any() else [])]].to_string(index=False))
     counts, n = Counter(planned.todo), _n_workers(options, len(planned))
     known = estimate(planned, n)
     print(f"{counts['run']} to run, {counts['complete']} complete, {counts['refused']} refused; " + (f'about {_about(known[0])} on {n} worker{"s" * (n > 1)}, by {known[1]}'

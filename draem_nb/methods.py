@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +18,7 @@ from torch import Tensor
 from . import cutpaste, detector, feature_draem, gaussian_ad, memory, padim, plots, recipes, tiling
 from .autoencoder import Autoencoder, AutoencoderDetector, AutoencoderRecipe
 from .autoencoder import fit as fit_autoencoder
-from .data import CategoryData, check_size, large_part, replacing
+from .data import CategoryData, check_size, large_part, read_json, replacing
 from .detector import AnomalyDetector
 from .fitting import describe_run, is_there, keep_run
 from .simulator import AnomalySimulator
@@ -44,7 +43,7 @@ class Method(Protocol):
 
 # %% ../nbs/40_methods.ipynb #93207c4b
 class _Draem:
-    wants_textures = True
+    wants_textures, train_with_snapshots, ablations = True, staticmethod(train), staticmethod(recipes.ablations)
     by_name, load = staticmethod(recipes.by_name), staticmethod(tiling.load_detector)
 
     def fit(self, category: CategoryData, recipe: recipes.Recipe | None = None, device: str | torch.device | None = None,
@@ -155,5 +154,6 @@ def fit(
 def load(run_dir: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
     "The detector of a run, by the method that run.json names; without a word there it was DRAEM."
     about = Path(run_dir) / 'run.json'
-    name = json.loads(about.read_text()).get('method', 'draem') if about.exists() else 'draem'
+    name = read_json(about).get('method', 'draem') if about.exists() else 'draem'
+    if not isinstance(name, str): raise ValueError(f'{about} is damaged: method is {name!r}, which is no name; run anew')
     return method(name.lower()).load(run_dir, device)

@@ -47,7 +47,7 @@ from .layouts import as_markdown, find_classes, find_images, list_files, shown
 # %% auto #0
 __all__ = ['report_names', 'report_notebook', 'report_parameters', 'check_parameters', 'default_folder', 'peak_memory_mib',
            'timing', 'finish', 'Figures', 'styled', 'as_csv', 'RunFailed', 'to_html', 'locked', 'RunResult',
-           'run_report', 'run_many', 'metrics_table', 'main']
+           'run_report', 'run_many', 'metrics_table', 'read_part', 'main']
 
 # %% ../nbs/12_reports.ipynb #4dd9a738
 def _report_folder() -> Path:
@@ -467,6 +467,14 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
     rows = {'all': metrics, **metrics.get('kinds', {})}
     return pd.DataFrame({row: {(part, key): value for part in ('image', 'pixel') for key, value in (found.get(part) or {}).items()
                                if not key.startswith('n')} for row, found in rows.items()}).T.astype(float)
+
+# %% ../nbs/12_reports.ipynb #5ac07e9d
+def read_part(path: str | Path, *keys: str) -> dict:
+    "A JSON file of a run; `ValueError` where it is damaged or one of `keys` is missing, `FileNotFoundError` where it is not there."
+    value = read_json(path)
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f'{shown(path)} is damaged: {", ".join(missing)} is missing; remove that folder, and run anew')
+    return value
 
 # %% ../nbs/12_reports.ipynb #0d19180e
 def _value(key: str, default: object, text: str = ''):

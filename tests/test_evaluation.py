@@ -284,6 +284,30 @@ def test_an_average_needs_all_fifteen():
     with pytest.raises(ValueError, match="unknown metric 'AUROC'; there are: image AUROC"): summary_table([], 'AUROC')
 
 
+def test_ours_stands_beside_the_published_column_of_its_method():
+    of = lambda method, c='screw': run(c, method=method, recipe=f'{method} demo')
+    table, _ = summary_table([of('padim'), of('memory'), of('draem'), of('riad')])
+    short = [c.split(',')[0] for c in table]
+    assert short == ['GANomaly', 'DAGAN', 'US', 'RIAD', 'ours: riad demo', 'Gaussian-AD', 'PaDiM', 'ours: padim demo', 'DRAEM', 'ours: draem demo', 'ours: memory demo']
+    assert [c.split(',')[0] for c in summary_table([of('padim'), of('ganomaly')], 'pixel AP')[0]] == ['US', 'RIAD', 'PaDiM', 'ours: padim demo', 'DRAEM', 'ours: ganomaly demo']
+    assert list(summary_table([of('padim')], 'AUPRO')[0]) == [conditions_name(of('padim')).join(['ours: ', ''])]
+    complete, notes = summary_table([of('padim', c) for c in MVTEC])
+    assert not notes and np.isclose(complete.filter(like='ours').loc['average'].iloc[0], 90)
+    apart = differences([of('padim'), of('memory')])              # each from its own, and from nothing where there is nothing
+    assert np.allclose(apart.difference, 90 - paper_table('detection').PaDiM['screw']) and len(apart) == 1
+
+
+def test_conditions_of_other_methods_are_compared_with_their_own():
+    recipe = dict(category='screw', size=[64, 64], mask_rule='official', n_train=20, method='padim', backbone='EfficientNet-Lite0')
+    results = run('screw') | dict(conditions=recipe | dict(unlike_published=dict(size=[64, 224])), operating_point=None)
+    assert differing_conditions(results) == ['features of EfficientNet-Lite0 instead of WideResNet-50', 'size 64 instead of 224']
+    results['conditions'] |= dict(backbone='WideResNet-50', unlike_published={})
+    assert differing_conditions(results) == []
+    assert list(beside_paper(results).index[-2:]) == ['PaDiM', 'ours'] and 'CutPaste' not in beside_paper(results).index
+    results['conditions']['method'] = 'cutpaste'
+    assert beside_paper(results).loc['CutPaste', 'image AUROC'] == paper_table('cutpaste').image_auroc_3way['screw']
+
+
 def test_the_best_are_marked_with_their_ties():
     table = pd.DataFrame(dict(a=[99.96, 50., np.nan], b=[99.98, 49.94, np.nan], c=[99.94, np.nan, np.nan]), index=list('xyz'))
     assert mark_best(table).values.tolist() == [['**100.0**', '**100.0**', '99.9'], ['**50.0**', '49.9', ''], ['', '', '']] and mark_best(table[['a']]).values.tolist() == [['100.0'], ['50.0'], ['']]

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip('distributed')
-from draem_nb import fanout, reports
+from draem_nb import fanout, recipes, reports
 from draem_nb.reports import locked, run_many, run_report
 
 # Ten steps, each noted in a file like a checkpoint; another file has a line for each beginning.
@@ -258,9 +258,14 @@ def test_the_plan_names_what_is_missing(tmp_path, capsys, monkeypatch):
     assert reports.main(['table', '--dry-run', '--categories', 'brick,grass', '--seeds', '0,1', '--runs-dir', str(tmp_path)]) == 0
     assert '2 to run, 2 complete, 0 refused; about 10 min on 2 workers, by complete runs' in capsys.readouterr().out
     # The recipe was changed in the library: the old run is named, not taken.
-    recipe = dict(vars(fanout.recipes.demo()), lr=1.)
+    recipe = dict(vars(recipes.demo()), lr=1.)
     (tmp_path / 'brick-demo-seed0' / 'run.json').write_text(json.dumps(dict(recipe=recipe)))
     assert reports.main(['table', '--dry-run', '--categories', 'brick', '--runs-dir', str(tmp_path)]) == 1
     assert 'another recipe (lr 1.0 there' in capsys.readouterr().out
     assert reports.main(['table', '--recipes', 'demmo', '--runs-dir', str(tmp_path)]) == 1 and "unknown recipe 'demmo'" in capsys.readouterr().err
+    assert reports.main(['table', '--methods', 'memory,magic', '--runs-dir', str(tmp_path)]) == 1 and "unknown method 'magic'" in capsys.readouterr().err
+    assert reports.main(['table', '--methods', 'draem,memory', '--recipes', 'official', '--runs-dir', str(tmp_path)]) == 1 and 'a memory has: demo' in capsys.readouterr().err
+    assert reports.main(['table', '--dry-run', '--methods', 'draem,memory', '--categories', 'grass', '--seeds', '0,1', '--runs-dir', str(tmp_path)]) == 0
+    out = capsys.readouterr().out                                   # each with its own demo recipe, in folders of its own
+    assert '4 to run' in out and all(str(tmp_path / name) in out for name in ('grass-demo-seed0', 'memory-grass-demo-seed1'))
     assert reports.main(['table', '--categories', 'brik', '--runs-dir', str(tmp_path)]) == 1 and 'there is no class brik in the built-in ones; there are: brick, grass, gravel' in capsys.readouterr().err
