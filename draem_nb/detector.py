@@ -29,14 +29,18 @@ from .textures import load_textures
 from .training import load_checkpoint, memory_format_of, pick_device, split_held_out, train
 
 # %% auto #0
-__all__ = ['image_score', 'upper_quantile', 'Detections', 'as_images', 'AnomalyDetector', 'Detector', 'fit']
+__all__ = ['mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'AnomalyDetector', 'Detector', 'fit']
 
 # %% ../nbs/08_detector.ipynb #524530cf
+def mean_filter(maps: Tensor, window: int) -> Tensor:
+    "The window x window mean around every pixel of (B, 1, H, W) maps, stride 1, zero padding that counts."
+    rows = F.avg_pool2d(maps, (window, 1), 1, (window // 2, 0))           # a square mean is two mean lines
+    return F.avg_pool2d(rows, (1, window), 1, (0, window // 2))
+
 def image_score(maps: Tensor, window: int = 21) -> Tensor:
     """(B, 1, H, W) maps -> (B,) scores: maximum of the window x window mean, stride 1, zero padding that counts
     (released code)."""
-    rows = F.avg_pool2d(maps, (window, 1), 1, (window // 2, 0))           # a square mean is two mean lines
-    return F.avg_pool2d(rows, (1, window), 1, (0, window // 2)).amax((1, 2, 3))
+    return mean_filter(maps, window).amax((1, 2, 3))
 
 # %% ../nbs/08_detector.ipynb #7ea96942
 _PART = 1 << 24     # values that are looked at together

@@ -72,7 +72,7 @@ class NetworkRecipe(MethodRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.need_counts('batch', 'checkpoint_every')
-        self.need(self.steps is None or isinstance(self.steps, int) and self.steps >= 1, 'steps', 'None or a whole number of at least 1')
+        if self.steps is not None: self.need_counts('steps')
         for field in ('epochs', 'lr'): self.need(getattr(self, field) > 0, field, 'greater than 0')
 
     def need_counts(self, *fields: str) -> None:
@@ -88,8 +88,9 @@ class NetworkRecipe(MethodRecipe):
 # %% ../nbs/40b_fitting.ipynb #210e25a0
 def _fingerprint(images: Tensor) -> str: return hashlib.sha256(images.contiguous().numpy()).hexdigest()
 
-def describe_run(method: str, category: CategoryData, recipe: object, device: torch.device, textures: Tensor | None = None) -> dict:
-    "What run.json says of a run of a method; the recipe is a dataclass with seed and holdout; `textures` where the method learns from some."
+def describe_run(method: str, category: CategoryData, recipe: object, device: torch.device,
+                 textures: Tensor | None = None) -> dict:
+    "What run.json says of a run; the recipe is a dataclass with seed and holdout; `textures` where it learns from some."
     names = [category.train_paths[i].name for i in split_held_out(len(category.train), recipe)[1].tolist()]
     of = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
     source = {} if textures is None else dict(textures_fingerprint=_fingerprint(textures), n_textures=len(textures))
@@ -109,7 +110,8 @@ def refuse_another(run_dir: Path, about: dict) -> None:
 def is_there(run_dir: Path, about: dict) -> bool:
     "Whether the folder holds the run that `describe_run` is about; `ValueError` where it holds another one."
     refuse_another(run_dir, about)
-    return (run_dir / 'run.json').exists() and (run_dir / 'checkpoint.pt').exists() and (not about['held_out'] or (run_dir / 'threshold.json').exists())
+    needed = ['run.json', 'checkpoint.pt', *(['threshold.json'] if about['held_out'] else [])]
+    return all((run_dir / name).exists() for name in needed)
 
 # %% ../nbs/40b_fitting.ipynb #76af9f1e
 @contextlib.contextmanager
@@ -138,7 +140,7 @@ def load_state(path: Path, method: str, device: str | torch.device = 'cpu') -> d
 class Training(Protocol):
     "What a method adds: networks that learn in steps."
     nets: nn.ModuleDict             # what learns; kept in the checkpoint
-    aids: dict[str, object]         # optimisers and schedulers (with state_dict and load_state_dict); kept until the last step
+    aids: dict[str, object]         # optimisers, schedulers: have state_dict, load_state_dict; kept until the last step
     steps: int                      # of the whole run
     names: tuple[str, ...]          # of the losses of a step
 
@@ -172,13 +174,13 @@ def _go_on(training: Training, about: dict, losses: Tensor, path: Path) -> int:
     return state['step']
 
 def _look(training: Training, losses: Tensor, done: int, lr: float) -> str:
-    "The mean losses of the last steps, in words; `FloatingPointError` names the first step whose losses are not finite."
+    "The mean losses of the last steps, in words; `FloatingPointError` names the first step with one that is not finite."
     first = max(0, done - _LOOK_EVERY)
     recent = losses[first:done].cpu()
     if not recent.isfinite().all():
         step = first + int((~recent.isfinite()).any(1).nonzero()[0]) + 1
-        raise FloatingPointError(f'the loss is not finite at step {step}; a smaller recipe field lr (now {lr:g}) usually helps; '
-                                 'the last checkpoint is from before and is kept')
+        raise FloatingPointError(f'the loss is not finite at step {step}; a smaller recipe field lr (now {lr:g}) usually '
+                                 'helps; the last checkpoint is from before and is kept')
     return ', '.join(f'{name} {value:.4g}' for name, value in zip(training.names, recent.mean(0).tolist()))
 
 # %% ../nbs/40b_fitting.ipynb #7e252047
@@ -192,17 +194,20 @@ def train_in_steps(
     device = next(training.nets.parameters()).device
     losses = torch.zeros(training.steps, len(training.names), device=device)
     if checkpoint.exists(): done = _go_on(training, about, losses, checkpoint)
-    bar = tqdm(total=training.steps, initial=done, desc=f'{about["method"]}, {about["category"]}', unit='step', mininterval=1, delay=2)
-    with bar, interrupt_noted() as interrupted, torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
+    title, fast = f'{about["method"]}, {about["category"]}', dict(enabled=True, benchmark=True, allow_tf32=True)
+    bar = tqdm(total=training.steps, initial=done, desc=title, unit='step', mininterval=1, delay=2)
+    with bar, interrupt_noted() as interrupted, torch.backends.cudnn.flags(**fast):
         while done < training.steps and not interrupted:
             losses[done] = torch.stack(list(training.step(done))).detach()
             done += 1
             bar.update()
             save = done % recipe['checkpoint_every'] == 0 or done == training.steps or bool(interrupted)
-            if save or done % _LOOK_EVERY == 0: bar.set_postfix_str(_look(training, losses, done, recipe['lr']), refresh=False)
+            if save or done % _LOOK_EVERY == 0:
+                bar.set_postfix_str(_look(training, losses, done, recipe['lr']), refresh=False)
             if save: _keep(training, about, losses, done, run_dir)
     if interrupted:
-        raise KeyboardInterrupt(f'stopped at step {done} of {training.steps}; {checkpoint} is written, run again to go on')
+        raise KeyboardInterrupt(f'stopped at step {done} of {training.steps}; {checkpoint} is written, '
+                                'run again to go on')
     return dict(zip(training.names, losses.T.cpu()))
 
 # %% ../nbs/40b_fitting.ipynb #46107f34
@@ -223,8 +228,8 @@ class NetworkDetector(AnomalyDetector):
     def save(self, run_dir: str | Path) -> None:
         "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
         steps = len(next(iter(self.losses.values()), ()))
-        state = dict(method=self.method, recipe=dataclasses.asdict(self.recipe), nets=self.nets.state_dict(), losses=self.losses,
-                     step=steps, steps=steps)
+        state = dict(method=self.method, recipe=dataclasses.asdict(self.recipe), nets=self.nets.state_dict(),
+                     losses=self.losses, step=steps, steps=steps)
         with replacing(Path(run_dir) / 'checkpoint.pt') as temporary: torch.save(state, temporary)
         if self.threshold is not None: self.save_calibration(run_dir)
 
@@ -236,8 +241,10 @@ class NetworkDetector(AnomalyDetector):
         try:
             detector = cls(cls.recipe_type(**state['recipe']), device)
             detector.nets.load_state_dict(state['nets'])
-            detector.losses, unfinished = {name: of.cpu() for name, of in state['losses'].items()}, state['step'] < state['steps']
-        except (KeyError, TypeError, RuntimeError): raise ValueError(f'{path} is damaged; delete it and fit again') from None
+            detector.losses = {name: of.cpu() for name, of in state['losses'].items()}
+            unfinished = state['step'] < state['steps']
+        except (KeyError, TypeError, RuntimeError):
+            raise ValueError(f'{path} is damaged; delete it and fit again') from None
         if unfinished: raise ValueError(f'{path} is at step {state["step"]} of {state["steps"]}; fit again to go on')
         detector.load_calibration(run_dir)
         return detector

@@ -1,6 +1,7 @@
 """Methods other than DRAEM: the extra that they need, and what a person with a folder of parts does with them."""
 
 import json
+import signal
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -241,3 +242,68 @@ def test_a_method_without_a_map_has_no_pixel_metrics(demo):
     parts = [results, results['together'], *results['kinds'].values(), results['other_mask_rule']]
     assert all(value is None for part in parts for value in part['pixel'].values()) and results['image']['auroc'] > 0.5
     assert [note for note in results['notes'] if 'pixel' in note] == ['The method scores images, not pixels: the pixel metrics are undefined, and the maps are a picture of ours.']
+
+
+TRAINED = dict(riad=dict(size=64, width=2, batch=2), ganomaly=dict(size=32, width=2, batch=4), dagan=dict(size=32, width=2, batch=4))
+
+def trained(method, **fields): return methods.recipe_of(method, **TRAINED[method], steps=8, checkpoint_every=3, **fields)
+
+
+@pytest.fixture(params=list(TRAINED))
+def network(request, demo):
+    "A method that trains networks of its own, a class at its size, and the class of its training."
+    module = methods.method(request.param)
+    training = next(value for name, value in vars(module).items() if name.endswith('Training'))
+    return request.param, load_category(demo, 'gravel', TRAINED[request.param]['size']), training
+
+
+@pytest.mark.parametrize('stop', [lambda: signal.raise_signal(signal.SIGINT), lambda: (_ for _ in ()).throw(RuntimeError('the power failed'))], ids=['Ctrl-C', 'crash'])
+def test_a_stopped_training_goes_on_with_the_same_bits(network, tmp_path, monkeypatch, stop):
+    method, category, training = network
+    whole = methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path / 'whole')
+    step, taken = training.step, []
+    def stopping(self, i):
+        taken.append(i)
+        if i == 4 and taken.count(4) == 1: stop()
+        return step(self, i)
+    monkeypatch.setattr(training, 'step', stopping)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)): methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path / 'stopped')
+    with pytest.raises(ValueError, match=r'is at step \d of 8; fit again to go on'): methods.method(method).load(tmp_path / 'stopped', 'cpu')
+    resumed = methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path / 'stopped')
+    assert taken in ([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 3, 4, 5, 6, 7])             # after Ctrl-C, and after a crash
+    a, b = whole.predict(category.test[:5]), resumed.predict(category.test[:5])
+    assert torch.equal(a.maps, b.maps) and torch.equal(a.scores, b.scores) and whole.threshold == resumed.threshold
+    for name in whole.losses: assert torch.equal(whole.losses[name], resumed.losses[name]) and len(whole.losses[name]) == 8
+    assert (tmp_path / 'whole' / 'losses.csv').read_bytes() == (tmp_path / 'stopped' / 'losses.csv').read_bytes()
+    assert len(pd.read_csv(tmp_path / 'whole' / 'losses.csv')) == 8
+
+
+def test_a_trained_method_refuses_what_is_not_its_own(network, tmp_path):
+    method, category, _ = network
+    made, module = methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path), methods.method(method)
+    assert type(methods.load(tmp_path, 'cpu')) is type(made) and made.n_held_out == 20
+    with pytest.raises(ValueError, match='another recipe'): methods.fit(method, category, trained(method, seed=1), 'cpu', run_dir=tmp_path)
+    with pytest.raises(ValueError, match='load it with size'): methods.fit(method, load_category(category.root, 'gravel', 96), trained(method), 'cpu')
+    state = torch.load(tmp_path / 'checkpoint.pt', weights_only=True)
+    for wrong, says in ((dict(method='padim'), f'is the checkpoint of padim, not of {method}'), (dict(nets={}), 'is damaged; delete it and fit again'),
+                        (dict(recipe=dict(magic=1)), 'is damaged; delete it and fit again')):
+        torch.save(state | wrong, tmp_path / 'checkpoint.pt')
+        with pytest.raises(ValueError, match=says): module.load(tmp_path, 'cpu')
+    torch.save(state | dict(recipe=state['recipe'] | dict(seed=7)), tmp_path / 'checkpoint.pt')
+    with pytest.raises(ValueError, match='of another recipe than run.json'): methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path)
+
+
+@pytest.mark.parametrize('method, fields, says', [
+    ('riad', dict(cells=[5]), 'cells is .5,.; it must be some of 1, 2, 4'), ('riad', dict(sets=1), 'sets is 1'), ('riad', dict(steps=0), 'steps is 0'),
+    ('ganomaly', dict(size=96), 'size is 96; it must be square'), ('ganomaly', dict(latent=0), 'latent is 0'), ('dagan', dict(gamma=2.), 'gamma is 2.0'),
+    ('dagan', dict(score='magic'), "score is 'magic'"), ('dagan', dict(kinds=1), 'unknown recipe field kinds')])
+def test_impossible_fields_are_refused(method, fields, says):
+    with pytest.raises(ValueError, match=says): methods.recipe_of(method, **fields)
+
+
+@pytest.mark.parametrize('method', list(TRAINED))
+def test_a_trained_method_has_its_published_recipe(method):
+    published = methods.recipe_of(method, 'published')
+    assert published.width == 64 and published.steps is None and methods.recipe_of(method).steps
+    assert (method == 'dagan') == ('after DAGAN' in published.name) == ('after DAGAN' in methods.recipe_of(method).name)
+    assert methods.method(method).load.__self__.has_map == (method == 'riad')
