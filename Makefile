@@ -7,7 +7,7 @@
 # make lint      ruff and mypy on the library
 # make site      the notebooks with their outputs, the API reference and a gallery of reports as a website in _docs/html
 # make mutants   plants faults in a copy of the library, one at a time, and says which of them no test notices
-# make readme    README.md from nbs/index.ipynb
+# make readme    README.md from nbs/index.ipynb, and the links at the end of every notebook
 # Each makes .venv first, if it is missing or older than what it is made from.
 
 CATEGORY ?= brick
@@ -79,6 +79,7 @@ mutants: $(made)
 	$(bin)/python tests/mutants.py
 
 readme: $(made)
+	$(bin)/python nbs/make_links.py
 	$(bin)/python nbs/make_readme.py
 
 # The stamp comes last: an environment that was interrupted is made anew.

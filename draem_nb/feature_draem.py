@@ -102,6 +102,7 @@ class Standardise(nn.Module):
         self.std.copy_(torch.cat([level.std((0, 2, 3)) for level in levels]) + 1e-6)
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        "Levels (B, C, H, W) -> the same shapes, standardised."
         both = zip(self.mean.split(self.channels), self.std.split(self.channels))
         return [(level - mean[:, None, None]) / std[:, None, None] for level, (mean, std) in zip(levels, both)]
 
@@ -124,6 +125,7 @@ class FeatureReconstruction(nn.Module):
         self.out = nn.ModuleList(nn.Conv2d(width, c, 1) for c in channels)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        "Levels (B, C, H, W) -> their reconstructions, the same shapes."
         x, found = None, []
         for level, down in zip(levels, self.down): x = down(level if x is None else torch.cat([x, level], 1))
         x = self.middle(x)
@@ -144,6 +146,7 @@ class FeatureSegmentation(nn.Module):
         nn.init.constant_(self.out.bias[1:], -3.)       # anomalies are rare (Lin et al., ICCV 2017)
 
     def forward(self, parts: list[Tensor]) -> Tensor:
+        "Parts (B, C, H, W) -> logits (B, 2, H, W) of the first one's size."
         size = parts[0].shape[2:]
         joined = sum(_resized(join(part), size) for join, part in zip(self.join, parts))
         return self.out(self.layers(self.start(joined)))

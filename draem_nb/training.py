@@ -121,7 +121,9 @@ class BatchesAhead:
             for t in vars(batch).values(): t.record_stream(computing)      # its memory is free after the step
         return batch
 
-    def close(self) -> None: self.thread.shutdown(cancel_futures=True)
+    def close(self) -> None:
+        "End the thread; what it has not begun is dropped."
+        self.thread.shutdown(cancel_futures=True)
 
 
 # %% ../nbs/07_training.ipynb #7b0b6186

@@ -33,6 +33,21 @@ def test_readme_is_made_from_the_index():
     for path, content in make_readme().items(): assert path.read_bytes() == content, f'{path.name} is out of date: make readme'
 
 
+def test_notebooks_lead_to_each_other():
+    sys.path.insert(0, str(ROOT / 'nbs'))
+    from make_links import link_lines, with_line
+    for path, line in link_lines().items():
+        assert path.read_text() == with_line(path.read_text(), line), f'{path.name}: make readme'
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_of_notebooks_lead_somewhere(notebook):
+    for cell in json.loads(notebook.read_text())['cells']:
+        if cell['cell_type'] != 'markdown': continue
+        text = re.sub(r'```.*?```|`[^`\n]+`', '', ''.join(cell['source']), flags=re.DOTALL)
+        for link in re.findall(r'\]\((?!https?:|#)([^)#\s]+)', text): assert (notebook.parent / link).exists(), link
+
+
 def test_readme_names_what_is_there():
     text = (ROOT / 'README.md').read_text()
     for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', text): assert (ROOT / link).exists(), link
