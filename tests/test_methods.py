@@ -213,6 +213,17 @@ def test_feature_draem_takes_any_levels_and_sides(levels, size):
     assert 'reconstruct' not in without and feature_draem.reconstruct_and_segment(without, seen)[1] is None
 
 
+def test_what_a_method_does_not_offer_is_said(demo, tmp_path):
+    for report, says in (('learning_curve', 'the method memory keeps no weights on the way'), ('ablation', 'the method memory has no ablations')):
+        with pytest.raises(RunFailed, match=says): run_report(report, dict(category='gravel', data_root=str(demo), method='memory'), tmp_path / report)
+
+
+@pytest.mark.parametrize('text, says', [('[]', 'instead of an object'), ('{"method": 3}', 'which is no name'), ('{"method": "magic"}', "unknown method 'magic'"), ('{', 'is damaged')])
+def test_a_run_whose_json_is_not_ours_is_one_sentence(tmp_path, text, says):
+    (tmp_path / 'run.json').write_text(text)
+    with pytest.raises(ValueError, match=says): methods.load(tmp_path, 'cpu')
+
+
 def test_methods_have_folders_of_their_own():
     assert default_folder('category', dict(category='brick')).name == 'brick-demo-seed0'
     assert default_folder('category', dict(category='brick', method='memory')).name == 'memory-brick-demo-seed0'
