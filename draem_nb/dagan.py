@@ -89,6 +89,7 @@ class SkipAutoencoder(nn.Module):
         self.last = nn.Sequential(nn.ConvTranspose2d(twice * width, 3, 4, 2, 1, bias=False), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
+        "(B, 3, H, W) -> its reconstruction, the same shape."
         levels = []
         for layer in self.down: levels.append(x := layer(x))
         x = self.decode(self.code(x))

@@ -93,6 +93,7 @@ class Generator(nn.Module):
         self.encode_again = encoder(side, width, latent)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "(B, 3, H, W) -> its reconstruction, the code of the image and the code of the reconstruction."
         z = self.encode(x)
         again = self.decode(z)
         return again, z, self.encode_again(again)
@@ -105,6 +106,7 @@ class Discriminator(nn.Module):
         self.features, self.classify = nn.Sequential(*before), last
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "(B, 3, H, W) -> logits (B,) and the features before them."
         features = self.features(x)
         return self.classify(features).flatten(), features
 

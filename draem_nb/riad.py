@@ -103,6 +103,7 @@ class UNet(nn.Module):
         self.last = nn.Sequential(nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
+        "(B, C, H, W) -> the image filled in, (B, 3, H, W)."
         levels = []
         for layer in self.down: levels.append(x := layer(x))
         for up, beside, level in zip(self.up, self.beside, levels[-2::-1]): x = beside(torch.cat([up(x), level], 1))
