@@ -3,7 +3,9 @@
 # make table     DATA=folder METHODS=draem,padim SEEDS=0,1,2: every class, method, seed and recipe side by side, then the summary; SCHEDULER=tcp://... on a cluster, DRY_RUN=1 the plan only
 # make summary   the paper's two tables with the classes of RUNS beside them
 # make bench     each fast path against the plain one; runs/bench.json and runs/bench.ipynb
+# make gpu       DATA=folder of MVTec AD TEXTURES=folder: what 45 minutes on a GPU can answer, into runs/gpu.json; DRY_RUN=1 on any machine
 # make test      everything that is checked
+# make test-gpu  the tests that only a GPU can run; without one they are skipped and count as nothing
 # make lint      ruff and mypy on the library
 # make site      the notebooks with their outputs, the API reference and a gallery of reports as a website in _docs/html
 # make mutants   plants faults in a copy of the library, one at a time, and says which of them no test notices
@@ -32,6 +34,9 @@ WORKERS ?=
 THREADS ?=
 TIME_LIMIT ?=
 DRY_RUN ?=
+# make gpu MORE='{"capsules": "/data/visa"}' MINUTES=45
+MORE ?=
+MINUTES ?=
 PYTHON ?= python3
 
 bin := .venv/bin
@@ -40,7 +45,7 @@ site_made := .venv/site_made
 # $(call option,--name,value): the option where there is a value, else nothing
 option = $(if $(2),$(1) '$(2)')
 
-.PHONY: help report inspect table summary bench test lint site mutants readme
+.PHONY: help report inspect table summary bench gpu test test-gpu lint site mutants readme
 help:
 	@sed -n '/^#/!q; s/^# //p' '$(firstword $(MAKEFILE_LIST))'
 
@@ -65,8 +70,16 @@ bench: $(made)
 	@$(bin)/python -c 'import json, pandas; bench = json.load(open("runs/bench.json")); \
 	  print(pandas.Series(bench["memory_mib"], name="MiB").round().to_string(), pandas.DataFrame(bench["rows"]).round(2).to_string(index=False), sep="\n\n")'
 
+gpu: $(made)
+	mkdir -p runs
+	$(bin)/papermill nbs/31_gpu.ipynb runs/gpu$(if $(DRY_RUN),-dry-run).ipynb $(if $(DRY_RUN),-p dry_run True) $(call option,-p data_root,$(DATA)) \
+	  $(call option,-p textures_root,$(TEXTURES)) $(call option,-p more,$(MORE)) $(call option,-p minutes,$(MINUTES))
+
 test: $(made)
 	$(bin)/python tests/run_all.py
+
+test-gpu: $(made)
+	$(bin)/pytest -q -rs -s -p no:cacheprovider tests/test_gpu.py
 
 lint: $(made)
 	$(bin)/ruff check

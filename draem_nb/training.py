@@ -277,6 +277,16 @@ def interrupt_noted() -> Iterator[list]:
     try: yield noted
     finally: signal.signal(signal.SIGINT, before)
 
+@contextlib.contextmanager
+def _memory_in_words(recipe: Recipe) -> Iterator[None]:
+    "A GPU without enough memory is a `ValueError` that says what to try."
+    try: yield
+    except torch.cuda.OutOfMemoryError as e:
+        remedy = f'try batch={recipe.batch // 2}' if recipe.batch > 1 else 'try a smaller size or base_width'
+        too_large = f'recipe field batch is {recipe.batch}: the memory of the GPU is too small for that'
+        raise ValueError(f'{too_large}; {remedy}') from e
+
+
 # %% ../nbs/07_training.ipynb #a28efffe
 _LOOK_EVERY = 25     # steps between two looks at the losses, each of which waits for the device
 
@@ -300,7 +310,7 @@ def _check_snapshots(trainer: Trainer, snapshots: Sequence[int], run_dir: Path) 
 def _train_on(trainer: Trainer, run_dir: Path, name: str, snapshots: Sequence[int]) -> bool:
     "Step to the end, with checkpoints and a progress bar; whether Ctrl-C stopped it."
     settings = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
-    with interrupt_noted() as interrupted, settings, contextlib.closing(trainer):
+    with interrupt_noted() as interrupted, settings, contextlib.closing(trainer), _memory_in_words(trainer.recipe):
         bar = tqdm(total=trainer.total, initial=trainer.done, desc=name, unit='step', mininterval=1,
                    disable=trainer.done == trainer.total)
         while trainer.done < trainer.total and not interrupted:

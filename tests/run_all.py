@@ -53,7 +53,7 @@ def run_pytest() -> tuple[int, int]:
     halves = {'slow': slow, 'others': ['tests', *(f'--ignore={path}' for path in slow)]}
     with tempfile.TemporaryDirectory() as folder:
         # the process writes into its file until it ends, so nothing here closes it
-        start = lambda name: subprocess.Popen([BIN / 'pytest', '-q', '-p', 'no:cacheprovider', '--durations=6', f'--junitxml={folder}/{name}.xml', *halves[name]], cwd=ROOT,
+        start = lambda name: subprocess.Popen([BIN / 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', '--durations=6', f'--junitxml={folder}/{name}.xml', *halves[name]], cwd=ROOT,
                                               stdout=open(f'{folder}/{name}.txt', 'w'),        # noqa: SIM115
                                               stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         processes = {name: start(name) for name in halves}

@@ -1,5 +1,6 @@
 """What a notebook cell cannot show: runs that are killed, bad folders, and the same bits after all of it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -143,6 +144,14 @@ def test_run_folder_that_cannot_be_made(category, textures, tmp_path, where):
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match='cannot be made'):
         train(category, textures, demo().replace(**TINY), tmp_path / where, 'cpu')
+
+
+def test_a_gpu_that_is_too_small_is_a_sentence(category, textures, tmp_path, monkeypatch):
+    def step(self): raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(Trainer, 'step', step)
+    for batch, remedy in ((6, 'try batch=3'), (1, 'try a smaller size or base_width')):
+        with pytest.raises(ValueError, match=f'field batch is {batch}: the memory of the GPU is too small for that; {remedy}'):
+            train(category, textures, demo().replace(**{**TINY, 'batch': batch}), tmp_path / str(batch), 'cpu')
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
@@ -342,3 +351,31 @@ def test_batches_are_made_in_time_and_no_more_than_there_are(category, textures)
         assert made == [*range(until + 1)] and torch.equal(batch.augmented, trainer.host_batch(step).augmented)
     ahead.close()
     assert not threads_ahead()
+
+
+def test_copies_run_on_a_stream_of_their_own_and_the_gpu_waits_for_them(monkeypatch):
+    "A simulated GPU that notes what is asked of it; in the end the memory is known to both streams."
+    asked, event = [], object()
+
+    class Stream:
+        def record_event(self): asked.append('event after the copy'); return event
+        def wait_event(self, of): asked.append('wait for it'); assert of is event
+
+    class Batch:
+        def __init__(self): self.target = self
+        def to(self, device): asked.append('copy'); return self
+        def record_stream(self, stream): asked.append('keep until used'); assert stream is computing
+
+    @contextlib.contextmanager
+    def within(stream):
+        asked.append('stream'); assert stream is ahead.stream is not computing
+        yield
+        asked.append('end of stream')
+    computing = Stream()
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, 'stream', within)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: computing)
+    ahead = BatchesAhead(lambda step: Batch(), torch.device('cuda'), total=1)
+    ahead(0)
+    ahead.close()
+    assert asked == ['stream', 'copy', 'event after the copy', 'end of stream', 'wait for it', 'keep until used']
