@@ -22,7 +22,7 @@ setup(
     install_requires=cfg['requirements'].split(),
     # `cluster`: reports side by side with dask; `pretrained`: ImageNet weights; the tests need both; `site`: `make site`
     extras_require={extra: ' '.join(cfg[f'{part}_requirements'] for part in parts.split()).split()
-                    for extra, parts in {'cluster': 'cluster', 'pretrained': 'pretrained', 'site': 'site',
-                                         'dev': 'dev cluster pretrained'}.items()},
+                    for extra, parts in {'cluster': 'cluster', 'pretrained': 'pretrained', 'export': 'export', 'site': 'site',
+                                         'dev': 'dev cluster pretrained export'}.items()},
     entry_points={'console_scripts': ['draem_nb = draem_nb.reports:main']},
 )

@@ -96,7 +96,7 @@ def default_folder(
     "The folder of a report when none is named: `runs/brick-demo-seed0`, `runs/summary`, `runs/brick-demo-seed0/inspect-photos-20261127-081500`."
     p = check_parameters(name, params)
     report = Path(name).stem
-    if report in ('inspect', 'calibrate'):
+    if report in ('inspect', 'calibrate', 'export'):
         if not (p['run_dir'] and p['images']): raise ValueError(f'{report} needs run_dir, the folder of a trained run, and images, a folder of images to look at')
         new = Path(p['run_dir']) / f"{report}-{Path(p['images']).resolve().name[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
         return next(path for i in range(1, 1000) if not (path := new if i == 1 else new.with_name(f'{new.name}-{i}')).exists())

@@ -62,7 +62,7 @@ def test_a_complete_run_has_everything_and_is_not_repeated(notebook, tmp_path):
 def test_bad_names_and_folders_leave_nothing_behind(notebook, tmp_path):
     tiny = notebook()
     with pytest.raises(ValueError, match="has no parameter 'sede'; there are: category, recipe, seed$"): run_report(tiny, dict(sede=1), tmp_path / 'run')
-    with pytest.raises(ValueError, match="unknown report 'no such'; there are: ablation, calibrate, category, compare, inspect, learning_curve, official, summary"): run_report('no such', {}, tmp_path / 'run')
+    with pytest.raises(ValueError, match="unknown report 'no such'; there are: ablation, calibrate, category, compare, export, inspect, learning_curve, official, summary"): run_report('no such', {}, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match='cannot write to run folder .*file'): run_report(tiny, {}, tmp_path / 'file' / 'run')
