@@ -249,7 +249,7 @@ def test_inspections_have_folders_of_their_own(tmp_path, monkeypatch, capsys):
     assert ask('day2') == tmp_path / 'inspect-photos-20261127-081500-2'
     (first / 'metrics.json').write_text('{}')
     assert main(['inspect', '--run-dir', str(tmp_path), '--images', str(tmp_path), '--out-dir', str(first)]) == 1
-    assert 'holds an inspection already' in capsys.readouterr().err
+    assert 'holds a report already' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('content, says', [(b'', 'is no JSON'), (b'[1, 2]', 'holds list instead of an object'), (b'\xff\xfe', 'is no JSON'), (b'null', 'holds NoneType'), (b'[' * 100_000, 'is no JSON')])
