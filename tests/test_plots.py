@@ -125,7 +125,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     settings, state = dict(matplotlib.rcParams), np.random.get_state()[1].copy()
     for chart in CHARTS.values(): chart()
     for picture in FIGURES.values(): picture((64, 64))
-    with pytest.raises(KeyError): plots.training_curves(pd.DataFrame(dict(step=[1])))   # fails when its figure is open already
+    with pytest.raises(KeyError): plots.training_curves(pd.DataFrame(dict(ssim=[1.])))   # fails when its figure is open already
     assert plt.get_fignums() == [mine.number] and dict(matplotlib.rcParams) == settings and not os.listdir(tmp_path)
     assert (np.random.get_state()[1] == state).all()
     plt.close(mine)
