@@ -603,14 +603,13 @@ def _weights_into(
     (height, width), flat, highest = mask.shape, mask.reshape(mask.size), _0
     for p in pixels: weights[p] = _1
     if work.softness[a] == 0 or work.is_rectangle: return
-    frame, parts, w = memory.noise, _turn(work.mask_degrees[a], mask.shape), width + 2
-    corner, east, south = _row_of(width)
-    for i in range(height):
-        _places(i, parts, corner, east, south)
-        for j in range(width):
-            k = corner[j]
-            noise = _mean(frame[k], frame[k + 1], frame[k + w], frame[k + w + 1], east[j], south[j]) - work.threshold
-            weights[i * width + j], highest = noise, max(highest, noise)
+    frame, parts, w = memory.noise, _turn(work.mask_degrees[a], mask.shape), np.int32(width + 2)
+    for p in pixels:
+        (x, y), (across_x, across_y) = parts[:, p // width], parts[:, height + p % width]
+        k, east, south = _place(x + across_x, y + across_y, np.float32(height), np.float32(width), w)
+        noise = _mean(frame[k], frame[k + 1], frame[k + w], frame[k + w + 1], east, south)
+        weights[p] = noise - work.threshold
+        highest = max(highest, weights[p])
     for p in pixels:
         weights[p] = min(_1, weights[p] / (work.softness[a] * highest))
         flat[p] = _1 if weights[p] > _FAINT else _0
