@@ -46,6 +46,8 @@ def choose_threshold(detector: AnomalyDetector, threshold: float | None = None, 
         raise ValueError('threshold and false_alarms both say where the alarm begins; give one of them')
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f'threshold is {threshold}; it must be a finite number')
+    if threshold is not None and detector.pixel_threshold is None:
+        raise ValueError('this run held out no images, so its pixels have no threshold; draem_nb calibrate sets both')
     if threshold is not None: detector.threshold = threshold
     if false_alarms is not None: detector.threshold = threshold_for(detector.held_out_scores, false_alarms)
 
