@@ -230,6 +230,7 @@ class _Block(nn.Module):
         # every second pixel, then no stride: oneDNN's strided 1 x 1 convolution corrupts the heap (AVX2, fewer than 8 channels)
         return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x[..., ::self.stride, ::self.stride]))
 
+# %% ../nbs/22_cutpaste.ipynb #70dae546
 class ResNet18(nn.Module):
     "(B, 3, H, W) in 0..1 -> logits (B, classes); `features` gives what lies before the head, (B, 8 * width)."
     def __init__(self, width: int = 64, classes: int = 3):
@@ -403,4 +404,5 @@ def fit(
     if run_dir: keep_run(detector, about, Path(run_dir))
     return detector
 
+# %% ../nbs/22_cutpaste.ipynb #f9347da7
 load = CutPasteDetector.load

@@ -583,6 +583,7 @@ def _mask_problem(image: Path, paths: list[Path], any_value: bool) -> tuple[str,
     except ValueError as error: return 'mask does not fit', paths[0], str(error)
     return ('near-empty mask', paths[0], f'{white} pixels are white') if white < _FEW else None
 
+# %% ../nbs/00_data.ipynb #09c2c568
 def _problems(files: ClassFiles) -> Iterator[tuple[str, Path | str, str]]: # problem, file, detail
     paths = [*files.train, *files.test]
     for path, reason in files.skipped.items(): yield 'not looked at', path, f'{reason}; save pictures as png or jpg'

@@ -38,6 +38,7 @@ def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep:
     image = evaluate_scores(found.scores[keep], labels[keep])
     return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())), pixel=evaluate_maps(large_part(found.maps, keep), large_part(masks, keep)))
 
+# %% ../nbs/10_evaluation.ipynb #f8a62cae
 def _notes(results: dict, category: CategoryData, masks: torch.Tensor, has_map: bool) -> list[str]:
     "What the class wants to be said, and a sentence for every metric without a value."
     image, rule, point = results['image'], results['conditions']['mask_rule'], results['operating_point']
@@ -255,6 +256,7 @@ def headline(results: dict) -> dict[str, str]:
     "Image AUROC, pixel AUROC, pixel AP and AUPRO, each `with_interval`."
     return {metric: with_interval(results, *keys) for metric, keys in {**_METRICS, 'AUPRO': ('pixel', 'aupro')}.items()}
 
+# %% ../nbs/10_evaluation.ipynb #172107ab
 def results_in_words(results: dict) -> list[str]:
     "What a report says of a run in paragraphs of Markdown: metrics with their intervals, both mask rules, what the threshold gives, and whether it keeps what it promised."
     percent = lambda value: 'undefined' if value is None else f'{100 * value:.1f} %'
@@ -273,6 +275,7 @@ def results_in_words(results: dict) -> list[str]:
         if got := point['false_alarm_interval']: lines[-1] += f' The promise lies {"inside" if got[0] <= promised <= got[1] else "**outside**"} the interval of what it got.'
     return lines
 
+# %% ../nbs/10_evaluation.ipynb #44ce5840
 def results_table(results: dict) -> pd.DataFrame:
     "Metrics of all test images, of the kinds taken together if asked for, and of each kind; fractions, nan where undefined."
     rows = {'all': results}
@@ -350,6 +353,7 @@ def _cutpaste_row(category: str) -> dict:
     image, pixel = paper_table('cutpaste').loc[category]
     return {'image AUROC': image, 'pixel AUROC': pixel}
 
+# %% ../nbs/10_evaluation.ipynb #6a719116
 def beside_paper(results: dict) -> pd.DataFrame | None:
     "The published numbers and ours for one of MVTec AD's classes, percent, the method's own published row beside ours; None for any other class."
     category, method = results['conditions']['category'], method_of(results)
@@ -418,6 +422,7 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
         runs.append(results)
     return runs, incomplete
 
+# %% ../nbs/10_evaluation.ipynb #8ddaa652
 def conditions_name(results: dict) -> str:
     "What makes runs comparable, in short: 'demo, 128 x 128, widths 16/8, 1000 steps of 8, masks half, textures 0a1b2c3d'."
     c = results['conditions']
@@ -481,6 +486,7 @@ def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd
     table = table[[c for first in alone for c in (first, *beside[first])]]
     return table, notes
 
+# %% ../nbs/10_evaluation.ipynb #9ea0722e
 def mark_best(table: pd.DataFrame, digits: int = 1) -> pd.DataFrame:
     "The table as text; the best of each row of several values, and every tie with it at the printed precision, in **bold**."
     rounded = table.astype(float).round(digits)

@@ -50,6 +50,7 @@ def _before(detector: Detector) -> onnx.ModelProto:
     x = value('x', TensorProto.FLOAT, ['batch', 3, *detector.size])
     return _model(helper.make_graph(nodes, 'before', [image], [x], stored))
 
+# %% ../nbs/15_export.ipynb #17a5ebf0
 def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
     from onnx import helper
     return helper.make_model(graph, opset_imports=[helper.make_opsetid('', _OPSET)], ir_version=9)
@@ -83,6 +84,7 @@ def _about(detector: Detector) -> dict[str, str]:
                  quantile=detector.quantile, n_held_out=detector.n_held_out)
     return {name: json.dumps(value) for name, value in about.items()}
 
+# %% ../nbs/15_export.ipynb #9162571f
 def export_onnx(detector: Detector, path: str | Path) -> Path:
     "Resizing, channel order, nets, score and thresholds in one file. `ValueError` for another method than DRAEM."
     if not isinstance(detector, Detector):
@@ -128,6 +130,7 @@ def check_export(detector: Detector, path: str | Path, images: Sequence[Path]) -
             'ms': 1000 * (end - between), 'exported ms': 1000 * (between - start)}
     return pd.DataFrame(rows).T.infer_objects()
 
+# %% ../nbs/15_export.ipynb #29c68cb5
 def summary(checked: pd.DataFrame) -> dict[str, float]:
     "Largest differences, verdicts that differ, and median milliseconds an image (PyTorch's with reading the file)."
     return {'images': len(checked),

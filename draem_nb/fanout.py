@@ -206,6 +206,7 @@ def local_size(n_runs: int) -> tuple[int, int, int]:
     workers = max(1, min(gpus or min(CPU_COUNT, MEMORY_LIMIT // (3 << 30)), n_runs))
     return workers, max(1, CPU_COUNT // workers), gpus
 
+# %% ../nbs/13_fanout.ipynb #121e67ca
 @contextmanager
 def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iterator[object]:
     "A client of the cluster at that address, or of one made here, on the loopback address only."

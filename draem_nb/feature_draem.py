@@ -113,6 +113,7 @@ def _layer(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
 def _resized(x: Tensor, size: torch.Size) -> Tensor:
     return x if x.shape[2:] == size else F.interpolate(x, size, mode='bilinear', align_corners=False)
 
+# %% ../nbs/45_feature_draem.ipynb #58c8a20c
 class FeatureReconstruction(nn.Module):
     "Levels (B, C, h, w), finest first -> the levels of the normal image, of the same shapes, through a bottleneck."
     def __init__(self, channels: Sequence[int], strides: Sequence[int], width: int):
@@ -168,8 +169,8 @@ def reconstruct_and_segment(
     "Levels -> the same standardised, their reconstruction (None without one), and logits (B, 2, h, w)."
     found = nets['standardise'](levels)
     if 'reconstruct' not in nets: return found, None, nets['segment'](found)
-    restored = nets['reconstruct'](found)
-    return found, restored, nets['segment']([torch.cat([f, r, (f - r).abs()], 1) for f, r in zip(found, restored)])
+    reconstructed = nets['reconstruct'](found)
+    return found, reconstructed, nets['segment']([torch.cat([f, r, (f - r).abs()], 1) for f, r in zip(found, reconstructed)])
 
 # %% ../nbs/45_feature_draem.ipynb #0799fb93
 class FeatureDraemTraining:
@@ -206,13 +207,13 @@ class FeatureDraemTraining:
 # %% ../nbs/45_feature_draem.ipynb #ed293c47
 def feature_losses(nets: nn.ModuleDict, levels: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "L2, cosine and focal loss of levels (2B, C, h, w), B images as they are and then painted, and masks (2B, 1, H, W)."
-    found, restored, logits = reconstruct_and_segment(nets, levels)
+    found, reconstructed, logits = reconstruct_and_segment(nets, levels)
     share = F.adaptive_avg_pool2d(mask, logits.shape[2:])
     focal = focal_loss(logits, (share > 0.3).float())
-    if restored is None: return torch.zeros_like(focal), torch.zeros_like(focal), focal
+    if reconstructed is None: return torch.zeros_like(focal), torch.zeros_like(focal), focal
     normal = [f[:len(f) // 2].repeat(2, 1, 1, 1) for f in found]
-    l2 = torch.stack([F.mse_loss(r, f) for r, f in zip(restored, normal)]).mean()
-    cosine = torch.stack([1 - F.cosine_similarity(r, f, 1).mean() for r, f in zip(restored, normal)]).mean()
+    l2 = torch.stack([F.mse_loss(r, f) for r, f in zip(reconstructed, normal)]).mean()
+    cosine = torch.stack([1 - F.cosine_similarity(r, f, 1).mean() for r, f in zip(reconstructed, normal)]).mean()
     return l2, cosine, focal
 
 # %% ../nbs/45_feature_draem.ipynb #088b9219

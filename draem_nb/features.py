@@ -5,7 +5,6 @@
 # %% ../nbs/42_features.ipynb #486dc040
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import itertools
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, check_size, large_part, replacing
-from .detector import AnomalyDetector
-from .fitting import MethodRecipe, describe_run, is_there, keep_run, load_state
+from .data import CategoryData, check_size, large_part
+from .fitting import KeptDetector, MethodRecipe, describe_run, is_there, keep_run
 from .networks import fold_batchnorm
 from .training import load_checkpoint, pick_device, split_held_out
 
@@ -150,6 +148,7 @@ def _frozen(net: Trunk, device: torch.device) -> Trunk:
 
 _CPU = torch.device('cpu')
 
+# %% ../nbs/42_features.ipynb #88acf288
 @functools.lru_cache
 def load_network(device: torch.device = _CPU, backbone: str = 'efficientnet_lite0') -> Trunk:
     "A backbone, a key of `BACKBONES`, with ImageNet weights, frozen; one for each device."
@@ -205,7 +204,7 @@ class FeatureRecipe(MethodRecipe):
         self.need(self.sigma > 0, 'sigma', 'greater than 0')
 
 # %% ../nbs/42_features.ipynb #5760e3c7
-class FeatureDetector(AnomalyDetector):
+class FeatureDetector(KeptDetector):
     """What detectors on pretrained features share. A method adds its name `method`, its `recipe_type`, and
 
     `learn(batches, n)`: (B, 3, H, W) uint8 batches of n normal images on the device -> tensors by name;
@@ -224,24 +223,13 @@ class FeatureDetector(AnomalyDetector):
         maps, scores = self.distances(batch)
         return None, 1 / (1 + (self.farthest / maps).square()), scores
 
-    def save(self, run_dir: str | Path) -> None:
-        "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
-        recipe = dataclasses.asdict(self.recipe)
-        state = dict(method=self.method, recipe=recipe, learned=self.learned, farthest=self.farthest)
-        with replacing(Path(run_dir) / 'checkpoint.pt') as temporary: torch.save(state, temporary)
-        if self.threshold is not None: self.save_calibration(run_dir)
+    def state(self) -> dict:
+        "What `learn` gave, and the scale of the maps."
+        return dict(learned=self.learned, farthest=self.farthest)
 
-    @classmethod
-    def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> FeatureDetector:
-        "What `save` wrote, thresholds and all; `ValueError` names the checkpoint of another method."
-        device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
-        state = load_state(path, cls.method, device)
-        try:
-            detector = cls(cls.recipe_type(**state['recipe']), device)
-            detector.learned, detector.farthest = dict(state['learned']), float(state['farthest'])
-        except (KeyError, TypeError): raise ValueError(f'{path} is damaged; delete it and fit again') from None
-        detector.load_calibration(run_dir)
-        return detector
+    def take(self, state: dict, path: Path) -> None:
+        "Be what `state` gave."
+        self.learned, self.farthest = dict(state['learned']), float(state['farthest'])
 
 # %% ../nbs/42_features.ipynb #174aeb7e
 def _batches(images: Tensor, indices: Tensor, device: torch.device, what: str) -> Iterator[Tensor]:

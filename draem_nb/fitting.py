@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import json
 import math
 import platform
@@ -16,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +23,11 @@ from tqdm import tqdm
 
 from .data import CategoryData, check_size, large_part, replacing, write_json
 from .detector import AnomalyDetector
-from .training import interrupt_noted, load_checkpoint, pick_device, split_held_out, versions
+from .training import fingerprint, interrupt_noted, load_checkpoint, pick_device, split_held_out, versions
 
 # %% auto #0
 __all__ = ['MethodRecipe', 'NetworkRecipe', 'describe_run', 'refuse_another', 'is_there', 'keep_run', 'load_state', 'Training',
-           'train_in_steps', 'NetworkDetector', 'fit_networks']
+           'train_in_steps', 'KeptDetector', 'NetworkDetector', 'fit_networks']
 
 # %% ../nbs/40b_fitting.ipynb #a12b6beb
 @dataclass(frozen=True)
@@ -86,25 +85,23 @@ class NetworkRecipe(MethodRecipe):
         return self.steps or math.ceil(self.epochs * math.ceil(n_images / self.batch))
 
 # %% ../nbs/40b_fitting.ipynb #210e25a0
-def _fingerprint(images: Tensor) -> str: return hashlib.sha256(images.contiguous().numpy()).hexdigest()
-
 def describe_run(method: str, category: CategoryData, recipe: object, device: torch.device,
                  textures: Tensor | None = None) -> dict:
     "What run.json says of a run; the recipe is a dataclass with seed and holdout; `textures` where it learns from some."
     names = [category.train_paths[i].name for i in split_held_out(len(category.train), recipe)[1].tolist()]
     of = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    source = {} if textures is None else dict(textures_fingerprint=_fingerprint(textures), n_textures=len(textures))
+    source = {} if textures is None else dict(textures_fingerprint=fingerprint(textures), n_textures=len(textures))
     return dict(method=method, category=category.name, recipe=dataclasses.asdict(recipe), seed=recipe.seed,
                 fingerprint=category.fingerprint, **source, n_train=len(category.train) - len(names), held_out=names,
                 device=f'{device.type}: {of}', threads=torch.get_num_threads(), versions=versions())
 
-_SAME = ('method', 'category', 'fingerprint', 'textures_fingerprint', 'recipe')
+_IDENTITY = ('method', 'category', 'fingerprint', 'textures_fingerprint', 'recipe')
 
 def refuse_another(run_dir: Path, about: dict) -> None:
     "`ValueError` where the folder holds another run than the one that `describe_run` is about."
     if not (run_dir / 'run.json').exists(): return
     old, new = json.loads((run_dir / 'run.json').read_text()), json.loads(json.dumps(about))
-    if differ := [key.replace('_', ' ') for key in _SAME if old.get(key) != new.get(key)]:
+    if differ := [key.replace('_', ' ') for key in _IDENTITY if old.get(key) != new.get(key)]:
         raise ValueError(f'{run_dir} holds a run with another {", ".join(differ)}; choose another run_dir or delete it')
 
 def is_there(run_dir: Path, about: dict) -> bool:
@@ -150,7 +147,7 @@ class Training(Protocol):
 # %% ../nbs/40b_fitting.ipynb #14e9bcd4
 _LOOK_EVERY = 25     # steps between two looks at the losses, each of which waits for the device
 
-def _keep(training: Training, about: dict, losses: Tensor, done: int, run_dir: Path) -> None:
+def _write_checkpoint(training: Training, about: dict, losses: Tensor, done: int, run_dir: Path) -> None:
     "Write checkpoint.pt and losses.csv as they are after `done` steps."
     columns = dict(zip(training.names, losses[:done].T.cpu().contiguous()))
     state = dict(method=about['method'], recipe=about['recipe'], nets=training.nets.state_dict(), losses=columns,
@@ -162,8 +159,8 @@ def _keep(training: Training, about: dict, losses: Tensor, done: int, run_dir: P
         rows.writerow(['step', *training.names])
         rows.writerows([i + 1, *row] for i, row in enumerate(losses[:done].tolist()))
 
-def _go_on(training: Training, about: dict, losses: Tensor, path: Path) -> int:
-    "Take up what `_keep` wrote; gives the number of steps that are done."
+def _read_checkpoint(training: Training, about: dict, losses: Tensor, path: Path) -> int:
+    "Take up what `_write_checkpoint` wrote; gives the number of steps that are done."
     state = load_state(path, about['method'], losses.device)
     if state['recipe'] != about['recipe']:
         raise ValueError(f'{path} is of another recipe than run.json; choose another run_dir or delete it')
@@ -173,7 +170,8 @@ def _go_on(training: Training, about: dict, losses: Tensor, path: Path) -> int:
     losses[:state['step']] = torch.stack([state['losses'][name] for name in training.names], 1)
     return state['step']
 
-def _look(training: Training, losses: Tensor, done: int, lr: float) -> str:
+# %% ../nbs/40b_fitting.ipynb #83364f67
+def _recent_losses(training: Training, losses: Tensor, done: int, lr: float) -> str:
     "The mean losses of the last steps, in words; `FloatingPointError` names the first step with one that is not finite."
     first = max(0, done - _LOOK_EVERY)
     recent = losses[first:done].cpu()
@@ -193,7 +191,7 @@ def train_in_steps(
     recipe, checkpoint, done = about['recipe'], run_dir / 'checkpoint.pt', 0
     device = next(training.nets.parameters()).device
     losses = torch.zeros(training.steps, len(training.names), device=device)
-    if checkpoint.exists(): done = _go_on(training, about, losses, checkpoint)
+    if checkpoint.exists(): done = _read_checkpoint(training, about, losses, checkpoint)
     title, fast = f'{about["method"]}, {about["category"]}', dict(enabled=True, benchmark=True, allow_tf32=True)
     bar = tqdm(total=training.steps, initial=done, desc=title, unit='step', mininterval=1, delay=2)
     with bar, interrupt_noted() as interrupted, torch.backends.cudnn.flags(**fast):
@@ -203,20 +201,44 @@ def train_in_steps(
             bar.update()
             save = done % recipe['checkpoint_every'] == 0 or done == training.steps or bool(interrupted)
             if save or done % _LOOK_EVERY == 0:
-                bar.set_postfix_str(_look(training, losses, done, recipe['lr']), refresh=False)
-            if save: _keep(training, about, losses, done, run_dir)
+                bar.set_postfix_str(_recent_losses(training, losses, done, recipe['lr']), refresh=False)
+            if save: _write_checkpoint(training, about, losses, done, run_dir)
     if interrupted:
         raise KeyboardInterrupt(f'stopped at step {done} of {training.steps}; {checkpoint} is written, '
                                 'run again to go on')
     return dict(zip(training.names, losses.T.cpu()))
 
+# %% ../nbs/40b_fitting.ipynb #86af5294
+class KeptDetector(AnomalyDetector):
+    """What detectors share that are kept as the checkpoint of their method. One adds its name `method`, its `recipe_type`,
+
+    `state()`: what the checkpoint holds beside method and recipe; `take(state, path)`: the way back, from that path."""
+    method: str
+    recipe_type: type[MethodRecipe]
+
+    def save(self, run_dir: str | Path) -> None:
+        "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
+        state = dict(method=self.method, recipe=dataclasses.asdict(self.recipe), **self.state())
+        with replacing(Path(run_dir) / 'checkpoint.pt') as temporary: torch.save(state, temporary)
+        if self.threshold is not None: self.save_calibration(run_dir)
+
+    @classmethod
+    def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> Self:
+        "What `save` or a finished run wrote, thresholds and all; `ValueError` names the checkpoint of another method."
+        device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
+        state = load_state(path, cls.method, device)
+        try: (detector := cls(cls.recipe_type(**state['recipe']), device)).take(state, path)
+        except (KeyError, TypeError, RuntimeError):
+            raise ValueError(f'{path} is damaged; delete it and fit again') from None
+        detector.load_calibration(run_dir)
+        return detector
+
 # %% ../nbs/40b_fitting.ipynb #46107f34
-class NetworkDetector(AnomalyDetector):
-    """What detectors with networks of their own share. A method adds its name `method`, its `recipe_type`, `_look`, and
+class NetworkDetector(KeptDetector):
+    """What detectors with networks of their own share. A method adds, besides `method`, `recipe_type` and `_look`,
 
     `networks(recipe)`: what it is made of, an `nn.ModuleDict` whose first weights follow from `recipe.seed`;
     `training(images, textures)`: the `Training` of these networks on (N, 3, H, W) uint8 normal images on the device."""
-    method: str
     recipe_type: type[NetworkRecipe]
 
     def __init__(self, recipe: NetworkRecipe, device: str | torch.device | None = None):
@@ -225,29 +247,17 @@ class NetworkDetector(AnomalyDetector):
         self.nets = self.networks(recipe).to(self.device, memory_format=torch.channels_last).eval()
         self.losses: dict[str, Tensor] = {}         # of the training, (steps,) each
 
-    def save(self, run_dir: str | Path) -> None:
-        "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
+    def state(self) -> dict:
+        "The networks and the losses of their training."
         steps = len(next(iter(self.losses.values()), ()))
-        state = dict(method=self.method, recipe=dataclasses.asdict(self.recipe), nets=self.nets.state_dict(),
-                     losses=self.losses, step=steps, steps=steps)
-        with replacing(Path(run_dir) / 'checkpoint.pt') as temporary: torch.save(state, temporary)
-        if self.threshold is not None: self.save_calibration(run_dir)
+        return dict(nets=self.nets.state_dict(), losses=self.losses, step=steps, steps=steps)
 
-    @classmethod
-    def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> NetworkDetector:
-        "What `save` or a finished run wrote, thresholds and all; `ValueError` names the checkpoint of another method."
-        device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
-        state = load_state(path, cls.method, device)
-        try:
-            detector = cls(cls.recipe_type(**state['recipe']), device)
-            detector.nets.load_state_dict(state['nets'])
-            detector.losses = {name: of.cpu() for name, of in state['losses'].items()}
-            unfinished = state['step'] < state['steps']
-        except (KeyError, TypeError, RuntimeError):
-            raise ValueError(f'{path} is damaged; delete it and fit again') from None
-        if unfinished: raise ValueError(f'{path} is at step {state["step"]} of {state["steps"]}; fit again to go on')
-        detector.load_calibration(run_dir)
-        return detector
+    def take(self, state: dict, path: Path) -> None:
+        "Be what `state` or a finished run wrote; `ValueError` where the run is not finished."
+        self.nets.load_state_dict(state['nets'])
+        self.losses = {name: of.cpu() for name, of in state['losses'].items()}
+        if state['step'] < state['steps']:
+            raise ValueError(f'{path} is at step {state["step"]} of {state["steps"]}; fit again to go on')
 
 # %% ../nbs/40b_fitting.ipynb #d751001f
 def fit_networks(

@@ -45,6 +45,7 @@ class GanomalyRecipe(NetworkRecipe):
         for field in ('adversarial_weight', 'contextual_weight', 'latent_weight'):
             self.need(getattr(self, field) >= 0, field, 'at least 0')
 
+# %% ../nbs/41_ganomaly.ipynb #071d1e10
 def check_square(recipe: NetworkRecipe) -> None:
     "`ValueError` unless the recipe's size is a square whose side can be halved down to 4 pixels."
     sides = set(recipe.size) if isinstance(recipe.size, tuple) else {recipe.size}
@@ -110,6 +111,7 @@ class Discriminator(nn.Module):
         features = self.features(x)
         return self.classify(features).flatten(), features
 
+# %% ../nbs/41_ganomaly.ipynb #77af964d
 @torch.no_grad()
 def initialise_dcgan(net: nn.Module, generator: torch.Generator) -> nn.Module:
     "Draw all weights anew, in place: convolutions N(0, 0.02), batch normalisation N(1, 0.02) and 0."
@@ -124,6 +126,7 @@ def initialise_dcgan(net: nn.Module, generator: torch.Generator) -> nn.Module:
 # %% ../nbs/41_ganomaly.ipynb #de5c6a8c
 _TOO_GOOD = 1e-5     # a discriminator with a loss below is drawn anew
 
+# %% ../nbs/41_ganomaly.ipynb #df4ea189
 class GanomalyTraining:
     "Adversarial training on normal images (N, 3, S, S) uint8; see `fitting.Training`."
     names = 'adversarial', 'contextual', 'latent', 'discriminator', 'restarted'
@@ -154,6 +157,7 @@ class GanomalyTraining:
         loss.backward()
         self.aids[name].step()
 
+# %% ../nbs/41_ganomaly.ipynb #525ce5b3
 def _cross_entropy(logit: Tensor, is_real: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, is_real))
 

@@ -45,6 +45,7 @@ def demo() -> PadimRecipe:
     "For a CPU: EfficientNet-Lite0, 256 px, 100 channels."
     return PadimRecipe()
 
+# %% ../nbs/44_padim.ipynb #864184cf
 def by_name(name: str) -> PadimRecipe:
     "`'paper'` or `'demo'`; any other name raises `ValueError`."
     recipes = dict(paper=paper, demo=demo)

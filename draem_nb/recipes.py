@@ -19,6 +19,7 @@ _CHOICES = dict(color=('rgb', 'bgr'), mask_shape=('perlin', 'rectangle'), textur
                 schedule=('milestones', 'linear'), precision=('auto', 'float32', 'bfloat16', 'float16'),
                 memory_format=('channels_last', 'contiguous'))
 
+# %% ../nbs/06_recipes.ipynb #bd544327
 @dataclass(frozen=True)
 class Recipe:
     "All choices of one run. Unknown names and impossible values are refused with a `ValueError` or `TypeError`."

@@ -54,6 +54,7 @@ class RiadRecipe(NetworkRecipe):
         self.need(0 < self.lr_milestone < 1, 'lr_milestone', 'between 0 and 1')
         self.need(self.lr_decay > 0, 'lr_decay', 'greater than 0')
 
+# %% ../nbs/48_riad.ipynb #f2e03ada
 def published() -> RiadRecipe:
     "As published: 256 px, full width, Adam 1e-4, 300 epochs of batches of 4."
     return RiadRecipe()
@@ -155,6 +156,7 @@ class RiadTraining:
 # %% ../nbs/48_riad.ipynb #a679b4be
 _AT_ONCE = 4        # images; each goes through the network three times
 
+# %% ../nbs/48_riad.ipynb #6f469d5a
 class RiadDetector(NetworkDetector):
     "A U-Net that inpaints. `fit` makes it, `save` keeps it, `load` brings it back."
     method, recipe_type = 'riad', RiadRecipe

@@ -30,6 +30,7 @@ __all__ = ['wants_textures', 'load', 'StudentsRecipe', 'published', 'demo', 'by_
 # %% ../nbs/47_students.ipynb #0433fe73
 wants_textures = True       # the teacher learns on them
 
+# %% ../nbs/47_students.ipynb #2b65dc30
 @dataclass(frozen=True)
 class StudentsRecipe(NetworkRecipe):
     "All choices of one run; the defaults are the published ones. Impossible values are refused with a `ValueError`."
@@ -128,6 +129,7 @@ def knowledge(patches: Tensor, backbone: str, device: torch.device) -> Tensor:
     known = torch.cat(known)
     return (known - known.mean(0)) / known.std(0).clamp(min=1e-6)
 
+# %% ../nbs/47_students.ipynb #b3741120
 def compactness(descriptors: Tensor) -> Tensor:
     "(B, D) -> the sum of the squared correlations between different numbers of the descriptor."
     y = descriptors - descriptors.mean(0)

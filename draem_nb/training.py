@@ -37,7 +37,7 @@ from .supervision import SideHeads, supervision_weight
 
 # %% auto #0
 __all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'BatchesAhead', 'Trainer',
-           'versions', 'interrupt_noted', 'train', 'load_checkpoint']
+           'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint']
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 def split_held_out(n_images: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -237,7 +237,8 @@ def _save(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:
                                                             trainer.rates.tolist())))
 
 # %% ../nbs/07_training.ipynb #78d015ee
-def _fingerprint(t: Tensor) -> str:
+def fingerprint(t: Tensor) -> str:
+    "The sha256 of a CPU tensor's values, 64 hexadecimal digits."
     return hashlib.sha256(t.contiguous().numpy()).hexdigest()
 
 # %% ../nbs/07_training.ipynb #dac5db8a
@@ -379,7 +380,7 @@ def _describe(category: CategoryData, textures: Tensor, trainer: Trainer, held_o
     device = torch.cuda.get_device_name(trainer.device) if on_gpu else platform.processor() or platform.machine()
     return dict(category=category.name, recipe=dataclasses.asdict(trainer.recipe), seed=trainer.recipe.seed,
                 steps=trainer.total,
-                fingerprint=category.fingerprint, textures_fingerprint=_fingerprint(textures),
+                fingerprint=category.fingerprint, textures_fingerprint=fingerprint(textures),
                 n_textures=len(trainer.simulator.textures),
                 n_train=len(trainer.images), held_out=[category.train_paths[i].name for i in held_out.tolist()],
                 device=f'{trainer.device.type}: {device}', threads=torch.get_num_threads(),
