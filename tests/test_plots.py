@@ -250,3 +250,17 @@ def test_outline_surrounds(size):
 
 def test_heatmap_is_not_rescaled():
     assert (plots.heatmap(torch.full((2, 2), .3))[0, 0] == plots.heatmap(torch.tensor([[.3, 1.]]))[0, 0]).all()
+
+
+@pytest.mark.parametrize('limit', [1e-3, .5, 1., 200.])
+def test_only_what_exceeds_the_alarm_limit_is_red(limit):
+    maps = limit * torch.tensor([[0., .5, .999, 1., 1.001, 1.5, 3.]])
+    colours = plots.heatmap(maps, limit)[0].astype(int)
+    assert ((colours[:, 0] > colours[:, 2]) == [False] * 4 + [True] * 3).all() and (colours == plots.heatmap(maps / limit, 1.)[0]).all()
+    gray = torch.full((3, 1, 7), 100, dtype=torch.uint8)
+    over = plots.overlay(gray, maps, limit=limit)[0].astype(int)
+    assert (over[0] == 100).all() and ((over[:, 0] > over[:, 2]) == [False] * 4 + [True] * 3).all()
+
+
+def test_a_limit_of_zero_has_a_scale_too():
+    assert plots.in_limits(torch.tensor([[-1., 0., 1e-6]]), 0.).tolist() == [[0, 0, 2]]
