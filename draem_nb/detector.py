@@ -29,7 +29,8 @@ from .textures import load_textures
 from .training import load_checkpoint, memory_format_of, pick_device, split_held_out, train
 
 # %% auto #0
-__all__ = ['mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'AnomalyDetector', 'Detector', 'fit']
+__all__ = ['STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'image_statistics',
+           'AnomalyDetector', 'Detector', 'fit']
 
 # %% ../nbs/08_detector.ipynb #524530cf
 def mean_filter(maps: Tensor, window: int) -> Tensor:
@@ -136,6 +137,30 @@ def _read_calibration(path: Path) -> dict[str, object]:
                          'numbers, and nothing else; delete it and calibrate again')
     return values
 
+def _read_statistics(path: Path, n: int) -> np.ndarray:
+    "The content of a held_out.json of n images, (n, 4); `ValueError` where it is not what `save_calibration` writes."
+    try: values = np.array([json.loads(path.read_text())[name] for name in STATISTICS], float).T
+    except (ValueError, KeyError, TypeError, RecursionError): values = np.zeros(0)
+    if values.shape != (n, len(STATISTICS)) or not np.isfinite(values).all():
+        raise ValueError(f'{path} is damaged or not ours: it must hold {", ".join(STATISTICS)}, each with {n} finite '
+                         'numbers; delete it and calibrate again')
+    return values
+
+# %% ../nbs/08_detector.ipynb #f89d60fd
+STATISTICS = ('brightness', 'sharpness', 'red - green', 'blue - yellow')
+
+def image_statistics(images: Tensor) -> np.ndarray:
+    "Of (B, 3, H, W) uint8 RGB images: (B, 4) float64, brightness 0..1 and three more in units of the brightness."
+    found = [np.zeros((0, len(STATISTICS)))]
+    for part in images.split(16):
+        part = part.float() / 255
+        (red, green, blue), gray = part.mean((2, 3)).T, part.mean(1)
+        light = gray.mean((1, 2))
+        steps = gray.diff(dim=1).square().mean((1, 2)) + gray.diff(dim=2).square().mean((1, 2))
+        relative = torch.stack([steps.sqrt(), red - green, blue - (red + green) / 2]) / light.clamp(min=1 / 255)
+        found.append(torch.stack([light, *relative], 1).double().numpy())
+    return np.concatenate(found)
+
 # %% ../nbs/08_detector.ipynb #f66978be
 class AnomalyDetector:
     "What all methods share: a method has `size`, `device`, `quantile` and `_look`, and gets `predict` and `calibrate`."
@@ -148,6 +173,7 @@ class AnomalyDetector:
     threshold: float | None = None      # of the score
     pixel_threshold: float | None = None                # of the map
     held_out_scores: Sequence[float] = ()               # of the normal images that both come from
+    held_out_statistics: np.ndarray | None = None       # (n, 4) of the same, see `image_statistics`; None: not kept
     mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
     has_map: bool = True                # False: it scores images alone; its maps are for pictures, not for metrics
 
@@ -192,15 +218,28 @@ class AnomalyDetector:
         self.quantile, self.held_out_scores = quantile, seen.scores.tolist()
         self.threshold = upper_quantile(seen.scores.numpy(), self.quantile)
         self.pixel_threshold = max(self.pixel_floor, upper_quantile(seen.maps.numpy().ravel(), self.quantile))
+        self.held_out_statistics = self.statistics(normal_images)
         return self
 
+    def statistics(self, images: object) -> np.ndarray:
+        "The numbers of `image_statistics` for images as `predict` takes them, at the size that the detector looks at."
+        if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
+        parts = [images[i:i + 16] for i in range(0, len(images), 16)] if isinstance(images, Sequence) else [images]
+        return np.concatenate([image_statistics(as_images(part, self.size, antialias=self.antialias)[0]) for part in parts])
+
     def save_calibration(self, run_dir: str | Path) -> None:
-        "Write threshold.json into the folder, where `load_calibration` finds it."
+        "Write threshold.json and held_out.json into the folder, where `load_calibration` finds them."
         write_json({name: getattr(self, name) for name in _CALIBRATION}, Path(run_dir) / 'threshold.json')
+        if self.held_out_statistics is None: (Path(run_dir) / 'held_out.json').unlink(missing_ok=True)
+        else: write_json({name: [round(v, 6) for v in column] for name, column in
+                          zip(STATISTICS, self.held_out_statistics.T.tolist())}, Path(run_dir) / 'held_out.json')
 
     def load_calibration(self, run_dir: str | Path) -> None:
         "Take the thresholds of threshold.json, if the folder holds one; `ValueError` where that is damaged."
-        if (known := Path(run_dir) / 'threshold.json').exists(): self.__dict__.update(_read_calibration(known))
+        if not (known := Path(run_dir) / 'threshold.json').exists(): return
+        self.__dict__.update(_read_calibration(known))
+        if (known := known.with_name('held_out.json')).exists():
+            self.held_out_statistics = _read_statistics(known, self.n_held_out)
 
 # %% ../nbs/08_detector.ipynb #973060d4
 class Detector(AnomalyDetector):

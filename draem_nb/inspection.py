@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence, Sized
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
+from scipy import ndimage, stats
+from torch import Tensor, from_numpy
+from torch.nn import functional as F
 
-from .detector import AnomalyDetector
+from . import plots
+from .data import read_image, replacing
+from .detector import AnomalyDetector, Detections
+from .layouts import UnreadableImage
 
 # %% auto #0
-__all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold', 'calibrate']
+__all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold', 'calibrate', 'threshold_interval', 'look',
+           'verdict', 'largest_region', 'save_pictures']
 
 # %% ../nbs/14_inspection.ipynb #ba6b57e2
 def promised_rate(scores: Sequence[float], threshold: float) -> float:
@@ -56,3 +65,63 @@ def calibrate(detector: AnomalyDetector, images: Sized, false_alarms: float) -> 
     threshold_for(range(len(images)), false_alarms)         # a share that cannot be promised is refused before the work
     detector.calibrate(images)
     detector.threshold = threshold_for(detector.held_out_scores, false_alarms)
+
+# %% ../nbs/14_inspection.ipynb #44f87bc5
+def threshold_interval(scores: Sequence[float], threshold: float, level: float = 0.9) -> tuple[float, float]:
+    "Where a threshold could lie if other good images were held out; `scores`: of those that were, at least one."
+    ranked = np.sort(scores)
+    below = stats.binom(len(ranked), np.sum(ranked <= threshold) / (len(ranked) + 1))
+    low, high = (int(np.clip(below.ppf(p), 1, len(ranked))) for p in ((1 - level) / 2, (1 + level) / 2))
+    return min(float(ranked[low - 1]), threshold), max(float(ranked[high - 1]), threshold)
+
+# %% ../nbs/14_inspection.ipynb #26180cd3
+def look(detector: AnomalyDetector, paths: list[Path], unreadable: dict[Path, str], **how: bool) -> tuple[list[Path], Detections | None]:
+    "Those of the images that can be read, and what `predict` says of them; the others go into `unreadable` with the reason."
+    while paths:
+        try: return paths, detector.predict(paths, **how)
+        except (UnreadableImage, FileNotFoundError):        # one of them; which?
+            for path in paths:
+                try: read_image(path)
+                except (UnreadableImage, FileNotFoundError) as error: unreadable[path] = getattr(error, 'reason', 'it is gone')
+            if not unreadable.keys() & set(paths): raise
+            paths = [path for path in paths if path not in unreadable]
+    return [], None
+
+def verdict(detector: AnomalyDetector, score: float, defect_pixels: int) -> dict[str, object]:
+    "Threshold, margin, verdict and note of one image; nothing where the detector has no threshold."
+    if detector.threshold is None: return {}
+    low, high = threshold_interval(detector.held_out_scores, detector.threshold) if detector.n_held_out else (math.inf, -math.inf)
+    anomalous = score > detector.threshold
+    notes = ['borderline'] * (low <= score <= high)
+    if anomalous and not defect_pixels: notes.append('no pixel exceeds its own threshold')
+    if defect_pixels and not anomalous: notes.append('some pixels exceed their own threshold')
+    return dict(threshold=detector.threshold, margin=score - detector.threshold,
+                verdict='anomalous' if anomalous else 'normal', note='; '.join(notes))
+
+# %% ../nbs/14_inspection.ipynb #fc779a3e
+def largest_region(mask: np.ndarray) -> dict[str, int]:
+    "Pixels and box of the largest connected region of an (H, W) bool mask."
+    regions, n = ndimage.label(mask)
+    if not n: return dict(defect_pixels=0)
+    sizes = np.bincount(regions.ravel())[1:]
+    rows, columns = ndimage.find_objects(regions)[sizes.argmax()]
+    return dict(defect_pixels=int(sizes.max()), defect_left=columns.start, defect_top=rows.start,
+                defect_width=columns.stop - columns.start, defect_height=rows.stop - rows.start)
+
+def save_pictures(
+    detector: AnomalyDetector,
+    path: Path,             # of the image
+    small: Tensor,          # (H, W): its map
+    out_dir: Path,          # gets heatmaps/<name>, overlays/<name> and, with thresholds, masks/<name>
+    name: Path,             # relative, .png
+) -> dict[str, int]:        # as `largest_region`; nothing without thresholds
+    "Write heat map, overlay and mask of one image at its own size, the map resized to it."
+    image, limit = from_numpy(np.array(read_image(path).convert('RGB'))).permute(2, 0, 1), detector.pixel_threshold
+    large = F.interpolate(small[None, None], image.shape[-2:], mode='bilinear', align_corners=False)[0, 0]
+    mask = None if limit is None else large > limit
+    pictures = dict(heatmaps=plots.heatmap(large, limit), overlays=plots.overlay(image, large, mask, limit))
+    if mask is not None: pictures['masks'] = mask.numpy().astype(np.uint8) * 255
+    for kind, picture in pictures.items():
+        (to := out_dir / kind / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(to) as temporary: Image.fromarray(picture).save(temporary, format='png')
+    return {} if mask is None else largest_region(mask.numpy())

@@ -509,6 +509,7 @@ def _parser() -> argparse.ArgumentParser:
     there.add_argument('--data-root', help='folder of the classes (default: the built-in ones)')
     there.add_argument('--runs-dir', default='runs', help='(default: runs)')
     commands.add_parser('table', help='every class, seed and recipe side by side, on this machine or a cluster, then the summary (table --help)', add_help=False)
+    commands.add_parser('watch', help='judge the photos of a folder as they arrive, a JSON line for each (watch --help)', add_help=False)
     return parser
 
 # %% ../nbs/12_reports.ipynb #709ab84f
@@ -547,6 +548,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ['table']:
         from draem_nb.fanout import table
         return table(argv[1:])
+    if argv[:1] == ['watch']:
+        from draem_nb.watch import main as watch
+        return watch(argv[1:])
     params = vars(_parser().parse_args(argv))
     name = params.pop('report')
     try:

@@ -90,7 +90,8 @@ class TiledDetector(AnomalyDetector):
         self.weights = [blend_weights(*side).to(self.device) for side in sides]
         if (recipe := getattr(detector, 'recipe', None)) is not None: self.recipe = recipe
         self.window = getattr(recipe, 'score_window', 21)
-        for name in ('antialias', 'quantile', 'pixel_floor', 'threshold', 'pixel_threshold', 'held_out_scores'):
+        for name in ('antialias', 'quantile', 'pixel_floor', 'threshold', 'pixel_threshold', 'held_out_scores',
+                     'held_out_statistics'):
             setattr(self, name, getattr(detector, name))
 
     @torch.inference_mode()
