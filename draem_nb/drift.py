@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,7 +26,7 @@ def held_out_table(detector: AnomalyDetector) -> pd.DataFrame | None:
     if detector.held_out_statistics is None: return None
     return table_of(detector.held_out_scores, detector.held_out_statistics)
 
-def table_of(scores: np.ndarray, statistics: np.ndarray) -> pd.DataFrame:
+def table_of(scores: Sequence[float] | np.ndarray, statistics: np.ndarray) -> pd.DataFrame:
     "The (n,) scores and (n, 4) statistics of n images as a table with five columns."
     return pd.DataFrame(dict(score=np.asarray(scores, float), **dict(zip(STATISTICS, np.asarray(statistics).T))))
 

@@ -107,12 +107,12 @@ def _judged(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path
     "A row for each of the files that can be read, or never will."
     unreadable: dict[Path, str] = {}
     about = {path: dict(file=shown(path.absolute()), bytes=size, changed_ns=changed) for path, size, changed in part}
-    since = lambda path: dict(seconds=round(time.time() - about[path]['changed_ns'] / 1e9, 3))
+    times = {path: changed for path, _, changed in part}
+    since = lambda path: dict(seconds=round(time.time() - times[path] / 1e9, 3))
     readable, seen = look(detector, list(about), unreadable)
-    for i, path in enumerate(readable):
+    for path, score_map, score in zip(readable, seen.maps, seen.scores.tolist()) if seen else ():
         name = path.relative_to(arrivals.folder)
-        score = float(seen.scores[i])
-        defect = save_pictures(detector, path, seen.maps[i], out_dir, name.with_name(name.name + '.png'))
+        defect = save_pictures(detector, path, score_map, out_dir, name.with_name(name.name + '.png'))
         yield about[path] | dict(score=round(score, 6)) | verdict(detector, score, defect.get('defect_pixels', 0)) | defect | since(path)
     for path, reason in unreadable.items():
         if arrivals.is_unreadable(path): yield about[path] | dict(verdict=f'unreadable: {shown(reason)}') | since(path)
