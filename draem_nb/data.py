@@ -293,7 +293,7 @@ def large_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tor
 
 def large_part(
     tensor: torch.Tensor,      # (N, ...)
-    indices: Sequence[int],    # in any order
+    indices: Sequence[int] | torch.Tensor,      # in any order
 ) -> torch.Tensor:
     "`tensor[indices]`, image by image where that is large; `tensor` itself where it is all of it."
     indices = torch.as_tensor(indices, dtype=torch.long)

@@ -15,8 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import (cutpaste, dagan, detector, feature_draem, ganomaly, gaussian_ad, memory, padim, plots,
-                      recipes, riad, students, tiling)
+from . import (cutpaste, dagan, detector, feature_draem, fusion, ganomaly, gaussian_ad, memory, padim,
+                      plots, recipes, riad, students, tiling)
 from .autoencoder import Autoencoder, AutoencoderDetector, AutoencoderRecipe
 from .autoencoder import fit as fit_autoencoder
 from .data import CategoryData, check_size, large_part, read_json, replacing
@@ -103,7 +103,7 @@ class _Autoencoder:
 # %% ../nbs/40_methods.ipynb #67f88abc
 METHODS: dict[str, Method] = dict(draem=_Draem(), autoencoder=_Autoencoder(), cutpaste=cutpaste,
                                   memory=memory, padim=padim, gaussian_ad=gaussian_ad, feature_draem=feature_draem,
-                                  riad=riad, ganomaly=ganomaly, dagan=dagan, students=students)
+                                  fusion=fusion, riad=riad, ganomaly=ganomaly, dagan=dagan, students=students)
 
 def method(name: str) -> Method:
     "The method of that name; `ValueError` lists the names there are."

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numba
 import numpy as np
@@ -36,11 +37,20 @@ from .simulator import AnomalySimulator, Plan, Simulated
 from .supervision import SideHeads, supervision_weight
 
 # %% auto #0
-__all__ = ['split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'BatchesAhead', 'Trainer',
-           'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint']
+__all__ = ['HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'BatchesAhead',
+           'Trainer', 'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint']
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
-def split_held_out(n_images: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+class HoldsOut(Protocol):
+    "A recipe of any method."
+    @property
+    def holdout(self) -> float:
+        "Share of the normal images that are held out."
+    @property
+    def seed(self) -> int:
+        "Of every random choice."
+
+def split_held_out(n_images: int, recipe: HoldsOut) -> tuple[Tensor, Tensor]:
     """Indices of the normal images that are trained on and of those held out for the threshold, both ascending; by
     holdout and seed of any recipe."""
     n_held_out = max(1, round(recipe.holdout * n_images)) if recipe.holdout else 0

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from draem_nb import evaluation, feature_draem, features, gaussian_ad, memory, methods, padim, students
+from draem_nb import evaluation, feature_draem, features, fusion, gaussian_ad, memory, methods, padim, students
 from draem_nb.data import demo_category, load_category
 from draem_nb.reports import RunFailed, default_folder, main, run_report
 from draem_nb.textures import load_textures
@@ -107,7 +107,8 @@ def demo(tmp_path_factory) -> Path:
 @pytest.mark.parametrize('method, overrides, detector', [
     ('memory', dict(size=64, pieces=50, candidates=2000), memory.MemoryDetector), ('padim', dict(size=[64, 96], channels=10), padim.PadimDetector),
     ('gaussian_ad', dict(size=64), gaussian_ad.GaussianDetector),
-    ('feature_draem', dict(size=64, steps=3, width=8), feature_draem.FeatureDraemDetector)])
+    ('feature_draem', dict(size=64, steps=3, width=8), feature_draem.FeatureDraemDetector),
+    ('fusion', dict(size=64, steps=3, width=8, pieces=50, candidates=2000), fusion.FusionDetector)])
 def test_a_report_and_an_inspection_by_another_method(demo, tmp_path, capsys, method, overrides, detector):
     assert main(['category', '--method', method, '--category', 'gravel', '--data-root', str(demo), '--kinds', '["hole"]', '--seed', '2',
                  '--overrides', json.dumps(overrides), '--run-dir', str(tmp_path / 'run')]) == 0
@@ -194,6 +195,35 @@ def test_feature_draem_stopped_and_resumed_ends_with_the_same_bits(demo, tmp_pat
     with pytest.raises(ValueError, match='is the checkpoint of feature_draem, not of padim'): padim.load(tmp_path / 'whole', 'cpu')
     padim.fit(category, padim.demo().replace(size=64, channels=5), 'cpu', run_dir=tmp_path / 'padim')
     with pytest.raises(ValueError, match='is the checkpoint of padim, not of feature_draem'): feature_draem.load(tmp_path / 'padim', 'cpu')
+
+
+def test_two_witnesses_stopped_and_resumed_end_with_the_same_bits(demo, tmp_path, monkeypatch):
+    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
+    recipe = fusion.demo().replace(size=64, steps=6, width=8, batch=2, checkpoint_every=4, pieces=50)
+    fit = lambda run_dir: fusion.fit(category, recipe, 'cpu', textures, tmp_path / run_dir)
+    whole, step = fit('whole'), feature_draem.FeatureDraemTraining.step
+
+    def stopping(self, i):
+        if i == 5: raise RuntimeError('stopped')
+        return step(self, i)
+
+    monkeypatch.setattr(feature_draem.FeatureDraemTraining, 'step', stopping)
+    with pytest.raises(RuntimeError, match='stopped'): fit('stopped')
+    monkeypatch.undo()
+    found = fit('stopped').predict(category.test)
+    assert torch.equal(found.maps, whole.predict(category.test).maps) and torch.equal(found.scores, whole.predict(category.test).scores)
+    with torch.no_grad(): odds, z = whole.log_odds(category.test[:4]), whole.evidence(category.test[:4])
+    assert torch.allclose(z[:, 0], ((odds - whole.mean[:, None, None]) / whole.std[:, None, None]).mean(1), atol=1e-5)
+    apart = [whole.parts[name].predict(category.test[:4]).maps for name in ('feature_draem', 'memory')]       # each says the same alone
+    assert all(torch.allclose(alone.clamp(1e-6, 1 - 1e-6).logit(), said, atol=1e-4) for alone, said in zip(apart, odds.unbind(1)))
+
+
+def test_two_witnesses_without_held_out_images_have_scores_and_no_verdicts(demo):
+    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
+    found = fusion.fit(category, fusion.demo().replace(size=64, steps=2, width=8, pieces=50, holdout=0.), 'cpu', textures)
+    seen = found.predict(category.test)
+    assert seen.is_anomalous is None and seen.scores.isfinite().all()
+    assert 0.4 < found.predict(category.train[:128]).maps.max() <= 0.5 + 1e-6         # the scale is that of the images it learned from
 
 
 @pytest.mark.parametrize('fields', [dict(levels=[8, 4]), dict(backbone='vgg'), dict(width=0), dict(steps=0), dict(lr=0.), dict(own_share=1.5), dict(soft_share=-0.1), dict(opacity=[1., 0.5]),
