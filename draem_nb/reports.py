@@ -41,6 +41,7 @@ from pandas.io.formats.style import Styler
 from papermill.exceptions import PapermillExecutionError
 
 import draem_nb
+from . import gallery
 from .data import DEMO_CATEGORIES, content_hash, read_json, remove_leftovers, replacing, temporary_folder, write_json
 from .layouts import as_markdown, find_classes, find_images, list_files, shown
 
@@ -254,7 +255,8 @@ def _keep(temporary: Path, final: Path, error: str = '') -> Path:
 _TEMPLATE = """
 {%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; form-action 'none'; base-uri 'none'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; form-action 'none'; base-uri 'none'; script-src '""" + gallery.SCRIPT_HASH + """'">
+<script type="module">{% raw %}""" + gallery.SCRIPT + """{% endraw %}</script>
 {%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
