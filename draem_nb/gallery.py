@@ -21,13 +21,14 @@ from .layouts import shown
 __all__ = ['SCRIPT', 'SCRIPT_HASH', 'count_in_words', 'gallery']
 
 # %% ../nbs/11b_gallery.ipynb #562e268c
-def count_in_words(scores: Sequence[float], good: Sequence[bool] | None, threshold: float) -> str:
+def count_in_words(scores: Sequence[float] | np.ndarray, good: Sequence[bool] | None, threshold: float) -> str:
     "How many images alarm at a threshold and, where `good` says which are good, what is wrong with it."
     alarms = np.asarray(scores) > threshold
     words = f'At the threshold {threshold:.4g}: {alarms.sum()} of {len(alarms)} images alarm'
     if good is None: return words + '.'
-    good = np.asarray(good, bool)
-    return f'{words}; {(alarms & good).sum()} false alarms among {good.sum()} good images, {(~alarms & ~good).sum()} misses among {(~good).sum()} defective ones.'
+    is_good = np.asarray(good, bool)
+    return (f'{words}; {(alarms & is_good).sum()} false alarms among {is_good.sum()} good images, '
+            f'{(~alarms & ~is_good).sum()} misses among {(~is_good).sum()} defective ones.')
 
 # %% ../nbs/11b_gallery.ipynb #6f895a77
 _STYLE = """<style>
@@ -55,7 +56,7 @@ def _figure(picture: np.ndarray, name: str, kind: str | None, score: float, thre
 
 # %% ../nbs/11b_gallery.ipynb #5bc048ab
 def gallery(
-    scores: Sequence[float],            # of M images
+    scores: Sequence[float] | np.ndarray,   # of M images
     names: Sequence[str],               # M names
     picture: Callable[[int], np.ndarray],   # of image i, (H, W, 3) uint8; called for those that are shown
     threshold: float,                   # of the scores
