@@ -6,91 +6,105 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 # %% auto #0
 __all__ = ['Recipe', 'official', 'paper', 'demo', 'compact', 'by_name', 'ablations']
 
 # %% ../nbs/06_recipes.ipynb #8351510f
-_CHOICES = dict(color=('rgb', 'bgr'), mask_shape=('perlin', 'rectangle'), texture_source=('images', 'color'),
-                augmentation=('official', 'paper', 'none'), reconstruction_map=('ssim', 'msgms'),
-                schedule=('milestones', 'linear'), precision=('auto', 'float32', 'bfloat16', 'float16'),
-                memory_format=('channels_last', 'contiguous'))
+# JSON and papermill turn tuples into lists: accept them, so that a recipe survives the round trip.
+_listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+_Count = Annotated[int, Field(ge=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Weight = Annotated[float, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
+_Inside = Annotated[float, Field(gt=0, lt=1)]
+_Exponent = Annotated[int, Field(ge=0, le=8)]
+_Side = Annotated[int, Field(ge=1, le=65536)]
+_Size = _Side | Annotated[tuple[_Side, _Side], _listed]
+_T = TypeVar('_T')
+
+def _in_one_sentence(cls: type[_T]) -> type[_T]:
+    "The class, with the first fault that pydantic finds as one sentence with the field, the value and the rule."
+    checked = cls.__init__
+
+    @functools.wraps(checked)
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        try: checked(self, *args, **fields)
+        except ValidationError as e: raise ValueError(_sentence(e, cls, fields)) from None
+    cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+    return cls
 
 # %% ../nbs/06_recipes.ipynb #bd544327
-@dataclass(frozen=True)
+@_in_one_sentence
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra='forbid', allow_inf_nan=False))
 class Recipe:
-    "All choices of one run. Unknown names and impossible values are refused with a `ValueError` or `TypeError`."
-    name: str = 'official'                          # what the report calls it
+    "All choices of one run. Unknown names and impossible values are refused with a `ValueError`."
+    name: str = 'official'  # what the report calls it
     # --- input
-    size: int | tuple[int, int] = 256               # network input, S or (H, W) in pixels; multiples of 32
-    image_size: int | tuple[int, int] | None = None # of images trained on in crops and tested in tiles; None: `size`
+    size: _Size = 256  # network input, S or (H, W) in pixels; multiples of 32
+    image_size: _Size | None = None  # of images trained on in crops and tested in tiles; None: `size`
     antialias: bool = False  # how larger images and textures are shrunk; False: each pixel from the nearest four alone
-    color: str = 'rgb'  # channel order of the network input; the authors' checkpoints want 'bgr'
+    color: Literal['rgb', 'bgr'] = 'rgb'  # channel order of the network input; the authors' checkpoints want 'bgr'
     # --- networks
-    base_width: int = 128                           # channels of the reconstructive net's first block
-    base_channels: int = 64                         # channels of the discriminative net's first block
+    base_width: _Count = 128  # channels of the reconstructive net's first block
+    base_channels: _Count = 64  # channels of the discriminative net's first block
     reconstructive: bool = True  # False: discriminative net on the image alone (ablation 'Disc. only')
-    init_std: float = 0.02  # standard deviation of the convolution weights at the start (04_networks)
-    anomaly_prior: float | None = None  # probability at which every pixel starts (04_networks); None: as released, 1/2
-    discriminative: bool = True                     # False: map from the reconstruction error (ablations 'Recon.-AE')
-    reconstruction_map: str = 'ssim'                # that error: 'ssim' or 'msgms' (multi-scale gradient similarity)
+    init_std: _Positive = 0.02  # standard deviation of the convolution weights at the start (04_networks)
+    anomaly_prior: _Inside | None = None  # probability every pixel starts at (04_networks); None: as released, 1/2
+    discriminative: bool = True  # False: map from the reconstruction error (ablations 'Recon.-AE')
+    reconstruction_map: Literal['ssim', 'msgms'] = 'ssim'  # that error; msgms: multi-scale gradient similarity
     # --- simulation: normal images
-    rotation_degrees: float = 90.                   # normal images turn by U(-r, r) ...
-    rotation_probability: float = 0.3               # ... this often
+    rotation_degrees: float = 90.  # normal images turn by U(-r, r) ...
+    rotation_probability: _Share = 0.3  # ... this often
     # --- simulation: masks
-    clean_share: float = 0.5                        # share of samples that stay normal
-    mask_shape: str = 'perlin'                      # 'rectangle': ablation
-    perlin_scales: tuple[int, int] = (0, 5)         # exponents k of 2^k cells per axis, both ends included
-    perlin_rotation: float = 90.                    # the noise turns by U(-r, r) degrees
-    perlin_threshold: float = 0.5                   # mask = noise > threshold
+    clean_share: _Share = 0.5  # share of samples that stay normal
+    mask_shape: Literal['perlin', 'rectangle'] = 'perlin'  # 'rectangle': ablation
+    perlin_scales: Annotated[tuple[_Exponent, _Exponent], _listed] = (0, 5)  # k of 2^k cells per axis, both ends included
+    perlin_rotation: float = 90.  # the noise turns by U(-r, r) degrees
+    perlin_threshold: float = 0.5  # mask = noise > threshold
     # --- simulation: what fills the mask
-    texture_source: str = 'images'                  # 'color': one random colour per sample (ablation)
-    n_textures: int | None = None                   # use only the first n source textures (ablation); None: all
-    augmentation: str = 'official'                  # set of texture augmentations: 'official', 'paper' or 'none'
-    n_augmentations: int = 3                        # different ones per sample
-    own_share: float = 0.  # share of anomalies filled with another normal image (03_simulator; not in the paper)
-    soft_share: float = 0.                          # share of anomalies that fade in from their edge (03_simulator; not in the paper)
+    texture_source: Literal['images', 'color'] = 'images'  # 'color': one random colour per sample (ablation)
+    n_textures: _Count | None = None  # use only the first n source textures (ablation); None: all
+    augmentation: Literal['official', 'paper', 'none'] = 'official'  # set of texture augmentations
+    n_augmentations: Annotated[int, Field(ge=1, le=10)] = 3  # different ones per sample; the paper's set has 7
+    own_share: _Share = 0.  # share of anomalies filled with another normal image (03_simulator; not in the paper)
+    soft_share: _Share = 0.  # share of anomalies that fade in from their edge (03_simulator; not in the paper)
     match_gray: bool = False  # where no normal image has colour, anomalies get none (not in the paper)
-    opacity: tuple[float, float] = (0.2, 1.0)       # weight of the texture in the mask, uniform; (1, 1): opaque
+    opacity: Annotated[tuple[_Share, _Share], _listed] = (0.2, 1.0)  # weight of the texture; (1, 1): opaque
     # --- losses
-    ssim_weight: float = 1.
-    l2_weight: float = 1.
-    focal_weight: float = 1.
-    focal_gamma: float = 2.
+    ssim_weight: _Weight = 1.
+    l2_weight: _Weight = 1.
+    focal_weight: _Weight = 1.
+    focal_gamma: _Weight = 2.
     # --- optimisation
-    epochs: float = 700.  # one epoch = as many steps as it takes to see as many samples as there are training images
-    steps: int | None = None                        # optimiser steps; overrides `epochs`
+    epochs: _Positive = 700.  # one epoch: as many steps as it takes to see as many samples as training images
+    steps: _Count | None = None  # optimiser steps; overrides `epochs`
     replacement: bool = True  # draw images with replacement; False: each epoch is one shuffled pass
-    batch: int = 8
-    lr: float = 1e-4                                # Adam's
-    kernel_lr: float | None = None  # Muon's, which then trains the inner kernels (06b_optimizers); None: Adam alone
-    deep_supervision: float = 0.  # weight of the side heads at the start (05b_supervision); 0: no heads
-    schedule: str = 'milestones'  # of the learning rates: falls at the milestones, or 'linear' down to zero
-    lr_milestones: tuple[float, ...] = (0.8, 0.9)   # fractions of the run after which ...
-    lr_decay: float = 0.2                           # ... the learning rate is multiplied by this
-    seed: int = 0                                   # every random choice of the run follows from it
+    batch: _Count = 8
+    lr: _Positive = 1e-4  # Adam's
+    kernel_lr: _Positive | None = None  # Muon's, which then trains the inner kernels (06b_optimizers); None: Adam alone
+    deep_supervision: _Weight = 0.  # weight of the side heads at the start (05b_supervision); 0: no heads
+    schedule: Literal['milestones', 'linear'] = 'milestones'  # of the learning rates; linear: down to zero
+    lr_milestones: Annotated[tuple[_Inside, ...], _listed] = (0.8, 0.9)  # fractions of the run after which ...
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.2  # ... the learning rate is multiplied by this
+    seed: Annotated[int, Field(ge=0)] = 0  # every random choice of the run follows from it
     # --- score and operating point
-    score_window: int = 21  # side of the mean filter before the maximum, odd, in pixels of the map
-    holdout: float = 0.1                            # share of the normal images kept from training for the threshold
-    quantile: float = 0.995                         # of the held-out normal scores: the threshold
+    score_window: _Count = 21  # side of the mean filter before the maximum, odd, in pixels of the map
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the normal images kept for the threshold
+    quantile: _Share = 0.995  # of the held-out normal scores: the threshold
     # --- machine
-    precision: str = 'auto'                         # autocast type; 'auto': what the device is fast at
-    memory_format: str = 'channels_last'            # of images and weights, or 'contiguous'
-    compile: bool = False                           # torch.compile the networks (pays on GPUs, for long runs)
-    checkpoint_every: int = 500                     # steps
+    precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast type; auto: the device's fast one
+    memory_format: Literal['channels_last', 'contiguous'] = 'channels_last'  # of images and weights, or 'contiguous'
+    compile: bool = False  # torch.compile the networks (pays on GPUs, for long runs)
+    checkpoint_every: _Count = 500  # steps
 
-    def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            if getattr(self, field) not in choices:
-                raise ValueError(f"recipe field {field} is {getattr(self, field)!r}; choose one of "
-                                 f"{', '.join(map(repr, choices))}")
-        # JSON and papermill turn tuples into lists: accept them, so that a recipe survives the round trip.
-        for field in ('size', 'image_size', 'perlin_scales', 'opacity', 'lr_milestones'):
-            if isinstance(getattr(self, field), list): object.__setattr__(self, field, tuple(getattr(self, field)))
-        _check_ranges(self)
+    def __post_init__(self) -> None: _check_together(self)
 
     def replace(self, **fields: Any) -> Recipe:
         "A copy with other values; an unknown field name raises `ValueError` that lists the names there are."
@@ -104,30 +118,26 @@ class Recipe:
         return self.steps or math.ceil(self.epochs * math.ceil(n_images / self.batch))
 
 # %% ../nbs/06_recipes.ipynb #9913e13e
-def _check_ranges(r: Recipe) -> None:
+def _sentence(e: ValidationError, cls: type, given: dict[str, Any]) -> str:
+    first = e.errors()[0]
+    if not first['loc'] or first['type'] == 'unexpected_keyword_argument':
+        names = ', '.join(f.name for f in dataclasses.fields(cls))
+        if 'ctx' in first: return str(first['ctx']['error'])                # of `_check_together`
+        return f"unknown recipe field {first['loc'][0]}; there are: {names}"
+    field = str(first['loc'][0])
+    same = [f for f in e.errors() if f['loc'][0] == field]              # a union has one fault for each of its types
+    pairs = dict(missing='a pair', too_long='a pair', tuple_type='a tuple')
+    rules = dict.fromkeys(pairs.get(f['type'], f['msg'].removeprefix('Input should be ')) for f in same)
+    return f"recipe field {field} is {given.get(field, first['input'])!r}; it must be {' or '.join(rules)}"
+
+def _check_together(r: Recipe) -> None:
     def need(ok: bool, field: str, rule: str) -> None:
         if not ok: raise ValueError(f"recipe field {field} is {getattr(r, field)!r}; it must be {rule}")
-    for field in ('base_width', 'base_channels', 'batch', 'checkpoint_every', 'n_augmentations'):
-        need(isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field, 'a whole number of at least 1')
-    for field in ('steps', 'n_textures'):
-        need(getattr(r, field) is None or isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field,
-             'None or a whole number of at least 1')
-    for field in ('rotation_probability', 'clean_share', 'own_share', 'soft_share', 'holdout', 'quantile'):
-        need(0 <= getattr(r, field) <= 1, field, 'between 0 and 1')
-    need(r.kernel_lr is None or r.kernel_lr > 0, 'kernel_lr', 'None or greater than 0')
-    need(r.anomaly_prior is None or 0 < r.anomaly_prior < 1, 'anomaly_prior', 'None or between 0 and 1')
-    for field in ('lr', 'epochs', 'lr_decay', 'init_std'): need(getattr(r, field) > 0, field, 'greater than 0')
-    for field in ('ssim_weight', 'l2_weight', 'focal_weight', 'focal_gamma', 'deep_supervision'):
-        need(getattr(r, field) >= 0, field, 'at least 0')
-    need(len(r.opacity) == 2 and 0 <= r.opacity[0] <= r.opacity[1] <= 1, 'opacity',
-         'a pair (low, high) with 0 <= low <= high <= 1')
-    need(len(r.perlin_scales) == 2 and 0 <= r.perlin_scales[0] <= r.perlin_scales[1] <= 8, 'perlin_scales',
-         'a pair of exponents (low, high) with 0 <= low <= high <= 8')
+    for field in ('opacity', 'perlin_scales'):
+        need(getattr(r, field)[0] <= getattr(r, field)[1], field, 'a pair (low, high) with low <= high')
     both = lambda size: size if isinstance(size, tuple) else (size, size)
     need(r.image_size is None or all(big >= small for big, small in zip(both(r.image_size), both(r.size))),
          'image_size', 'None, or at least `size` on both sides')
-    need(all(0 < m < 1 for m in r.lr_milestones), 'lr_milestones', 'fractions of the run between 0 and 1')
-    need(r.holdout < 1, 'holdout', 'less than 1, so that images are left to train on')
     need(r.score_window % 2 == 1, 'score_window', 'odd, so that it has a centre')
     need(r.reconstructive or r.discriminative, 'discriminative',
          'True where reconstructive is False: a method needs one of the two nets')
