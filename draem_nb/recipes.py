@@ -34,10 +34,10 @@ def _in_one_sentence(cls: type[_T]) -> type[_T]:
     checked = cls.__init__
 
     @functools.wraps(checked)
-    def __init__(self, *args: Any, **fields: Any) -> None:
+    def init(self, *args: Any, **fields: Any) -> None:
         try: checked(self, *args, **fields)
         except ValidationError as e: raise ValueError(_sentence(e, cls, fields)) from None
-    cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+    cls.__init__ = init  # type: ignore[method-assign, assignment]
     return cls
 
 # %% ../nbs/06_recipes.ipynb #bd544327
@@ -65,7 +65,7 @@ class Recipe:
     # --- simulation: masks
     clean_share: _Share = 0.5  # share of samples that stay normal
     mask_shape: Literal['perlin', 'rectangle'] = 'perlin'  # 'rectangle': ablation
-    perlin_scales: Annotated[tuple[_Exponent, _Exponent], _listed] = (0, 5)  # k of 2^k cells per axis, both ends included
+    perlin_scales: Annotated[tuple[_Exponent, _Exponent], _listed] = (0, 5)  # k of 2^k cells per axis, ends included
     perlin_rotation: float = 90.  # the noise turns by U(-r, r) degrees
     perlin_threshold: float = 0.5  # mask = noise > threshold
     # --- simulation: what fills the mask
