@@ -44,6 +44,7 @@ class AutoencoderRecipe:
     score_window: int = 11              # side of the mean filter before the maximum, odd, in pixels
     holdout: float = 0.1                # share of the normal images kept from training for the threshold
     quantile: float = 0.995             # of the held-out normal scores: the threshold
+    name: str = 'demo'                  # what the report calls it
 
     def __post_init__(self) -> None:
         check_size(self.size)

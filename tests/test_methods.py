@@ -143,6 +143,14 @@ def test_a_method_that_learns_in_steps_shows_its_examples_and_losses(demo, tmp_p
     assert with_itself['verdicts_differ'] == 0 and with_itself['metrics']['image AUROC']['second'] == result.metrics['image']['auroc']
 
 
+def test_the_autoencoder_has_a_report(demo, tmp_path):
+    ask = dict(category='gravel', data_root=str(demo), method='autoencoder', overrides=dict(size=64, steps=3, bottleneck=4))
+    result = run_report('category', ask, tmp_path / 'run').metrics
+    assert result['conditions']['recipe'] == 'autoencoder demo' and result['conditions']['changes'] == dict(bottleneck=4)
+    found, category = load_detector(tmp_path / 'run', 'cpu'), load_category(demo, 'gravel', 64)
+    assert json.loads(json.dumps(evaluation.evaluate(found, category)['image'])) == result['image']
+
+
 def test_a_method_that_wants_textures_gets_them(demo, tmp_path, monkeypatch):
     "Of the folder that was named, at the recipe's size; without one the built-in photographs."
     given, root = [], tmp_path / 'textures'
