@@ -24,5 +24,5 @@ setup(
     extras_require={extra: ' '.join(cfg[f'{part}_requirements'] for part in parts.split()).split()
                     for extra, parts in {'cluster': 'cluster', 'pretrained': 'pretrained', 'export': 'export', 'site': 'site',
                                          'dev': 'dev cluster pretrained export'}.items()},
-    entry_points={'console_scripts': ['draem_nb = draem_nb.reports:main']},
+    entry_points={'console_scripts': ['draem_nb = draem_nb.cli:main']},
 )

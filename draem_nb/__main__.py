@@ -2,5 +2,5 @@
 import sys
 
 if __name__ == '__main__':      # a worker process imports this module too
-    from draem_nb.reports import main
+    from draem_nb.cli import main
     sys.exit(main())

@@ -34,6 +34,7 @@ import pandas as pd
 
 import draem_nb
 from . import methods, reports
+from .cli import value_of
 from .data import DEMO_CATEGORIES, find_categories, read_json, temporary_folder
 from .reports import RunFailed, default_folder, locked, report_notebook, run_report
 
@@ -439,7 +440,7 @@ def _table_parser() -> argparse.ArgumentParser:
     option('--seeds', type=lambda text: [_number(n, int, 0) for n in names(text)], default=[0], help='0,1,2 (default: 0)')
     option('--methods', type=names, default=['draem'], help='draem,padim,memory: names of 40_methods (default: draem)')
     option('--recipes', type=names, default=['demo'], help='demo,paper: recipes that all the methods have (default: demo, of each its own)')
-    option('--overrides', type=reports._value('overrides', {}), default={}, help='recipe fields as JSON, for all runs')
+    option('--overrides', type=value_of('overrides', {}), default={}, help='recipe fields as JSON, for all runs')
     option('--data-root', default=os.environ.get('DRAEM_NB_DATA_ROOT'), help='folder of the classes (default: the built-in ones, or DRAEM_NB_DATA_ROOT)')
     option('--textures-root', default=os.environ.get('DRAEM_NB_TEXTURES_ROOT'), help='folder of anomaly source images (default: the built-in ones)')
     option('--device', help="'cpu' or 'cuda'; with a scheduler, 'cuda' asks for workers with --resources GPU=1")

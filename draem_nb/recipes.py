@@ -100,7 +100,7 @@ class Recipe:
     quantile: _Share = 0.995  # of the held-out normal scores: the threshold
     # --- machine
     precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast type; auto: the device's fast one
-    memory_format: Literal['channels_last', 'contiguous'] = 'channels_last'  # of images and weights, or 'contiguous'
+    memory_format: Literal['channels_last', 'contiguous'] = 'channels_last'  # of images and weights
     compile: bool = False  # torch.compile the networks (pays on GPUs, for long runs)
     checkpoint_every: _Count = 500  # steps
 

@@ -5,12 +5,9 @@
 # %% ../nbs/12_reports.ipynb #a25e2c41
 from __future__ import annotations
 
-import argparse
-import ast
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -40,45 +37,16 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pandas.io.formats.style import Styler
 from papermill.exceptions import PapermillExecutionError
 
-import draem_nb
 from . import gallery
+from .cli import folder_parameter, report_notebook, report_parameters
+from .cli import main as main, report_names as report_names         # scripts import them from here
 from .data import DEMO_CATEGORIES, content_hash, read_json, remove_leftovers, replacing, temporary_folder, write_json
 from .layouts import as_markdown, find_classes, find_images, list_files, shown
 
 # %% auto #0
-__all__ = ['report_names', 'report_notebook', 'report_parameters', 'check_parameters', 'default_folder', 'peak_memory_mib',
-           'timing', 'finish', 'Figures', 'styled', 'as_csv', 'RunFailed', 'to_html', 'locked', 'RunResult',
-           'run_report', 'run_many', 'metrics_table', 'read_part', 'main']
-
-# %% ../nbs/12_reports.ipynb #4dd9a738
-def _report_folder() -> Path:
-    here = Path(draem_nb.__file__).resolve().parent
-    return here / 'notebooks' if (here / 'notebooks').is_dir() else here.parent / 'nbs' / 'reports'
-
-# %% ../nbs/12_reports.ipynb #7446f3a4
-def report_names() -> list[str]:
-    "Names of the reports that come with the library."
-    return sorted(path.stem for path in _report_folder().glob('*.ipynb'))
-
-def report_notebook(name: str | Path) -> Path:
-    "The notebook of report `name`, or the path of a notebook of one's own; `ValueError` where there is none."
-    path = Path(name) if str(name).endswith('.ipynb') else _report_folder() / f'{name}.ipynb'
-    if path.is_file(): return path
-    raise ValueError(f"unknown report {str(name)!r}; there are: {', '.join(report_names())}")
-
-# %% ../nbs/12_reports.ipynb #2f047e47
-def report_parameters(name: str | Path) -> dict[str, tuple[object, str]]:
-    "What may be given to report `name`: parameter -> (default, one line of help)."
-    return {key: (ast.literal_eval(p['default']), p['help']) for key, p in _inspected(name).items() if key not in ('complete', _folder_parameter(name))}
-
-def _folder_parameter(name: str | Path) -> str: return 'out_dir' if 'out_dir' in _inspected(name) else 'run_dir'
-
-def _inspected(name: str | Path) -> dict:
-    notebook = report_notebook(name)
-    return _read_parameters(notebook, notebook.stat().st_mtime_ns)
-
-@functools.lru_cache
-def _read_parameters(notebook: Path, mtime_ns: int) -> dict: return papermill.inspect_notebook(notebook)   # a thousand runs ask for the same ones
+__all__ = ['check_parameters', 'default_folder', 'peak_memory_mib', 'timing', 'finish', 'Figures', 'styled', 'as_csv',
+           'RunFailed', 'to_html', 'locked', 'RunResult', 'run_report', 'run_many', 'metrics_table', 'read_part',
+           'run_command']
 
 # %% ../nbs/12_reports.ipynb #ae478176
 def check_parameters(name: str | Path, params: dict) -> dict:
@@ -404,7 +372,7 @@ def run_report(
     "Run a report to the end. `ValueError` for a bad name, parameter or folder; `RunFailed` when the notebook failed."
     params, asked = _asked(name, params)   # a notebook gets what JSON has: lists, not tuples, of which papermill would make text
     run_dir = Path(run_dir)
-    folder = _folder_parameter(name)
+    folder = folder_parameter(name)
     if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)
     if folder == 'out_dir' and (run_dir / 'metrics.json').exists():
         raise ValueError(f'{run_dir} holds a report already; choose another folder, or leave out_dir out')
@@ -478,42 +446,6 @@ def read_part(path: str | Path, *keys: str) -> dict:
         raise ValueError(f'{shown(path)} is damaged: {", ".join(missing)} is missing; remove that folder, and run anew')
     return value
 
-# %% ../nbs/12_reports.ipynb #0d19180e
-def _value(key: str, default: object, text: str = ''):
-    "What turns an option into the type of its default: text, or JSON for numbers, lists and dictionaries, or where the help says so."
-    def parse(given: str) -> object:
-        number = default is None and text.startswith('a number')
-        if isinstance(default, str) or (default is None and 'JSON' not in text and not number): return given
-        like = {} if isinstance(default, dict) else default if default is not None else 0.05 if number else ['a', 'b']
-        fault = argparse.ArgumentTypeError(f'{key} must be a value like {json.dumps(like)} (JSON), not {given!r}')
-        try: value = json.loads(given)
-        except ValueError: raise fault from None
-        if type(value) is not type(like) and not (isinstance(like, float) and isinstance(value, int)): raise fault
-        return value
-    return parse
-
-# %% ../nbs/12_reports.ipynb #f994f417
-def _subtitle(name: str) -> str:
-    "What the report says of itself under its title."
-    lines = nbformat.read(report_notebook(name), 4).cells[0].source.splitlines()
-    return next((line.lstrip('> ') for line in lines if line.startswith('>')), name)
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser('draem_nb', description='Run a report: the notebook of that name, with these parameters.')
-    parser.add_argument('--version', action='version', version=f'draem_nb {draem_nb.__version__}')
-    commands = parser.add_subparsers(dest='report', required=True, metavar='REPORT')
-    for name in report_names():
-        command = commands.add_parser(name, help=_subtitle(name), description=_subtitle(name), allow_abbrev=False)
-        for key, (default, text) in {**report_parameters(name), _folder_parameter(name): (None, "the report's own folder")}.items():
-            command.add_argument('--' + key.replace('_', '-'), type=_value(key, default, text), default=argparse.SUPPRESS,
-                                 help=f'{text} (default: {default})'.replace('%', '%%'))
-    there = commands.add_parser('list', help='the classes and the runs that there are')
-    there.add_argument('--data-root', help='folder of the classes (default: the built-in ones)')
-    there.add_argument('--runs-dir', default='runs', help='(default: runs)')
-    commands.add_parser('table', help='every class, seed and recipe side by side, on this machine or a cluster, then the summary (table --help)', add_help=False)
-    commands.add_parser('watch', help='judge the photos of a folder as they arrive, a JSON line for each (watch --help)', add_help=False)
-    return parser
-
 # %% ../nbs/12_reports.ipynb #709ab84f
 def _show(result: RunResult) -> None:
     if 'image' in result.metrics:
@@ -544,24 +476,22 @@ def _there(data_root: str | None, runs_dir: str) -> list[str]:
     return lines
 
 # %% ../nbs/12_reports.ipynb #a925312a
-def main(argv: list[str] | None = None) -> int:
-    "The command `draem_nb`. Returns its exit status: 0; 1 failed; 3 done, but some files could not be read or were not looked at; 130 stopped."
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ['table']:
-        from draem_nb.fanout import table
-        return table(argv[1:])
-    if argv[:1] == ['watch']:
-        from draem_nb.watch import main as watch
-        return watch(argv[1:])
-    params = vars(_parser().parse_args(argv))
-    name = params.pop('report')
+def run_command(name: str, params: dict) -> int:
+    """What `draem_nb NAME` does with these parameters: `list`, or a report. Its exit status: 0; 1 failed; 3 done, but some
+    files could not be read or were not looked at; 130 stopped."""
     try:
-        if name == 'list': print('\n'.join(_there(**params))); return 0
-        run_dir = params.pop(_folder_parameter(name), None) or default_folder(name, params)
+        if name == 'list':
+            print('\n'.join(_there(**params)))
+            return 0
+        run_dir = params.pop(folder_parameter(name), None) or default_folder(name, params)
         print(f'report {name!r} into {shown(run_dir)}')
         _show(result := run_report(name, params, run_dir))
         return 3 if result.metrics.get('unreadable') or result.metrics.get('not_looked_at') else 0
-    except KeyboardInterrupt: print('draem_nb: stopped; the same command goes on from the last checkpoint', file=sys.stderr); return 130
-    except RunFailed as e: print(f'draem_nb: {e.reason}' + (f'\nthe notebook with the error: {e.notebook}' if e.notebook else ''), file=sys.stderr)
+    except KeyboardInterrupt:
+        print('draem_nb: stopped; the same command goes on from the last checkpoint', file=sys.stderr)
+        return 130
+    except RunFailed as e:
+        print(f'draem_nb: {e.reason}' + (f'\nthe notebook with the error: {e.notebook}' if e.notebook else ''),
+              file=sys.stderr)
     except (ValueError, OSError) as e: print(f'draem_nb: {e}', file=sys.stderr)
     return 1

@@ -92,7 +92,7 @@ def test_what_ends_early_is_a_failure(notebook, tmp_path, work, says):
 
 def started(notebook: Path, run_dir: Path, **streams) -> tuple[subprocess.Popen, int]:
     "A report that sleeps, in a process of its own, and the id of its kernel."
-    code = f'import sys; from draem_nb import reports; reports.report_notebook = lambda name: reports.Path({str(notebook)!r}); sys.exit(reports.main(["category", "--run-dir", {str(run_dir)!r}]))'
+    code = f'import sys; from draem_nb import cli, reports; cli.report_notebook = reports.report_notebook = lambda name: reports.Path({str(notebook)!r}); sys.exit(reports.main(["category", "--run-dir", {str(run_dir)!r}]))'
     # A shell's background job ignores Ctrl-C and hands that on; the report is started as at a terminal, wherever the tests run.
     process = subprocess.Popen([sys.executable, '-c', code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -217,12 +217,21 @@ def test_every_parameter_of_a_report_is_seen_and_explained(name):
     assert all(text for _, text in report_parameters(name).values())
 
 
+def test_a_question_to_the_command_line_imports_nothing_heavy():
+    code = ('import sys; from draem_nb.cli import main; code = 0\ntry: main(sys.argv[1:])\nexcept SystemExit as e: code = e.code\n'
+            'print(sorted({"torch", "pandas", "papermill", "matplotlib", "numpy"} & set(sys.modules)), file=sys.stderr); sys.exit(code)')
+    for arguments, status in ((['--help'], 0), (['--version'], 0), (['inspect', '--help'], 0), (['inspct'], 2)):
+        done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True)
+        assert done.returncode == status and done.stderr.rstrip().endswith('[]'), done.stderr
+
+
 def test_command_line_help_and_bad_options(capsys):
     for arguments, says in ((['--help'], 'inspect'), (['category', '--help'], '--textures-root')):
         with pytest.raises(SystemExit) as caught: main(arguments)
         assert caught.value.code == 0 and says in capsys.readouterr().out
     for arguments, says in ((['category', '--seed', 'one'], 'seed must be a value like 0'), (['category', '--overrides', '{steps: 1}'], 'overrides must be'),
-                            (['category', '--sede', '1'], 'unrecognized arguments: --sede')):
+                            (['category', '--sede', '1'], 'unrecognized arguments: --sede'), (['category', '--sede', '1'], 'did you mean --seed?'),
+                            (['categry'], 'did you mean category?')):
         with pytest.raises(SystemExit) as caught: main(arguments)
         assert caught.value.code == 2 and says in capsys.readouterr().err
     assert main(['inspect']) == 1 and 'inspect needs run_dir' in capsys.readouterr().err

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from draem_nb import reports
+from draem_nb import cli, reports
 from draem_nb.layouts import as_markdown, find_files, list_files, shown
 from draem_nb.reports import main, run_report
 
@@ -113,8 +113,8 @@ def test_options_that_do_not_parse_are_named(capsys):
     for option, given in (('--kinds', '["crack"'), ('--kinds', 'spot'), ('--overrides', '[1'), ('--overrides', '[1]'), ('--seed', 'null')):
         with pytest.raises(SystemExit) as caught: main(['category', option, given])
         assert caught.value.code == 2 and f'{option[2:]} must be a value like' in capsys.readouterr().err
-    assert reports._parser().parse_args(['category', '--data-root', '[mvtec]/x']).data_root == '[mvtec]/x'
-    assert reports._parser().parse_args(['category', '--kinds', '["crack"]']).kinds == ['crack']
+    assert cli._parser().parse_args(['category', '--data-root', '[mvtec]/x']).data_root == '[mvtec]/x'
+    assert cli._parser().parse_args(['category', '--kinds', '["crack"]']).kinds == ['crack']
 
 
 def test_a_folder_whose_name_is_no_text_is_refused(tmp_path, capsys):
