@@ -303,6 +303,14 @@ def test_compare_needs_two_runs_of_one_class(parts, tmp_path):
     row = result.metrics['metrics']['pixel AP']
     assert row['difference'] == pytest.approx(row['second'] - row['first']) and row['low'] <= row['high']
     with pytest.raises(RunFailed, match='both are runs of screw, which is no built-in class; give data_root'): run_report('compare', dict(first=first, second=second), tmp_path / 'c1')
+    train(load_category(parts, 'screw', 64), load_textures(size=64), tiny.replace(size=64), tmp_path / 'large', 'cpu')      # the same images at another size
+    large, files = str(tmp_path / 'large'), {'train/good/0.png': [1, 2, 'a' * 64], 'textures 1.png': [1, 2, 'b' * 64]}
+    compared = lambda name: run_report('compare', dict(first=first, second=large, data_root=str(parts)), tmp_path / name).metrics['same_training_images']
+    assert compared('unknown') is None
+    for folder in (first, large): (Path(folder) / 'inputs.json').write_text(json.dumps(files))
+    assert compared('same') is True
+    (Path(large) / 'inputs.json').write_text(json.dumps(files | {'train/good/0.png': [1, 2, 'c' * 64]}))
+    assert compared('different') is False
     with pytest.raises(RunFailed, match='is not the folder of a run'): run_report('compare', dict(first=first, second=str(tmp_path / 'none'), data_root=str(parts)), tmp_path / 'c2')
     with pytest.raises(ValueError, match='a comparison needs first and second'): reports.default_folder('compare', {})
 
