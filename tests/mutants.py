@@ -53,7 +53,7 @@ FAULTS = {
     'own share ignored': ('simulator', 'own=torch.rand(n, generator=g) < recipe.own_share', 'own=torch.rand(n, generator=g) < 0', 'test_simulator', 'own_share'),
     'own sources fainter than half': ('simulator', 'uniform(0.5, 1., int(own.sum()), g)', 'uniform(0.2, 1., int(own.sum()), g)', 'test_simulator', 'own_share'),
     'own sources from one image': ('simulator', 'own_image=torch.randint(n_images, (n,), generator=g)', 'own_image=torch.randint(1, (n,), generator=g)', 'test_simulator', 'own_share'),
-    'own sources moved along the other axes': ('simulator', '(int(down * height), int(right * width)), (1, 2))', '(int(right * width), int(down * height)), (2, 1))', 'test_simulator', 'own_source'),
+    'own sources moved along the other axes': ('simulator', '(int(down * height), int(right * width)), (1, 2))', '(int(down * height), int(right * width)), (2, 1))', 'test_simulator', 'own_source'),
     'own sources of another contrast': ('simulator', '(image - mean) * (0.7 + 0.6 * contrast)', '(image - mean) * (0.6 + 0.6 * contrast)', 'test_simulator', 'own_source'),
     'own sources in the wrong anomaly': ('simulator', 'torch.where(plan.own, plan.own.cumsum(0) - 1, -1)', 'torch.where(plan.own, 0, -1)', 'test_simulator', 'own_source'),
     'initial weights that ignore the seed': ('training', 'manual_seed(recipe.seed), recipe.anomaly_prior', 'manual_seed(0), recipe.anomaly_prior', 'test_training', 'random_choice'),
