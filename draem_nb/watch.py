@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .data import replacing
 from .detector import AnomalyDetector
 from .inspection import choose_threshold, look, save_pictures, verdict
 from .layouts import find_files, shown
@@ -64,17 +65,19 @@ class Verdicts:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes()[:path.read_bytes().rfind(b'\n') + 1] if path.exists() else b''
-        if not whole: whole = (','.join(COLUMNS) + '\n').encode()
-        path.write_bytes(whole)
+        kept = path.read_bytes() if path.exists() else b''
+        whole = kept[:kept.rfind(b'\n') + 1] or (','.join(COLUMNS) + '\n').encode()      # half a line: a kill
         rows = list(csv.reader(whole.decode().splitlines()))
-        if tuple(rows[0]) != COLUMNS: raise ValueError(f'{path} is not the table of a watched folder; choose another out_dir')
+        if tuple(rows[0]) != COLUMNS:
+            raise ValueError(f'{path} is not the table of a watched folder; choose another out_dir')
+        with replacing(path) as temporary: temporary.write_bytes(whole)         # a kill here leaves the old table
         self.judged = {(row[0], int(row[1]), int(row[2])) for row in rows[1:]}
 
     def add(self, row: dict) -> None:
-        "Append a row, and wait until it is on the disk. A file is an absolute path, so it is no formula to a spreadsheet."
+        """Append a row, and wait until it is on the disk. A file is an absolute path, so it is no formula to a
+        spreadsheet."""
         self.judged.add((row['file'], row['bytes'], row['changed_ns']))
-        with open(self.path, 'a', newline='', encoding='utf-8') as file: 
+        with open(self.path, 'a', newline='', encoding='utf-8') as file:
             csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow(row)
             file.flush()
             os.fsync(file.fileno())
@@ -89,7 +92,8 @@ def watch(
 ) -> Iterator[dict]:        # the rows of verdicts.csv, as they are written
     "Judge the photos of a folder as they arrive. A second watch of the same `out_dir` raises `ValueError`."
     if out_dir.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f'{shown(out_dir)} lies in the watched folder, so its pictures would be judged too; choose another out_dir')
+        raise ValueError(f'{shown(out_dir)} lies in the watched folder, so its pictures would be judged too; choose '
+                         'another out_dir')
     with locked(out_dir, '.watch.lock'):
         table = Verdicts(out_dir / 'verdicts.csv')
         arrivals, done = Arrivals(folder, table.judged), 0
@@ -103,7 +107,8 @@ def watch(
                     yield row
 
 # %% ../nbs/14c_watch.ipynb #1bc4fc53
-def _judged(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path, int, int]], out_dir: Path) -> Iterator[dict]:
+def _judged(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path, int, int]],
+            out_dir: Path) -> Iterator[dict]:
     "A row for each of the files that can be read, or never will."
     unreadable: dict[Path, str] = {}
     about = {path: dict(file=shown(path.absolute()), bytes=size, changed_ns=changed) for path, size, changed in part}
@@ -113,18 +118,22 @@ def _judged(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path
     for path, score_map, score in zip(readable, seen.maps, seen.scores.tolist()) if seen else ():
         name = path.relative_to(arrivals.folder)
         defect = save_pictures(detector, path, score_map, out_dir, name.with_name(name.name + '.png'))
-        yield about[path] | dict(score=round(score, 6)) | verdict(detector, score, defect.get('defect_pixels', 0)) | defect | since(path)
+        says = verdict(detector, score, defect.get('defect_pixels', 0))
+        yield about[path] | dict(score=round(score, 6)) | says | defect | since(path)
     for path, reason in unreadable.items():
         if arrivals.is_unreadable(path): yield about[path] | dict(verdict=f'unreadable: {shown(reason)}') | since(path)
 
 # %% ../nbs/14c_watch.ipynb #6dead020
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser('draem_nb watch', description='Judge the photos of a folder as they arrive: a JSON line for each on the standard output.', allow_abbrev=False)
+    parser = argparse.ArgumentParser('draem_nb watch', allow_abbrev=False, description=(
+        'Judge the photos of a folder as they arrive: a JSON line for each on the standard output.'))
     parser.add_argument('--run-dir', required=True, type=Path, help='the run whose detector looks')
     parser.add_argument('--images', required=True, type=Path, help='the folder to watch, with its subfolders')
-    parser.add_argument('--out-dir', type=Path, help='where verdicts.csv and the pictures go (default: <run-dir>/watch-<name of the folder>)')
+    parser.add_argument('--out-dir', type=Path, help='where verdicts.csv and the pictures go '
+                                                     '(default: <run-dir>/watch-<name of the folder>)')
     parser.add_argument('--threshold', type=float, help="scores above it alarm (default: the run's own)")
-    parser.add_argument('--false-alarms', type=float, help='the share of false alarms that the threshold shall promise, such as 0.05')
+    parser.add_argument('--false-alarms', type=float, help='the share of false alarms that the threshold shall promise, '
+                                                           'such as 0.05')
     parser.add_argument('--every', type=float, default=1.0, help='seconds between two looks at the folder (default: 1)')
     parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: a GPU where there is one)')
     return parser
@@ -133,8 +142,8 @@ def _summary(latencies: list[float], busy: float) -> str:
     "Throughput and latency in words; `busy`: seconds from the first verdict to the last."
     if not latencies: return 'watched; no photo was judged'
     rate = f'{(len(latencies) - 1) / busy:.2f} photos a second, ' if busy > 0 else ''
-    return (f'{len(latencies)} photos judged, {rate}latency {np.median(latencies):.1f} s in the median and {max(latencies):.1f} s at most, '
-            'from the last change of the file to its verdict')
+    return (f'{len(latencies)} photos judged, {rate}latency {np.median(latencies):.1f} s in the median and '
+            f'{max(latencies):.1f} s at most, from the last change of the file to its verdict')
 
 # %% ../nbs/14c_watch.ipynb #67b70c0e
 def main(argv: list[str]) -> int:
@@ -144,10 +153,12 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, end)
     say = lambda text: print(text, file=sys.stderr, flush=True)
     try:
-        if not (math.isfinite(asked.every) and asked.every > 0): raise ValueError(f'every is {asked.every}; it must be a number of seconds above 0')
+        if not (math.isfinite(asked.every) and asked.every > 0):
+            raise ValueError(f'every is {asked.every}; it must be a number of seconds above 0')
         detector = load_detector(asked.run_dir, asked.device)
         choose_threshold(detector, asked.threshold, asked.false_alarms)
-        if detector.threshold is None: raise ValueError('this run has no threshold, so there are no verdicts; draem_nb calibrate sets one')
+        if detector.threshold is None:
+            raise ValueError('this run has no threshold, so there are no verdicts; draem_nb calibrate sets one')
         out_dir = asked.out_dir or asked.run_dir / f'watch-{asked.images.resolve().name[:80]}'
         say(f'watching {shown(asked.images)}; verdicts in {shown(out_dir)}/verdicts.csv; Ctrl-C ends it')
         for row in watch(detector, asked.images, out_dir, asked.every):
