@@ -70,8 +70,8 @@ def report_parameters(name: str | Path) -> dict[str, tuple[object, str]]:
 
 # %% ../nbs/12b_cli.ipynb #e10be0df
 def value_of(key: str, default: object, text: str = '') -> Callable[[str], object]:
-    """What turns an option into the type of its default: text, or JSON for numbers, lists and dictionaries, or where the
-    help says so."""
+    """What turns an option into the type of its default: text, or JSON for numbers, lists and dictionaries, or where
+    the help says so."""
     number = default is None and text.startswith('a number')
     plain = isinstance(default, str) or default is None and 'JSON' not in text and not number
     like = {} if isinstance(default, dict) else default if default is not None else 0.05 if number else ['a', 'b']
@@ -106,8 +106,9 @@ def _commands_by_task(about: dict[str, str]) -> str:
     others = {'others': tuple(name for name in about if name not in sum(_TASKS.values(), ()))}
     lines = [[f'{task}:', *(f'  {name:<16}{about[name]}' for name in names if name in about)]
              for task, names in (_TASKS | others).items() if names]
-    return '\n\n'.join('\n'.join(part) for part in lines) + '\n\ndraem_nb COMMAND --help lists the options of a command.'
+    return '\n\n'.join(['\n'.join(part) for part in lines] + ['draem_nb COMMAND --help lists the options of a command.'])
 
+# %% ../nbs/12b_cli.ipynb #12bc0de5
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser('draem_nb', formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--version', action='version', version=f'draem_nb {draem_nb.__version__}')
@@ -132,7 +133,7 @@ def _add_report(command: argparse.ArgumentParser, name: str) -> None:
 
 # %% ../nbs/12b_cli.ipynb #c6f54332
 def main(argv: list[str] | None = None) -> int:
-    "The command `draem_nb`. Returns its exit status, see `reports.run_command`; exits with 2 where the options are wrong."
+    "The command `draem_nb`. Its exit status is that of `reports.run_command`; 2 where the options are wrong."
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ['table']:
         from draem_nb.fanout import table

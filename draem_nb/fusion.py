@@ -22,6 +22,7 @@ from .features import BACKBONES
 from .feature_draem import FeatureDraemDetector, FeatureDraemRecipe
 from .fitting import KeptDetector, describe_run, is_there, keep_run
 from .memory import MemoryDetector, MemoryRecipe
+from .textures import load_textures
 from .training import pick_device, split_held_out
 
 # %% auto #0
@@ -58,7 +59,8 @@ def by_name(name: str) -> FusionRecipe:
     if name != 'demo': raise ValueError(f'unknown recipe {name!r}; fusion has: demo')
     return demo()
 
-wants_textures, examples = True, feature_draem.examples       # the report loads textures, and shows what is painted
+wants_textures = True               # of `fit`: the report loads them
+examples = feature_draem.examples   # what is painted, for the report
 
 # %% ../nbs/45b_fusion.ipynb #31869458
 class Witnesses(KeptDetector):
@@ -96,8 +98,11 @@ class FusionDetector(Witnesses):
 
     def evidence(self, batch: Tensor) -> Tensor:
         "(B, 3, H, W) uint8 on the device -> (B, 1, H, W): mean of both, in standard deviations of normal pixels."
-        mean, std = (of.to(batch.device)[:, None, None] for of in (self.mean, self.std))
-        return ((self.log_odds(batch) - mean) / std).mean(1, keepdim=True)
+        return self._on_one_scale(self.log_odds(batch))
+
+    def _on_one_scale(self, log_odds: Tensor) -> Tensor:
+        mean, std = (of.to(log_odds.device)[:, None, None] for of in (self.mean, self.std))
+        return ((log_odds - mean) / std).mean(1, keepdim=True)
 
     def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         z = self.evidence(batch)
@@ -106,10 +111,10 @@ class FusionDetector(Witnesses):
     @torch.no_grad()
     def measure(self, images: Tensor) -> None:
         "Take the scale of both witnesses from (N, 3, H, W) uint8 normal images."
-        parts = [part.to(self.device) for part in images.split(16)]
-        seen = torch.cat([self.log_odds(part).cpu() for part in parts]).double()
-        self.mean, self.std = seen.mean((0, 2, 3)).float(), seen.std((0, 2, 3)).float() + _EDGE
-        self.highest = max(float(self.evidence(part).max()) for part in parts)
+        seen = torch.cat([self.log_odds(part.to(self.device)).cpu() for part in images.split(16)])
+        std, mean = torch.std_mean(seen.double(), (0, 2, 3))
+        self.mean, self.std = mean.float(), std.float() + _EDGE
+        self.highest = float(self._on_one_scale(seen).max())
 
 # %% ../nbs/45b_fusion.ipynb #ecd24da4
 def fit(
@@ -121,19 +126,20 @@ def fit(
 ) -> FusionDetector:                                # with thresholds, unless recipe.holdout is 0
     "Fit both witnesses and set the thresholds. The same seed gives the same bits on a CPU."
     recipe, device, images = recipe or demo(), pick_device(device), category.train
+    textures = load_textures(None, recipe.size) if textures is None else textures
     about = describe_run('fusion', category, recipe, device, textures)
     if run_dir and is_there(Path(run_dir), about): return load(run_dir, device)
     detector = FusionDetector(recipe, device)
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+        painted_dir, memory_dir = Path(folder) / 'feature_draem', Path(folder) / 'memory'
         detector.parts = dict(
-            feature_draem=feature_draem.fit(category, painted_recipe(recipe), device, textures, folder / 'feature_draem'),
-            memory=memory.fit(category, memory_recipe(recipe), device, run_dir=folder / 'memory'))
+            feature_draem=feature_draem.fit(category, painted_recipe(recipe), device, textures, painted_dir),
+            memory=memory.fit(category, memory_recipe(recipe), device, run_dir=memory_dir))
     kept, held_out = split_held_out(len(images), recipe)
     detector.measure(large_part(images, (held_out if len(held_out) else kept)[:128]))
     if len(held_out): detector.calibrate(large_part(images, held_out))
     if run_dir:
-        shutil.copy(Path(run_dir) / 'feature_draem' / 'losses.csv', run_dir)       # where a report looks for them
+        shutil.copy(painted_dir / 'losses.csv', run_dir)       # where a report looks for them
         keep_run(detector, about, Path(run_dir))
     return detector
 

@@ -178,19 +178,25 @@ def test_draem_of_large_images_is_a_method_too(demo, tmp_path):
     assert found.size == again.size == (64, 64) and found.threshold == again.threshold and found.n_held_out > 0
     assert torch.equal(found.predict(category.test).maps, again.predict(category.test).maps)
     assert methods.examples('draem', category.train, recipe, methods.textures_of('draem', recipe)).axes
-def test_feature_draem_stopped_and_resumed_ends_with_the_same_bits(demo, tmp_path, monkeypatch):
-    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
-    recipe = feature_draem.demo().replace(size=64, steps=6, width=8, batch=2, checkpoint_every=4)
-    fit = lambda run_dir: feature_draem.fit(category, recipe, 'cpu', textures, tmp_path / run_dir)
-    whole, step = fit('whole'), feature_draem.FeatureDraemTraining.step
+def stop_at_step_5(fit, run_dir: str, monkeypatch) -> None:
+    "Fit into `run_dir` until the training dies, one step after a checkpoint."
+    step = feature_draem.FeatureDraemTraining.step
 
     def stopping(self, i):
         if i == 5: raise RuntimeError('stopped')
         return step(self, i)
 
     monkeypatch.setattr(feature_draem.FeatureDraemTraining, 'step', stopping)
-    with pytest.raises(RuntimeError, match='stopped'): fit('stopped')
+    with pytest.raises(RuntimeError, match='stopped'): fit(run_dir)
     monkeypatch.undo()
+
+
+def test_feature_draem_stopped_and_resumed_ends_with_the_same_bits(demo, tmp_path, monkeypatch):
+    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
+    recipe = feature_draem.demo().replace(size=64, steps=6, width=8, batch=2, checkpoint_every=4)
+    fit = lambda run_dir: feature_draem.fit(category, recipe, 'cpu', textures, tmp_path / run_dir)
+    whole = fit('whole')
+    stop_at_step_5(fit, 'stopped', monkeypatch)
     assert load_checkpoint(tmp_path / 'stopped' / 'checkpoint.pt')['step'] == 4
     seen = whole.predict(category.test)
     for found in (fit('stopped'), fit('whole'), methods.load(tmp_path / 'stopped', 'cpu'), methods.load(tmp_path / 'whole', 'cpu')):
@@ -209,15 +215,8 @@ def test_two_witnesses_stopped_and_resumed_end_with_the_same_bits(demo, tmp_path
     category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
     recipe = fusion.demo().replace(size=64, steps=6, width=8, batch=2, checkpoint_every=4, pieces=50)
     fit = lambda run_dir: fusion.fit(category, recipe, 'cpu', textures, tmp_path / run_dir)
-    whole, step = fit('whole'), feature_draem.FeatureDraemTraining.step
-
-    def stopping(self, i):
-        if i == 5: raise RuntimeError('stopped')
-        return step(self, i)
-
-    monkeypatch.setattr(feature_draem.FeatureDraemTraining, 'step', stopping)
-    with pytest.raises(RuntimeError, match='stopped'): fit('stopped')
-    monkeypatch.undo()
+    whole = fit('whole')
+    stop_at_step_5(fit, 'stopped', monkeypatch)
     found = fit('stopped').predict(category.test)
     assert torch.equal(found.maps, whole.predict(category.test).maps) and torch.equal(found.scores, whole.predict(category.test).scores)
     with torch.no_grad(): odds, z = whole.log_odds(category.test[:4]), whole.evidence(category.test[:4])
