@@ -225,7 +225,8 @@ class AnomalyDetector:
         "The numbers of `image_statistics` for images as `predict` takes them, at the size that the detector looks at."
         if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
         parts = [images[i:i + 16] for i in range(0, len(images), 16)] if isinstance(images, Sequence) else [images]
-        return np.concatenate([image_statistics(as_images(part, self.size, antialias=self.antialias)[0]) for part in parts])
+        return np.concatenate([image_statistics(as_images(part, self.size, antialias=self.antialias)[0])
+                               for part in parts])
 
     def save_calibration(self, run_dir: str | Path) -> None:
         "Write threshold.json and held_out.json into the folder, where `load_calibration` finds them."

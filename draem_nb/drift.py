@@ -22,7 +22,7 @@ __all__ = ['held_out_table', 'table_of', 'changes', 'can_tell', 'in_words', 'pic
 
 # %% ../nbs/14b_drift.ipynb #7241b2e6
 def held_out_table(detector: AnomalyDetector) -> pd.DataFrame | None:
-    "A row for each held-out image: its score and the numbers of `image_statistics`; None where the run has not kept them."
+    "A row for each held-out image: its score and the numbers of `image_statistics`; None where they were not kept."
     if detector.held_out_statistics is None: return None
     return table_of(detector.held_out_scores, detector.held_out_statistics)
 
@@ -37,24 +37,31 @@ def changes(
     false_alarms: float = 0.01, # the largest probability that an unchanged line is called changed
 ) -> pd.DataFrame:              # by quantity: both medians, p, and whether it changed
     "What differs between held-out and new images, by Kolmogorov-Smirnov tests with Bonferroni's correction."
-    if not 0 < false_alarms < 1: raise ValueError(f'false_alarms is {false_alarms}; it must be a share between 0 and 1, such as 0.01')
+    if not 0 < false_alarms < 1:
+        raise ValueError(f'false_alarms is {false_alarms}; it must be a share between 0 and 1, such as 0.01')
     if not (len(held_out) and len(new)): raise ValueError('a comparison needs at least one held-out and one new image')
     p = [ks_2samp(held_out[name], new[name]).pvalue for name in held_out]
     return pd.DataFrame({'held-out median': held_out.median(), 'new median': new.median(), 'p': p,
                          'changed': np.array(p) <= false_alarms / len(p)})
 
 def can_tell(n: int, m: int, false_alarms: float = 0.01) -> bool:
-    "Whether n held-out and m new images could show any change at all: two sets that do not overlap have p = 2 / (n + m over n)."
+    """Whether n held-out and m new images could show any change at all: two sets that do not overlap have
+    p = 2 / (n + m over n)."""
     return 2 / math.comb(n + m, n) <= false_alarms / (1 + len(STATISTICS))
 
 # %% ../nbs/14b_drift.ipynb #17121e99
 def in_words(table: pd.DataFrame, n: int, m: int, false_alarms: float = 0.01) -> str:
     "The result of `changes` on n held-out and m new images, in a sentence."
-    if not can_tell(n, m, false_alarms): return f'{n} held-out and {m} new images are too few to tell whether the line has changed.'
+    if not can_tell(n, m, false_alarms):
+        return f'{n} held-out and {m} new images are too few to tell whether the line has changed.'
     test = f'on an unchanged line, this test finds a change in at most {false_alarms:.0%} of the inspections'
-    if not table.changed.any(): return f'No change of the line: scores, brightness, sharpness and colour are as those of {n} held-out images; {test}.'
-    found = ', '.join(f"{name} ({row['held-out median']:.3g} before, {row['new median']:.3g} now)" for name, row in table[table.changed].iterrows())
-    return f'The line has changed: {found}; {test}. Look whether light, camera and parts are as before, and calibrate again if they stay so.'
+    if not table.changed.any():
+        return ('No change of the line: scores, brightness, sharpness and colour are as those of '
+                f'{n} held-out images; {test}.')
+    found = ', '.join(f"{name} ({row['held-out median']:.3g} before, {row['new median']:.3g} now)"
+                      for name, row in table[table.changed].iterrows())
+    return (f'The line has changed: {found}; {test}. Look whether light, camera and parts are as before, and calibrate '
+            'again if they stay so.')
 
 def picture(held_out: pd.DataFrame, new: pd.DataFrame, table: pd.DataFrame) -> Figure:
     "A panel for each quantity: the held-out images and the new ones, a dot each; `table` as `changes` gives it."
@@ -63,7 +70,8 @@ def picture(held_out: pd.DataFrame, new: pd.DataFrame, table: pd.DataFrame) -> F
         for y, (of, colour) in enumerate(((held_out[name], plots.NORMAL), (new[name], plots.PREDICTION))):
             ax.plot(of, y + (np.arange(len(of)) * 0.618 % 1 - 0.5) * 0.5, 'o', ms=4, alpha=0.6, mew=0, color=colour)
             ax.plot([of.median()] * 2, [y - 0.35, y + 0.35], color='black', lw=1.5)
-        ax.set_title(name + (': changed' if row.changed else ''), fontsize=9, color=plots.DEFECT if row.changed else 'black')
+        title, colour = (f'{name}: changed', plots.DEFECT) if row.changed else (name, 'black')
+        ax.set_title(title, fontsize=9, color=colour)
         ax.set(yticks=range(2), yticklabels=['held out', 'new'], ylim=(1.6, -0.6))
         ax.grid(False, axis='y')
         ax.tick_params(axis='x', labelsize=7)

@@ -33,12 +33,14 @@ def count_in_words(scores: Sequence[float] | np.ndarray, good: Sequence[bool] | 
 # %% ../nbs/11b_gallery.ipynb #6f895a77
 _STYLE = """<style>
 .gallery-tiles { display: flex; flex-wrap: wrap; gap: 8px; }
-.gallery figure { margin: 0; width: 150px; border: 3px solid #0072B2; font: 12px sans-serif; overflow-wrap: anywhere; background: white; }
+.gallery figure { margin: 0; width: 150px; border: 3px solid #0072B2; font: 12px sans-serif;
+  overflow-wrap: anywhere; background: white; }
 .gallery figure.alarm { border-color: #D55E00; }
 .gallery figure[hidden] { display: none; }
 .gallery img { width: 100%; display: block; cursor: zoom-in; }
 .gallery figcaption { padding: 3px; }
-.gallery figure.large { position: fixed; inset: 3%; width: auto; z-index: 9; display: flex; flex-direction: column; box-shadow: 0 0 0 99vmax #000c; }
+.gallery figure.large { position: fixed; inset: 3%; width: auto; z-index: 9; display: flex;
+  flex-direction: column; box-shadow: 0 0 0 99vmax #000c; }
 .gallery figure.large img { flex: 1; min-height: 0; object-fit: contain; cursor: zoom-out; }
 .gallery-controls { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 6px 0; }
 .gallery-controls input[type=range] { width: 300px; vertical-align: middle; }
@@ -50,7 +52,8 @@ def _jpeg(picture: np.ndarray) -> str:
 
 def _figure(picture: np.ndarray, name: str, kind: str | None, score: float, threshold: float) -> str:
     alarm = score > threshold
-    return (f'<figure data-score="{score:.9g}" data-kind="{escape(kind or "")}"{" class=alarm" if alarm else ""}><img src="{_jpeg(picture)}" alt="">'
+    return (f'<figure data-score="{score:.9g}" data-kind="{escape(kind or "")}"{" class=alarm" if alarm else ""}>'
+            f'<img src="{_jpeg(picture)}" alt="">'
             f'<figcaption>{escape(shown(name))}{"<br>" + escape(shown(kind)) if kind else ""}<br>score {score:.4g}: '
             f'<span>{"anomalous" if alarm else "normal"}</span></figcaption></figure>')
 
@@ -66,11 +69,13 @@ def gallery(
     "HTML of a gallery, the highest score first; a report's page lets its reader move the threshold."
     values, good = np.asarray(scores, float), None if kinds is None else [kind == 'good' for kind in kinds]
     nearest = sorted(np.argsort(np.abs(values - threshold), kind='stable')[:most].tolist(), key=lambda i: -values[i])
-    tiles = [_figure(picture(i), str(names[i]), None if kinds is None else kinds[i], float(values[i]), threshold) for i in nearest]
+    tiles = [_figure(picture(i), str(names[i]), None if kinds is None else kinds[i], float(values[i]), threshold)
+             for i in nearest]
     data = f'data-threshold="{threshold:.9g}" data-scores="{json.dumps([float(f"{value:.9g}") for value in values])}"'
     if good is not None: data += f' data-good="{json.dumps([int(one) for one in good])}"'
     rest = f' The pictures are the {len(tiles)} nearest to the threshold.' if len(tiles) < len(values) else ''
-    return (f'{_STYLE}<div class="gallery" {data}><p><span class="gallery-count">{count_in_words(values, good, threshold)}</span>{rest}</p>'
+    words = count_in_words(values, good, threshold)
+    return (f'{_STYLE}<div class="gallery" {data}><p><span class="gallery-count">{words}</span>{rest}</p>'
             f'<div class="gallery-tiles">{"".join(tiles)}</div></div>')
 
 # %% ../nbs/11b_gallery.ipynb #456329b9
@@ -82,13 +87,15 @@ const choice = (parent, label, options) => {
   return select;
 };
 for (const gallery of document.querySelectorAll('.gallery')) {
-  const box = gallery.querySelector('.gallery-tiles'), tiles = [...box.children], count = gallery.querySelector('.gallery-count');
+  const box = gallery.querySelector('.gallery-tiles'), tiles = [...box.children];
+  const count = gallery.querySelector('.gallery-count');
   const scores = JSON.parse(gallery.dataset.scores), good = gallery.dataset.good && JSON.parse(gallery.dataset.good);
   const own = Number(gallery.dataset.threshold), low = Math.min(own, ...scores), high = Math.max(own, ...scores);
   const controls = document.createElement('div');
   controls.className = 'gallery-controls';
   gallery.insertBefore(controls, box);
-  const slider = make('input', make('label', controls, {textContent: 'threshold '}), {type: 'range', min: 0, max: 1000, step: 1});
+  const label = make('label', controls, {textContent: 'threshold '});
+  const slider = make('input', label, {type: 'range', min: 0, max: 1000, step: 1});
   const reset = make('button', controls, {textContent: 'back to ' + own.toPrecision(4)});
   const show = choice(controls, 'show', ['all', 'alarms', ...(good ? ['false alarms', 'misses'] : [])]);
   const kind = choice(controls, 'kind', ['all', ...new Set(tiles.map(tile => tile.dataset.kind))]);
@@ -102,21 +109,27 @@ for (const gallery of document.querySelectorAll('.gallery')) {
       const wrong = scores.filter((score, i) => good[i] && score > threshold).length;
       const missed = scores.filter((score, i) => !good[i] && score <= threshold).length;
       const n = good.filter(Boolean).length;
-      words += `; ${wrong} false alarms among ${n} good images, ${missed} misses among ${good.length - n} defective ones`;
+      words += `; ${wrong} false alarms among ${n} good images, ` +
+        `${missed} misses among ${good.length - n} defective ones`;
     }
     count.textContent = words + '.';
     for (const tile of tiles) {
       const alarm = Number(tile.dataset.score) > threshold, isGood = tile.dataset.kind === 'good';
       tile.classList.toggle('alarm', alarm);
       tile.querySelector('span').textContent = alarm ? 'anomalous' : 'normal';
-      const fits = {'all': true, 'alarms': alarm, 'false alarms': alarm && isGood, 'misses': !alarm && !isGood}[show.value];
+      const groups = {'all': true, 'alarms': alarm, 'false alarms': alarm && isGood, 'misses': !alarm && !isGood};
+      const fits = groups[show.value];
       tile.hidden = !fits || (kind.selectedIndex > 0 && tile.dataset.kind !== kind.value);
     }
     const far = tile => Math.abs(Number(tile.dataset.score) - threshold), score = tile => Number(tile.dataset.score);
-    const by = [(a, b) => score(b) - score(a), (a, b) => far(a) - far(b), (a, b) => score(a) - score(b)][order.selectedIndex];
-    box.append(...[...tiles].sort(by));
+    const orders = [(a, b) => score(b) - score(a), (a, b) => far(a) - far(b), (a, b) => score(a) - score(b)];
+    box.append(...[...tiles].sort(orders[order.selectedIndex]));
   };
-  const back = () => { threshold = own; slider.value = high > low ? 1000 * (own - low) / (high - low) : 500; update(); };
+  const back = () => {
+    threshold = own;
+    slider.value = high > low ? 1000 * (own - low) / (high - low) : 500;
+    update();
+  };
   slider.addEventListener('input', () => { threshold = low + (high - low) * slider.value / 1000; update(); });
   reset.addEventListener('click', back);
   for (const select of [show, kind, order]) select.addEventListener('change', update);

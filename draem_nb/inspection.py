@@ -75,14 +75,20 @@ def threshold_interval(scores: Sequence[float], threshold: float, level: float =
     return min(float(ranked[low - 1]), threshold), max(float(ranked[high - 1]), threshold)
 
 # %% ../nbs/14_inspection.ipynb #26180cd3
-def look(detector: AnomalyDetector, paths: list[Path], unreadable: dict[Path, str], **how: bool) -> tuple[list[Path], Detections | None]:
-    "Those of the images that can be read, and what `predict` says of them; the others go into `unreadable` with the reason."
+def look(
+    detector: AnomalyDetector,
+    paths: list[Path],
+    unreadable: dict[Path, str],        # gets the images that cannot be read, with the reason
+    **how: bool,                        # handed on to `predict`
+) -> tuple[list[Path], Detections | None]:
+    "Those of the images that can be read, and what `predict` says of them."
     while paths:
         try: return paths, detector.predict(paths, **how)
         except (UnreadableImage, FileNotFoundError):        # one of them; which?
             for path in paths:
                 try: read_image(path)
-                except (UnreadableImage, FileNotFoundError) as error: unreadable[path] = getattr(error, 'reason', 'it is gone')
+                except (UnreadableImage, FileNotFoundError) as error:
+                    unreadable[path] = getattr(error, 'reason', 'it is gone')
             if not unreadable.keys() & set(paths): raise
             paths = [path for path in paths if path not in unreadable]
     return [], None
@@ -90,9 +96,10 @@ def look(detector: AnomalyDetector, paths: list[Path], unreadable: dict[Path, st
 def verdict(detector: AnomalyDetector, score: float, defect_pixels: int) -> dict[str, object]:
     "Threshold, margin, verdict and note of one image; nothing where the detector has no threshold."
     if detector.threshold is None: return {}
-    low, high = threshold_interval(detector.held_out_scores, detector.threshold) if detector.n_held_out else (math.inf, -math.inf)
-    anomalous = score > detector.threshold
-    notes = ['borderline'] * (low <= score <= high)
+    anomalous, notes = score > detector.threshold, []
+    if detector.n_held_out:
+        low, high = threshold_interval(detector.held_out_scores, detector.threshold)
+        if low <= score <= high: notes.append('borderline')
     if anomalous and not defect_pixels: notes.append('no pixel exceeds its own threshold')
     if defect_pixels and not anomalous: notes.append('some pixels exceed their own threshold')
     return dict(threshold=detector.threshold, margin=score - detector.threshold,

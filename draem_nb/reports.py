@@ -477,8 +477,9 @@ def _there(data_root: str | None, runs_dir: str) -> list[str]:
 
 # %% ../nbs/12_reports.ipynb #a925312a
 def run_command(name: str, params: dict) -> int:
-    """What `draem_nb NAME` does with these parameters: `list`, or a report. Its exit status: 0; 1 failed; 3 done, but some
-    files could not be read or were not looked at; 130 stopped."""
+    """What `draem_nb NAME` does with these parameters: `list`, or a report.
+
+    Its exit status: 0; 1 failed; 3 done, but some files could not be read or were not looked at; 130 stopped."""
     try:
         if name == 'list':
             print('\n'.join(_there(**params)))
