@@ -26,7 +26,8 @@ _LOSSES = dict(l2=F.mse_loss, ssim=ssim_loss)
 
 def _error_map(image: Tensor, reconstruction: Tensor, loss: str) -> Tensor:
     "(B, 3, H, W) twice -> (B, 1, H, W), the mean over the channels."
-    return (image - reconstruction).square().mean(1, keepdim=True) if loss == 'l2' else reconstruction_error(image, reconstruction, 'ssim')
+    return ((image - reconstruction).square().mean(1, keepdim=True) if loss
+            == 'l2' else reconstruction_error(image, reconstruction, 'ssim'))
 
 # %% ../nbs/20_autoencoder.ipynb #20160f9c
 @dataclass(frozen=True)
@@ -52,17 +53,20 @@ class AutoencoderRecipe:
             if not ok: raise ValueError(f'recipe field {field} is {getattr(self, field)!r}; it must be {rule}')
         need(self.loss in _LOSSES, 'loss', "'l2' or 'ssim'")
         for field in ('bottleneck', 'steps', 'batch', 'score_window'):
-            need(isinstance(getattr(self, field), int) and getattr(self, field) >= 1, field, 'a whole number of at least 1')
+            need(isinstance(getattr(self, field), int) and getattr(self, field) >= 1, field,
+                 'a whole number of at least 1')
         need(self.score_window % 2 == 1, 'score_window', 'odd, so that it has a centre')
         need(self.lr > 0, 'lr', 'greater than 0')
         need(0 <= self.holdout < 1, 'holdout', 'at least 0 and less than 1, so that images are left to train on')
         need(0 <= self.quantile <= 1, 'quantile', 'between 0 and 1')
 
 # %% ../nbs/20_autoencoder.ipynb #523c477d
-_LAYERS = [(32, 4, 2), (32, 4, 2), (32, 3, 1), (64, 4, 2), (64, 3, 1), (128, 4, 2), (64, 3, 1), (32, 3, 1)]     # channels, kernel, stride
+# channels, kernel, stride
+_LAYERS = [(32, 4, 2), (32, 4, 2), (32, 3, 1), (64, 4, 2), (64, 3, 1), (128, 4, 2), (64, 3, 1), (32, 3, 1)]
 
 class Autoencoder(nn.Module):
-    "(B, 3, H, W) in 0..1 -> reconstruction of the same shape, through `bottleneck` numbers. 1.05 M parameters at 128 px and 100."
+    """(B, 3, H, W) in 0..1 -> reconstruction of the same shape, through `bottleneck` numbers. 1.05 M
+    parameters at 128 px and 100."""
     def __init__(self, size: tuple[int, int], bottleneck: int):
         super().__init__()
         last = size[0] // 16, size[1] // 16             # four layers have stride 2
@@ -84,7 +88,8 @@ def _initialise(net: Autoencoder, generator: torch.Generator) -> Autoencoder:
     "He's uniform initial weights for leaky ReLU (0.2), from a generator; no biases."
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            inputs = m.in_channels * math.prod(m.kernel_size) / (math.prod(m.stride) if isinstance(m, nn.ConvTranspose2d) else 1)
+            inputs = m.in_channels * math.prod(m.kernel_size) / (math.prod(m.stride)
+                                                                 if isinstance(m, nn.ConvTranspose2d) else 1)
             if m is net.decoder[0]: inputs = m.in_channels          # each of its values sees the vector once
             bound = math.sqrt(6 / ((1 + 0.2**2) * inputs))
             m.weight.uniform_(-bound, bound, generator=generator)
@@ -107,20 +112,25 @@ class AutoencoderDetector(AnomalyDetector):
 # %% ../nbs/20_autoencoder.ipynb #7266601b
 _LOOK_EVERY = 25     # steps between two looks at the loss, each of which waits for the device
 
-def _train(net: Autoencoder, images: Tensor, recipe: AutoencoderRecipe, generator: torch.Generator, name: str) -> Tensor:
+def _train(net: Autoencoder, images: Tensor, recipe: AutoencoderRecipe, generator: torch.Generator,
+           name: str) -> Tensor:
     "Train in place on (N, 3, H, W) uint8; gives the losses (steps,), on the CPU."
-    optimizer = torch.optim.Adam(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=images.device.type in ('cpu', 'cuda'))
+    optimizer = torch.optim.Adam(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay,
+                                 fused=images.device.type in ('cpu', 'cuda'))
     losses = torch.zeros(recipe.steps, device=images.device)
     for step in tqdm(range(recipe.steps), name, unit='step', mininterval=1, delay=2):
         x = images[torch.randint(len(images), (recipe.batch,), generator=generator).to(images.device)].float().div_(255)
-        if recipe.flips: x = x.flip([axis for axis in (2, 3) if torch.rand((), generator=generator) < 0.5])      # the whole batch alike
+        if recipe.flips:
+            # the whole batch alike
+            x = x.flip([axis for axis in (2, 3) if torch.rand((), generator=generator) < 0.5])
         loss = _LOSSES[recipe.loss](net(x), x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         losses[step] = loss.detach()
         if ((step + 1) % _LOOK_EVERY == 0 or step + 1 == recipe.steps) and not losses.isfinite().all():
-            raise FloatingPointError(f'the loss is not finite at step {step + 1} or shortly before; a smaller recipe field lr (now {recipe.lr:g}) usually helps')
+            raise FloatingPointError(f'the loss is not finite at step {step + 1} or shortly before; a smaller recipe '
+                                     f'field lr (now {recipe.lr:g}) usually helps')
     return losses.cpu()
 
 # %% ../nbs/20_autoencoder.ipynb #32d672cd
@@ -128,11 +138,15 @@ def fit(
     category: CategoryData,                         # its normal training images are used, nothing else
     recipe: AutoencoderRecipe | None = None,        # None: the defaults
     device: str | torch.device | None = None,       # None: a GPU where there is one
-) -> AutoencoderDetector:                           # with thresholds from the held-out images, unless recipe.holdout is 0
-    "Train an autoencoder on a class and set its thresholds (Bergmann et al., 2018). The same seed gives the same bits on a CPU."
+# with thresholds from the held-out images, unless recipe.holdout is 0
+) -> AutoencoderDetector:
+    """Train an autoencoder on a class and set its thresholds (Bergmann et al., 2018).
+
+    The same seed gives the same bits on a CPU."""
     recipe, device = recipe or AutoencoderRecipe(), pick_device(device)
     if category.size != check_size(recipe.size):
-        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for {recipe.size}; load it with size={recipe.size}')
+        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
+                         f'{recipe.size}; load it with size={recipe.size}')
     kept, held_out = split_held_out(len(category.train), recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
     net = _initialise(Autoencoder(category.size, recipe.bottleneck), generator).to(device)

@@ -106,7 +106,8 @@ def _commands_by_task(about: dict[str, str]) -> str:
     others = {'others': tuple(name for name in about if name not in sum(_TASKS.values(), ()))}
     lines = [[f'{task}:', *(f'  {name:<16}{about[name]}' for name in names if name in about)]
              for task, names in (_TASKS | others).items() if names]
-    return '\n\n'.join(['\n'.join(part) for part in lines] + ['draem_nb COMMAND --help lists the options of a command.'])
+    return '\n\n'.join(['\n'.join(part) for part in lines]
+                       + ['draem_nb COMMAND --help lists the options of a command.'])
 
 # %% ../nbs/12b_cli.ipynb #12bc0de5
 def _parser() -> argparse.ArgumentParser:

@@ -34,16 +34,20 @@ __all__ = ['load', 'CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw
 class CutPasteRecipe:
     "All choices of one run; the defaults are the paper's. Impossible values are refused with a `ValueError`."
     name: str = 'paper'                             # what the report calls it
-    task: str = '3way'                              # normal against 'cutpaste', against 'scar', or '3way': all three apart
+    # normal against 'cutpaste', against 'scar', or '3way': all three apart
+    task: str = '3way'
     size: int | tuple[int, int] = 256               # network input, S or (H, W) in pixels; multiples of 32
-    width: int = 64                                 # channels of ResNet-18's first block; the feature has 8 times as many numbers
+    # channels of ResNet-18's first block; the feature has 8 times as many numbers
+    width: int = 64
     # --- pastes
     area: tuple[float, float] = (0.02, 0.15)        # of a patch, as a share of what it is pasted into
-    aspect: tuple[tuple[float, float], ...] = ((0.3, 1.), (1., 3.3))    # height by width of a patch: one of these ranges, then uniform in it
+    # height by width of a patch: one of these ranges, then uniform in it
+    aspect: tuple[tuple[float, float], ...] = ((0.3, 1.), (1., 3.3))
     scar_width: tuple[float, float] = (2., 16.)     # pixels at 256 pixels, scaled with the size
     scar_length: tuple[float, float] = (10., 25.)   # the same
     scar_degrees: float = 45.                       # a scar turns by U(-d, d)
-    jitter: float = 0.1                             # colour jitter of what is pasted: brightness, contrast, saturation +-10 %, hue +-0.1 turns
+    # colour jitter of what is pasted: brightness, contrast, saturation +-10 %, hue +-0.1 turns
+    jitter: float = 0.1
     # --- optimisation, of each of the two networks
     steps: int = 256 * 256                          # optimiser steps: 256 epochs of 256; 0 leaves the networks random
     batch: int = 32                                 # normal images a step; each comes once more with each kind of paste
@@ -89,15 +93,18 @@ def _check_ranges(r: CutPasteRecipe) -> None:
     for field in ('area', 'scar_width', 'scar_length'):
         low, high = getattr(r, field)
         need(0 < low <= high, field, 'a pair (low, high) with 0 < low <= high')
-    need(r.area[1] * max(max(range_) for range_ in r.aspect) <= 1 and r.area[1] / min(min(range_) for range_ in r.aspect) <= 1, 'area',
+    need(r.area[1] * max(max(range_) for range_ in r.aspect) <= 1
+         and r.area[1] / min(min(range_) for range_ in r.aspect) <= 1, 'area',
          'so small that the longest patch fits into the image')
     need(0 <= r.jitter <= 0.5, 'jitter', 'between 0 and 0.5')
     need(r.lr > 0, 'lr', 'greater than 0')
     need(0 <= r.holdout < 1, 'holdout', 'at least 0 and less than 1, so that images are left to train on')
     need(0 <= r.quantile <= 1, 'quantile', 'between 0 and 1')
     scar = math.hypot(r.scar_width[1], r.scar_length[1]) * min(size) / 256
-    need(math.ceil(scar) <= r.patch <= min(size), 'patch', f'at least {math.ceil(scar)}, as long as the largest scar, and at most {min(size)}')
-    need(all((side - r.patch) % r.stride == 0 for side in size), 'stride', f'a divisor of {" and ".join(str(side - r.patch) for side in sorted(set(size)))}, so that the patches reach every edge')
+    need(math.ceil(scar) <= r.patch <= min(size), 'patch', f'at least {math.ceil(scar)}, as long as the largest scar, '
+         f'and at most {min(size)}')
+    need(all((side - r.patch) % r.stride == 0 for side in size), 'stride', 'a divisor of '
+         f'{" and ".join(str(side - r.patch) for side in sorted(set(size)))}, so that the patches reach every edge')
 
 # %% ../nbs/22_cutpaste.ipynb #d1335081
 def paper() -> CutPasteRecipe:
@@ -128,7 +135,8 @@ def _placed(sides: Tensor, degrees: Tensor, size: tuple[int, int], jitter: float
     "Boxes at places drawn uniformly, those that are pasted and those that are cut both fully inside."
     cos, sin = degrees.deg2rad().cos()[:, None], degrees.deg2rad().sin().abs()[:, None]
     places = []
-    for extent in (sides.ceil(), (sides * cos + sides.flip(1) * sin).sub(1e-4).ceil()):    # of the upright and of the turned box
+    # of the upright and of the turned box
+    for extent in (sides.ceil(), (sides * cos + sides.flip(1) * sin).sub(1e-4).ceil()):
         corner = (torch.rand(len(sides), 2, generator=g) * (torch.tensor(size) - extent + 1)).floor()
         places.append(corner + extent / 2)
     change = uniform(-jitter, jitter, (len(sides), 4), g)
@@ -155,7 +163,8 @@ def paste(
     pastes: Pastes,     # of B boxes
 ) -> tuple[Tensor, Tensor]:     # (B, 3, H, W) float in 0..1, (B, 1, H, W) bool: where
     "Cut, jitter, turn and paste a box of each image into itself; on the device of the images."
-    sides, source, target, degrees = (getattr(pastes, name).to(images.device)[..., None, None] for name in ('sides', 'source', 'target', 'degrees'))
+    sides, source, target, degrees = (getattr(pastes, name).to(images.device)[..., None, None]
+                                      for name in ('sides', 'source', 'target', 'degrees'))
     y, x = (torch.arange(n, device=images.device) + 0.5 for n in images.shape[-2:])
     dy, dx, cos, sin = y[:, None] - target[:, 0], x - target[:, 1], degrees.deg2rad().cos(), degrees.deg2rad().sin()
     v, u = dy * cos + dx * sin, dx * cos - dy * sin                        # in the axes of the box
@@ -189,22 +198,27 @@ class CutPastePlan:
 _DRAW = dict(cutpaste=draw_patches, scar=draw_scars)
 
 def draw_plan(recipe: CutPasteRecipe, n_images: int, window: tuple[int, int], step: int) -> CutPastePlan:
-    "All random choices of one step for windows of (h, w) pixels, from a generator seeded by (seed, window, step) alone."
+    """All random choices of one step for windows of (h, w) pixels, from a generator seeded by
+    (seed, window, step) alone."""
     g, size = generator_of(recipe.seed, 3, *window, step), torch.tensor(check_size(recipe.size))
     image = torch.randint(n_images, (recipe.batch,), generator=g)
     corner = (torch.rand(recipe.batch, 2, generator=g) * (size - torch.tensor(window) + 1)).long()
     return CutPastePlan(image, corner, [_DRAW[kind](recipe, recipe.batch, window, g) for kind in recipe.kinds])
 
 def make_batch(images: Tensor, plan: CutPastePlan, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    "(N, 3, H, W) uint8 -> (K * B, 3, h, w) float in 0..1, normal first, and its (K * B,) classes; on the device of the images."
-    cut = [images[i, :, y:y + window[0], x:x + window[1]] for i, (y, x) in zip(plan.image.tolist(), plan.corner.tolist())]
+    """(N, 3, H, W) uint8 -> (K * B, 3, h, w) float in 0..1, normal first, and its (K * B,) classes;
+    on the device of the images."""
+    cut = [images[i, :, y:y + window[0], x:x + window[1]]
+           for i, (y, x) in zip(plan.image.tolist(), plan.corner.tolist())]
     normal = torch.stack(cut).float().div_(255)
     batch = torch.cat([normal, *(paste(normal, pastes)[0] for pastes in plan.pastes)])
     return batch, torch.arange(1 + len(plan.pastes), device=images.device).repeat_interleave(len(normal))
 
 # %% ../nbs/22_cutpaste.ipynb #4d9e2a70
 def examples(images: Tensor, recipe: CutPasteRecipe, textures: Tensor | None = None) -> Figure:
-    "Six of (N, 3, H, W) uint8 normal images, and below them what each kind of paste makes of them. No textures are used."
+    """Six of (N, 3, H, W) uint8 normal images, and below them what each kind of paste makes of them.
+
+    No textures are used."""
     window = tuple(images.shape[-2:])
     batch, _ = make_batch(images, draw_plan(recipe.replace(batch=6), len(images), window, 0), window)
     fig, axes = plt.subplots(1 + len(recipe.kinds), 6, figsize=(8, 1.4 * (1 + len(recipe.kinds))), layout='constrained')
@@ -227,7 +241,8 @@ class _Block(nn.Module):
         self.shortcut, self.stride = _conv(c_in, c_out, 1, 1) if stride > 1 else nn.Identity(), stride
 
     def forward(self, x: Tensor) -> Tensor:
-        # every second pixel, then no stride: oneDNN's strided 1 x 1 convolution corrupts the heap (AVX2, fewer than 8 channels)
+        # every second pixel, then no stride: oneDNN's strided 1 x 1 convolution corrupts the
+        # heap (AVX2, fewer than 8 channels)
         return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x[..., ::self.stride, ::self.stride]))
 
 # %% ../nbs/22_cutpaste.ipynb #70dae546
@@ -235,7 +250,8 @@ class ResNet18(nn.Module):
     "(B, 3, H, W) in 0..1 -> logits (B, classes); `features` gives what lies before the head, (B, 8 * width)."
     def __init__(self, width: int = 64, classes: int = 3):
         super().__init__()
-        stages = [_Block(width * max(1, k // 2) if first else width * k, width * k, 2 if first and k > 1 else 1) for k in (1, 2, 4, 8) for first in (True, False)]
+        stages = [_Block(width * max(1, k // 2) if first else width * k, width * k, 2 if first and k > 1 else 1)
+                  for k in (1, 2, 4, 8) for first in (True, False)]
         self.body = nn.Sequential(_conv(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *stages)
         self.head = nn.Sequential(nn.Linear(8 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, classes))
 
@@ -250,10 +266,13 @@ class ResNet18(nn.Module):
 # %% ../nbs/22_cutpaste.ipynb #79b1aa31
 @torch.no_grad()
 def _initialise(net: ResNet18, generator: torch.Generator) -> ResNet18:
-    "Normal weights of variance 2 / fan out for convolutions and 2 / fan in for the head (He et al.), from a generator; biases 0."
+    """Normal weights of variance 2 / fan out for convolutions and 2 / fan in for the head (He et al.),
+    from a generator; biases 0."""
     for m in net.modules():
-        if isinstance(m, nn.Conv2d): m.weight.normal_(0, math.sqrt(2 / (m.out_channels * m.kernel_size[0] ** 2)), generator=generator)
-        if isinstance(m, nn.Linear): m.weight.normal_(0, math.sqrt(2 / m.in_features), generator=generator); m.bias.zero_()
+        if isinstance(m, nn.Conv2d):
+            m.weight.normal_(0, math.sqrt(2 / (m.out_channels * m.kernel_size[0] ** 2)), generator=generator)
+        if isinstance(m, nn.Linear):
+            m.weight.normal_(0, math.sqrt(2 / m.in_features), generator=generator); m.bias.zero_()
     return net
 
 # %% ../nbs/22_cutpaste.ipynb #b361fb98
@@ -266,7 +285,8 @@ def train_network(
     name: str = 'images',           # for the progress bar
 ) -> tuple[ResNet18, Tensor]:       # in evaluation mode, and its losses (steps,) on the CPU
     "Train a ResNet-18 to tell normal windows from pasted ones. The same seed gives the same bits on a CPU."
-    net = _initialise(ResNet18(recipe.width, 1 + len(recipe.kinds)), generator_of(recipe.seed, 4, *window)).to(images.device, memory_format=torch.channels_last)
+    net = _initialise(ResNet18(recipe.width, 1 + len(recipe.kinds)),
+                      generator_of(recipe.seed, 4, *window)).to(images.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.steps))
     losses = torch.zeros(recipe.steps, device=images.device)
@@ -278,7 +298,8 @@ def train_network(
         optimizer.step(); scheduler.step()
         losses[step] = loss.detach()
         if ((step + 1) % _LOOK_EVERY == 0 or step + 1 == recipe.steps) and not losses.isfinite().all():
-            raise FloatingPointError(f'the loss is not finite at step {step + 1} or shortly before; a smaller recipe field lr (now {recipe.lr:g}) usually helps')
+            raise FloatingPointError(f'the loss is not finite at step {step + 1} or shortly before; a smaller recipe '
+                                     f'field lr (now {recipe.lr:g}) usually helps')
     return net.eval(), losses.cpu()
 
 # %% ../nbs/22_cutpaste.ipynb #f77ec10e
@@ -291,8 +312,10 @@ class Gaussian:
     @classmethod
     def fit(cls, features: Tensor) -> Gaussian:
         "From (N, D) features, N >= 2, with a shrunk covariance; on their device."
-        if len(features) < 2: raise ValueError(f'a Gaussian needs at least 2 normal images to train on, got {len(features)}')
-        from sklearn.covariance import LedoitWolf       # here: it takes a second, and whoever asks for another method need not wait
+        if len(features) < 2:
+            raise ValueError(f'a Gaussian needs at least 2 normal images to train on, got {len(features)}')
+        # here: it takes a second, and whoever asks for another method need not wait
+        from sklearn.covariance import LedoitWolf
         found = LedoitWolf().fit(features.double().cpu().numpy())
         lower = torch.linalg.cholesky(torch.from_numpy(found.precision_))
         return cls(torch.from_numpy(found.location_).float().to(features.device), lower.float().to(features.device))
@@ -317,17 +340,22 @@ def patch_features(net: ResNet18, images: Tensor, patch: int, stride: int) -> Te
     rows, columns = ((n - patch) // stride + 1 for n in images.shape[-2:])
     found = []
     for part in images.split(max(1, _AT_ONCE // (rows * columns))):
-        cut = part.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)     # (b * rows * columns, 3, p, p)
+        # (b * rows * columns, 3, p, p)
+        cut = part.unfold(2, patch, stride).unfold(3, patch, stride).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
         found += [net.features(few.contiguous(memory_format=torch.channels_last)) for few in cut.split(_AT_ONCE)]
     return torch.cat(found).view(len(images), rows, columns, -1)
 
 # %% ../nbs/22_cutpaste.ipynb #eb3b0999
 class CutPasteDetector(AnomalyDetector):
     "Two networks and their Gaussians. `fit` makes it, `save` keeps it, `load` brings it back."
-    def __init__(self, recipe: CutPasteRecipe, nets: dict[str, ResNet18], gaussians: dict[str, Gaussian], farthest: float, losses: dict[str, Tensor]):
-        self.recipe, self.nets, self.gaussians, self.farthest = recipe, nets, gaussians, farthest      # by 'images' and 'patches'
-        self.losses = losses                                                                           # (steps,) each, of the training
-        self.size, self.quantile, self.device = check_size(recipe.size), recipe.quantile, gaussians['images'].mean.device
+    def __init__(self, recipe: CutPasteRecipe, nets: dict[str, ResNet18], gaussians: dict[str, Gaussian],
+                 farthest: float, losses: dict[str, Tensor]):
+        # by 'images' and 'patches'
+        self.recipe, self.nets, self.gaussians, self.farthest = recipe, nets, gaussians, farthest
+        # (steps,) each, of the training
+        self.losses = losses
+        self.size, self.quantile, self.device = (check_size(recipe.size), recipe.quantile,
+                                                 gaussians['images'].mean.device)
 
     def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         x = batch.float().div_(255).contiguous(memory_format=torch.channels_last)
@@ -339,7 +367,8 @@ class CutPasteDetector(AnomalyDetector):
 
     def save(self, run_dir: str | Path) -> None:
         "Write checkpoint.pt, losses.csv and, if there are thresholds, threshold.json into the folder."
-        state = dict(recipe=dataclasses.asdict(self.recipe), farthest=self.farthest, losses=self.losses, nets={k: net.state_dict() for k, net in self.nets.items()},
+        state = dict(recipe=dataclasses.asdict(self.recipe), farthest=self.farthest, losses=self.losses,
+                     nets={k: net.state_dict() for k, net in self.nets.items()},
                      gaussians={k: vars(g) for k, g in self.gaussians.items()})
         with replacing(Path(run_dir) / 'checkpoint.pt') as temporary: torch.save(state, temporary)
         rows = pd.DataFrame({f'cross-entropy, {k}': losses.tolist() for k, losses in self.losses.items()})
@@ -357,7 +386,8 @@ class CutPasteDetector(AnomalyDetector):
         for k, weights in state['nets'].items():
             nets[k] = ResNet18(recipe.width, 1 + len(recipe.kinds)).to(device, memory_format=torch.channels_last).eval()
             nets[k].load_state_dict(weights)
-        detector = cls(recipe, nets, {k: Gaussian(**g) for k, g in state['gaussians'].items()}, state['farthest'], state['losses'])
+        detector = cls(recipe, nets, {k: Gaussian(**g) for k, g in state['gaussians'].items()}, state['farthest'],
+                       state['losses'])
         detector.load_calibration(run_dir)
         return detector
 
@@ -365,14 +395,17 @@ class CutPasteDetector(AnomalyDetector):
 _MOST_PATCHES = 50_000      # for the Gaussian, drawn at random where there are more: bounds the memory
 
 @torch.inference_mode()
-def _describe_normal(nets: dict[str, ResNet18], images: Tensor, recipe: CutPasteRecipe) -> tuple[dict[str, Gaussian], float]:
-    "The Gaussians of the features of (N, 3, H, W) uint8 normal images and of their patches, and the farthest patch's distance."
+def _describe_normal(nets: dict[str, ResNet18], images: Tensor,
+                     recipe: CutPasteRecipe) -> tuple[dict[str, Gaussian], float]:
+    """The Gaussians of the features of (N, 3, H, W) uint8 normal images and of their patches, and
+    the farthest patch's distance."""
     whole, patches = [], []
     keep = _MOST_PATCHES // len(images) + 1
     for i, part in enumerate(tqdm(images.split(16), 'features', unit='batch', mininterval=1, delay=2)):
         x = part.float().div_(255).contiguous(memory_format=torch.channels_last)
         whole.append(nets['images'].features(x))
-        found, g = patch_features(nets['patches'], x, recipe.patch, recipe.stride).flatten(1, 2), generator_of(recipe.seed, 5, i)
+        found, g = (patch_features(nets['patches'], x, recipe.patch, recipe.stride).flatten(1, 2),
+                    generator_of(recipe.seed, 5, i))
         patches += [f[torch.randperm(len(f), generator=g)[:keep].to(f.device)] for f in found]
     features = dict(images=torch.cat(whole), patches=torch.cat(patches))
     gaussians = {name: Gaussian.fit(f) for name, f in features.items()}
@@ -385,11 +418,15 @@ def fit(
     device: str | torch.device | None = None,       # None: a GPU where there is one
     textures: Tensor | None = None,                 # not used: the pasted pieces are the class's own
     run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
-) -> CutPasteDetector:                              # with thresholds from the held-out images, unless recipe.holdout is 0
-    "Train both networks, fit both Gaussians and set the thresholds (Li et al., 2021). The same seed gives the same bits on a CPU."
+# with thresholds from the held-out images, unless recipe.holdout is 0
+) -> CutPasteDetector:
+    """Train both networks, fit both Gaussians and set the thresholds (Li et al., 2021).
+
+    The same seed gives the same bits on a CPU."""
     recipe, device = recipe or demo(), pick_device(device)
     if category.size != check_size(recipe.size):
-        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for {recipe.size}; '
+        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
+                         f'{recipe.size}; '
                          f'load it with size={recipe.size}')
     about = describe_run('cutpaste', category, recipe, device)
     if run_dir and is_there(Path(run_dir), about): return CutPasteDetector.load(run_dir, device)

@@ -572,8 +572,10 @@ def _one_number_tells(good: list[tuple], defective: list[tuple]) -> Iterator[tup
         a, b = (np.array([of[i] for of in facts]) for facts in (good, defective))
         auroc = float((b[:, None] > a).mean() + (b[:, None] == a).mean() / 2)
         if (auroc := max(auroc, 1 - auroc)) > _TELLS:
-            yield (f'{number} tells defects', '', f'it alone has image AUROC {auroc:.3f} (median {np.median(a):.1f} of good and '
-                   f'{np.median(b):.1f} of defective test images): any method\'s image AUROC on this class is to be doubted')
+            yield (f'{number} tells defects', '', f'it alone has image AUROC {auroc:.3f} (median {np.median(a):.1f} of '
+                   'good and '
+                   f'{np.median(b):.1f} of defective test images): any method\'s image AUROC on this class is '
+                   'to be doubted')
 
 # %% ../nbs/00_data.ipynb #a1f0aeb8
 def _mask_problem(image: Path, paths: list[Path], any_value: bool) -> tuple[str, Path, str] | None:

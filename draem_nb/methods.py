@@ -47,7 +47,8 @@ class _Draem:
     wants_textures, train_with_snapshots, ablations = True, staticmethod(train), staticmethod(recipes.ablations)
     by_name, load = staticmethod(recipes.by_name), staticmethod(tiling.load_detector)
 
-    def fit(self, category: CategoryData, recipe: recipes.Recipe | None = None, device: str | torch.device | None = None,
+    def fit(self, category: CategoryData, recipe: recipes.Recipe | None = None, device: str | torch.device
+            | None = None,
             textures: Tensor | None = None, run_dir: str | Path | None = None) -> AnomalyDetector:
         recipe = recipe or recipes.demo()
         if textures is None: textures = load_textures(None, recipe.size, recipe.antialias)
@@ -78,7 +79,8 @@ class _Autoencoder:
         if name != 'demo': raise ValueError(f'unknown recipe {name!r}; an autoencoder has: demo')
         return AutoencoderRecipe()
 
-    def fit(self, category: CategoryData, recipe: AutoencoderRecipe | None = None, device: str | torch.device | None = None,
+    def fit(self, category: CategoryData, recipe: AutoencoderRecipe | None = None, device: str | torch.device
+            | None = None,
             textures: Tensor | None = None, run_dir: str | Path | None = None) -> AutoencoderDetector:
         recipe, device = recipe or AutoencoderRecipe(), pick_device(device)
         about = describe_run('autoencoder', category, recipe, device)
@@ -148,7 +150,9 @@ def fit(
     textures: Tensor | None = None,                 # (N, 3, H, W) uint8 anomaly source, see `textures_of`
     run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
 ) -> AnomalyDetector:                               # with thresholds, unless recipe.holdout is 0
-    "A detector of a class by the method of that name. One that wants textures gets the built-in photographs where none are given."
+    """A detector of a class by the method of that name.
+
+    One that wants textures gets the built-in photographs where none are given."""
     recipe = recipe or recipe_of(name)
     if textures is None: textures = textures_of(name, recipe)
     return method(name).fit(category, recipe, device, textures, run_dir)
@@ -157,5 +161,6 @@ def load(run_dir: str | Path, device: str | torch.device | None = None) -> Anoma
     "The detector of a run, by the method that run.json names; without a word there it was DRAEM."
     about = Path(run_dir) / 'run.json'
     name = read_json(about).get('method', 'draem') if about.exists() else 'draem'
-    if not isinstance(name, str): raise ValueError(f'{about} is damaged: method is {name!r}, which is no name; run anew')
+    if not isinstance(name, str):
+        raise ValueError(f'{about} is damaged: method is {name!r}, which is no name; run anew')
     return method(name.lower()).load(run_dir, device)

@@ -38,7 +38,9 @@ class PadimRecipe(FeatureRecipe):
         self.need(self.regulariser > 0, 'regulariser', 'greater than 0, or covariances of few images have no inverse')
 
 def paper() -> PadimRecipe:
-    "As published with WideResNet-50, but without the crop: 224 px, 550 channels. Wants torchvision and 14 GB of memory."
+    """As published with WideResNet-50, but without the crop: 224 px, 550 channels.
+
+    Wants torchvision and 14 GB of memory."""
     return PadimRecipe(name='paper', size=224, backbone='wide_resnet50_2', channels=550)
 
 def demo() -> PadimRecipe:

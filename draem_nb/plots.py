@@ -378,7 +378,8 @@ _LOSS_NAMES = dict(ssim='SSIM loss', l2='L2 loss', focal='focal loss')
 
 @_styled
 def training_curves(
-    losses: pd.DataFrame,  # columns step, one for each loss, and lr where there is a learning rate; one row a logged step
+    # columns step, one for each loss, and lr where there is a learning rate; one row a logged step
+    losses: pd.DataFrame,
 ) -> Figure:
     "Every loss over the training, with the drops of the learning rate marked."
     if not len(losses): return _sentence('No losses were logged.')

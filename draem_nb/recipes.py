@@ -162,7 +162,8 @@ def demo() -> Recipe:
                   match_gray=True)
 
 def compact() -> Recipe:
-    "For real parts on two cores, ours: `demo`; half of the anomalies filled from the normal images, half of them fading in."
+    """For real parts on two cores, ours: `demo`; half of the anomalies filled from the normal
+    images, half of them fading in."""
     return demo().replace(name='compact', own_share=0.5, soft_share=0.5, score_window=5)
 
 def by_name(name: str) -> Recipe:

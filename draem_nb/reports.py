@@ -40,7 +40,8 @@ from papermill.exceptions import PapermillExecutionError
 from . import gallery
 from .cli import folder_parameter, report_notebook, report_parameters
 from .cli import main as main, report_names as report_names         # scripts import them from here
-from .data import DEMO_CATEGORIES, content_hash, read_json, remove_leftovers, replacing, temporary_folder, write_json
+from .data import (DEMO_CATEGORIES, content_hash, read_json, remove_leftovers, replacing, temporary_folder,
+                           write_json)
 from .layouts import as_markdown, find_classes, find_images, list_files, shown
 
 # %% auto #0
@@ -53,7 +54,8 @@ def check_parameters(name: str | Path, params: dict) -> dict:
     "`params` filled up with the report's defaults; a name that the report does not have raises `ValueError`."
     known = report_parameters(name)
     if unknown := sorted(set(params) - set(known)):
-        raise ValueError(f"report {Path(name).stem!r} has no parameter {', '.join(map(repr, unknown))}; there are: {', '.join(known)}")
+        raise ValueError(f"report {Path(name).stem!r} has no parameter {', '.join(map(repr, unknown))}; there are: "
+                         f"{', '.join(known)}")
     return {key: params.get(key, default) for key, (default, _) in known.items()}
 
 # %% ../nbs/12_reports.ipynb #b4be6701
@@ -62,15 +64,20 @@ def default_folder(
     params: dict,         # its parameters, those that are given
     runs_dir: str | Path = 'runs',
 ) -> Path:
-    "The folder of a report when none is named: `runs/brick-demo-seed0`, `runs/summary`, `runs/brick-demo-seed0/inspect-photos-20261127-081500`."
+    """The folder of a report when none is named: `runs/brick-demo-seed0`, `runs/summary`,
+    `runs/brick-demo-seed0/inspect-photos-20261127-081500`."""
     p = check_parameters(name, params)
     report = Path(name).stem
     if report in ('inspect', 'calibrate', 'export'):
-        if not (p['run_dir'] and p['images']): raise ValueError(f'{report} needs run_dir, the folder of a trained run, and images, a folder of images to look at')
+        if not (p['run_dir'] and p['images']):
+            raise ValueError(f'{report} needs run_dir, the folder of a trained run, and images, a folder of '
+                             'images to look at')
         new = Path(p['run_dir']) / f"{report}-{Path(p['images']).resolve().name[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return next(path for i in range(1, 1000) if not (path := new if i == 1 else new.with_name(f'{new.name}-{i}')).exists())
+        return next(path for i in range(1, 1000)
+                    if not (path := new if i == 1 else new.with_name(f'{new.name}-{i}')).exists())
     if report == 'compare':
-        if not (p['first'] and p['second']): raise ValueError('a comparison needs first and second, the folders of two trained runs of one class')
+        if not (p['first'] and p['second']):
+            raise ValueError('a comparison needs first and second, the folders of two trained runs of one class')
         return Path(p['first']) / f"compare-{Path(p['second']).resolve().name}"
     if report == 'summary': return Path(p['runs_dir']) / 'summary'
     if report == 'official': return Path(runs_dir) / 'official'
@@ -88,7 +95,8 @@ _started = time.monotonic()   # a report imports this module in its first cell
 
 def peak_memory_mib() -> float:
     "Peak resident memory of this process so far, in MiB."
-    status = Path('/proc/self/status')      # Linux; there `ru_maxrss` of a new process begins at the peak of the one that started it
+    # Linux; there `ru_maxrss` of a new process begins at the peak of the one that started it
+    status = Path('/proc/self/status')
     if status.exists(): return int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -112,7 +120,8 @@ def finish(
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(timing(), run_dir / 'timing.json')
     try: write_json(results, run_dir / 'results.json')
-    except (TypeError, ValueError) as e: raise ValueError(f"the results of a report must be plain JSON without nan: {e}") from None
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"the results of a report must be plain JSON without nan: {e}") from None
     if complete: os.replace(run_dir / 'results.json', run_dir / 'metrics.json')
 
 # %% ../nbs/12_reports.ipynb #8aa0f422
@@ -123,7 +132,8 @@ class Figures:
     def __call__(self, name: str, figure: Figure) -> None:
         "Show a figure and write its file."
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / f'{name}.png') as temporary: figure.savefig(temporary, format='png', bbox_inches='tight')
+        with replacing(self.folder / f'{name}.png') as temporary:
+            figure.savefig(temporary, format='png', bbox_inches='tight')
         display(figure)
 
 # %% ../nbs/12_reports.ipynb #ca276241
@@ -133,7 +143,8 @@ def styled(
     **how: object,              # precision, na_rep
 ) -> Styler:
     "A table for a report, in which names are text, never HTML."
-    return table.style.format(formatter, escape='html', **how).format_index(escape='html').format_index(escape='html', axis=1)
+    return table.style.format(formatter, escape='html',
+                              **how).format_index(escape='html').format_index(escape='html', axis=1)
 
 # %% ../nbs/12_reports.ipynb #9ad34552
 def as_csv(table: pd.DataFrame, **how: object) -> str:
@@ -152,8 +163,10 @@ class _Kernel(AsyncKernelManager):
                          kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), shutdown_wait_time=30.)
 
     async def start_kernel(self, **kwargs: object) -> None:
-        # What a notebook writes comes as messages; on the bare stderr a kernel only talks of its own comings and goings.
-        env = {**os.environ, **(kwargs.pop('env', None) or {}), 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
+        # What a notebook writes comes as messages; on the bare stderr a kernel only talks
+        # of its own comings and goings.
+        env = {**os.environ, **(kwargs.pop('env', None) or {}),
+               'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
         await super()._async_start_kernel(**kwargs, env=env, stderr=subprocess.DEVNULL)
 
     async def cleanup_resources(self, restart: bool = False) -> None:
@@ -178,19 +191,24 @@ class _Console:
 
 # %% ../nbs/12_reports.ipynb #defba2d8
 class RunFailed(RuntimeError):
-    "A report that failed. `.reason`: the error in one line; `.notebook`: the notebook with the error in it, if there is one."
+    """A report that failed.
+
+    `.reason`: the error in one line; `.notebook`: the notebook with the error in it, if there is one."""
     def __init__(self, reason: str, notebook: Path | None, last_lines: str = '') -> None:
         self.reason, self.notebook = reason, notebook
         where = f'\nThe notebook with the error is kept: {notebook}' if notebook else ''
         super().__init__(f'{reason}{where}' + (f'\n{last_lines}' if last_lines else ''))
 
 # %% ../nbs/12_reports.ipynb #2b15119c
-_PLAIN = ('ValueError', 'UnreadableImage', 'DiskFull', 'FileNotFoundError', 'FileExistsError', 'PermissionError', 'NotADirectoryError', 'RunFailed')  # whose text is a sentence by itself
+# whose text is a sentence by itself
+_PLAIN = ('ValueError', 'UnreadableImage', 'DiskFull', 'FileNotFoundError', 'FileExistsError', 'PermissionError',
+          'NotADirectoryError', 'RunFailed')
 
 def _reason(error: Exception) -> str:
     "One line for people."
     if isinstance(error, DeadKernelError):
-        return 'the kernel died before the report was finished; most often the operating system ended it because memory ran out'
+        return ('the kernel died before the report was finished; most often the operating system ended it because '
+                'memory ran out')
     if isinstance(error, PapermillExecutionError):
         return error.evalue if error.ename in _PLAIN else f'{error.ename}: {error.evalue}'
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: return f'the disk is full: {error.filename or error}'
@@ -203,11 +221,14 @@ def _last_lines(error: Exception, n: int = 12) -> str:
 
 # %% ../nbs/12_reports.ipynb #8c6e624d
 logging.getLogger('papermill').addHandler(logging.NullHandler())   # what it has to say comes as an exception as well
-# Ctrl-C ends the kernel under nbclient's task, which nobody waits for any more; asyncio would print the traceback of that.
-logging.getLogger('asyncio').addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], DeadKernelError)))
+# Ctrl-C ends the kernel under nbclient's task, which nobody waits for any more; asyncio
+# would print the traceback of that.
+logging.getLogger('asyncio').addFilter(lambda record: not (record.exc_info
+                                                           and isinstance(record.exc_info[1], DeadKernelError)))
 
 def _execute(notebook: Path, to: Path, params: dict) -> None:
-    papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False, kernel_manager_class=_Kernel, start_timeout=300,
+    papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False,
+                               kernel_manager_class=_Kernel, start_timeout=300,
                                stdout_file=_Console(sys.stdout), stderr_file=_Console(sys.stderr))
 
 def _keep(temporary: Path, final: Path, error: str = '') -> Path:
@@ -223,7 +244,8 @@ def _keep(temporary: Path, final: Path, error: str = '') -> Path:
 _TEMPLATE = """
 {%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:; form-action 'none'; base-uri 'none'; script-src '""" + gallery.SCRIPT_HASH + """'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
+font-src data:; form-action 'none'; base-uri 'none'; script-src '""" + gallery.SCRIPT_HASH + """'">
 <script type="module">{% raw %}""" + gallery.SCRIPT + """{% endraw %}</script>
 {%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
@@ -244,7 +266,8 @@ details.code > summary { color: #aaa; cursor: pointer; font: 11px sans-serif; }
 # %% ../nbs/12_reports.ipynb #dfc61633
 def to_html(notebook: str | Path, html: str | Path, title: str) -> Path:
     "One self-contained page from an executed notebook; the code folded, nothing loaded from the network."
-    exporter = HTMLExporter(extra_loaders=[DictLoader({'report.html.j2': _TEMPLATE})], template_file='report.html.j2', embed_images=True,
+    exporter = HTMLExporter(extra_loaders=[DictLoader({'report.html.j2': _TEMPLATE})], template_file='report.html.j2',
+                            embed_images=True,
                             exclude_input_prompt=True, exclude_output_prompt=True)
     nb = nbformat.read(notebook, 4)
     nb.metadata['title'] = title
@@ -267,9 +290,11 @@ def locked(
         Path(folder).mkdir(parents=True, exist_ok=True)
         while (file := _lock(path)) is None:
             if time.monotonic() >= until:
-                raise ValueError(f'{folder} is in use by another command ({_holder(path)}); wait until that one ends, or choose another folder')
+                raise ValueError(f'{folder} is in use by another command ({_holder(path)}); wait until that one ends, '
+                                 'or choose another folder')
             time.sleep(0.2)
-    except OSError as e: raise ValueError(f'cannot write to run folder {folder} ({e.strerror}); choose another one') from None
+    except OSError as e:
+        raise ValueError(f'cannot write to run folder {folder} ({e.strerror}); choose another one') from None
     try: yield
     finally:
         path.unlink(missing_ok=True)
@@ -286,7 +311,8 @@ def _lock(path: Path) -> TextIO | None:
     except FileNotFoundError: same = False
     if not same: file.close(); return _lock(path)
     file.truncate(0)
-    with contextlib.suppress(OSError): print(f'process {os.getpid()} on {os.uname().nodename}', file=file, flush=True)   # a full disk still locks
+    with contextlib.suppress(OSError):
+        print(f'process {os.getpid()} on {os.uname().nodename}', file=file, flush=True)   # a full disk still locks
     return file
 
 def _holder(path: Path) -> str:
@@ -305,44 +331,58 @@ class RunResult:
 
 # %% ../nbs/12_reports.ipynb #3479c570
 def _files_read(asked: dict) -> dict[str, Path]:
-    "The files of the class and of the anomaly source that a report will read, by names that do not depend on where they lie."
+    """The files of the class and of the anomaly source that a report will read, by names that do
+    not depend on where they lie."""
     files = {}
     if asked.get('data_root') and asked.get('category'):
         of = list_files(asked['data_root'], asked['category'], asked.get('layout'))
-        files |= {os.path.relpath(path, of.folder): path for path in (*of.train, *of.test, *(mask for masks in of.masks for mask in masks))}
-    if asked.get('textures_root'): files |= {f"textures {os.path.relpath(path, asked['textures_root'])}": path for path in find_images(asked['textures_root'])}
+        files |= {os.path.relpath(path, of.folder): path for path in (*of.train, *of.test,
+                                                                      *(mask for masks in of.masks for mask in masks))}
+    if asked.get('textures_root'):
+        files |= {f"textures {os.path.relpath(path, asked['textures_root'])}": path
+                  for path in find_images(asked['textures_root'])}
     return {shown(name): path for name, path in files.items()}
 
 def _noted(files: dict[str, Path], known: dict) -> dict[str, list]:
     "Size, time of change and content of each file; the content is read only where size or time are not as `known`."
     def note(name: str, path: Path) -> list:
         about, before = path.stat(), known.get(name, [None] * 3)
-        return before if before[:2] == [about.st_size, about.st_mtime_ns] else [about.st_size, about.st_mtime_ns, content_hash(path)]
-    return {name: note(name, path) for name, path in files.items() if path.is_file()}       # what is missing, its reader will say
+        return before if before[:2] == [about.st_size, about.st_mtime_ns] else [about.st_size, about.st_mtime_ns,
+                                                                                content_hash(path)]
+    # what is missing, its reader will say
+    return {name: note(name, path) for name, path in files.items() if path.is_file()}
 
 def _changed(run_dir: Path, asked: dict) -> str:
-    "In words, the files that are not as they were when the run was made; nothing where that cannot be said, as on another machine."
+    """In words, the files that are not as they were when the run was made; nothing where that cannot be
+    said, as on another machine."""
     if not (run_dir / 'inputs.json').exists(): return ''
     then = read_json(run_dir / 'inputs.json')
     try: now = _noted(_files_read(asked), then)
     except (OSError, ValueError): return ''
-    words = [f'{name} is new' for name in now if name not in then] + [f'{name} is gone' for name in then if name not in now]
+    words = [f'{name} is new' for name in now if name not in then] + [f'{name} is gone' for name in then
+                                                                      if name not in now]
     words += [f'{name} is another' for name in now if name in then and now[name][2] != then[name][2]]
     return ', '.join(words[:3]) + (f' and {len(words) - 3} more' if len(words) > 3 else '')
 
 # %% ../nbs/12_reports.ipynb #251b8a95
 def _finished(run_dir: Path, ran: bool = True) -> RunResult:
-    return RunResult(run_dir, run_dir / 'report.html', read_json(run_dir / 'metrics.json'), float(read_json(run_dir / 'timing.json').get('seconds', 0)), ran)
+    return RunResult(run_dir, run_dir / 'report.html', read_json(run_dir / 'metrics.json'),
+                     float(read_json(run_dir / 'timing.json').get('seconds', 0)), ran)
 
 def _already(run_dir: Path, asked: dict) -> bool:
-    "Whether `run_dir` holds the complete run that was asked for; `ValueError` when it holds another one, or one of other images."
+    """Whether `run_dir` holds the complete run that was asked for; `ValueError` when it holds another
+    one, or one of other images."""
     if not ((run_dir / 'metrics.json').exists() and (run_dir / 'parameters.json').exists()): return False
     held, otherwise = read_json(run_dir / 'parameters.json'), 'choose another folder, or remove that one to run anew'
     read_json(run_dir / 'metrics.json')
     differ = [key for key in asked if held.get(key) != asked[key]]
-    if differ: raise ValueError(f"run folder {run_dir} holds a complete run with {', '.join(f'{key}={held.get(key)!r}' for key in differ)} where this one has "
-                                f"{', '.join(f'{key}={asked[key]!r}' for key in differ)}; {otherwise}")
-    if changed := _changed(run_dir, asked): raise ValueError(f'run folder {run_dir} holds a complete run, but files have changed since: {changed}; {otherwise}')
+    if differ:
+        raise ValueError(f"run folder {run_dir} holds a complete run with "
+                         f"{', '.join(f'{key}={held.get(key)!r}' for key in differ)} where this one has "
+                         f"{', '.join(f'{key}={asked[key]!r}' for key in differ)}; {otherwise}")
+    if changed := _changed(run_dir, asked):
+        raise ValueError(f'run folder {run_dir} holds a complete run, but files have changed since: '
+                         f'{changed}; {otherwise}')
     return True
 
 # %% ../nbs/12_reports.ipynb #eb15d8dc
@@ -351,16 +391,20 @@ def _asked(name: str | Path, params: dict) -> tuple[dict, dict]:
     plain = lambda values: json.loads(json.dumps(values, allow_nan=False))
     params = plain({key: str(value) if isinstance(value, Path) else value for key, value in params.items()})
     for key, value in params.items():
-        if isinstance(value, str) and re.search('[\ud800-\udfff]', value): raise ValueError(f'{key} is {shown(value)}, which is no UTF-8; rename that folder')
+        if isinstance(value, str) and re.search('[\ud800-\udfff]', value):
+            raise ValueError(f'{key} is {shown(value)}, which is no UTF-8; rename that folder')
     return params, plain(dict(report=Path(name).stem) | check_parameters(name, params))
 
 def _begin(run_dir: Path, asked: dict) -> None:
     "Note what was asked for, and take away what would make an old run look like this one."
     try:
         for where, _, _ in os.walk(run_dir): remove_leftovers(where)
-        for name in ('metrics.json', 'results.json', 'inputs.json', 'report.html', 'report.ipynb', 'report.failed.ipynb'): (run_dir / name).unlink(missing_ok=True)
+        for name in ('metrics.json', 'results.json', 'inputs.json', 'report.html', 'report.ipynb',
+                     'report.failed.ipynb'):
+            (run_dir / name).unlink(missing_ok=True)
         write_json(asked, run_dir / 'parameters.json')
-    except OSError as e: raise ValueError(f'cannot write to run folder {run_dir} ({e.strerror}); choose another one') from None
+    except OSError as e:
+        raise ValueError(f'cannot write to run folder {run_dir} ({e.strerror}); choose another one') from None
 
 # %% ../nbs/12_reports.ipynb #dd28390f
 def run_report(
@@ -370,7 +414,8 @@ def run_report(
     wait: float = 0.,      # seconds to wait for another process that is at work in that folder
 ) -> RunResult:
     "Run a report to the end. `ValueError` for a bad name, parameter or folder; `RunFailed` when the notebook failed."
-    params, asked = _asked(name, params)   # a notebook gets what JSON has: lists, not tuples, of which papermill would make text
+    # a notebook gets what JSON has: lists, not tuples, of which papermill would make text
+    params, asked = _asked(name, params)
     run_dir = Path(run_dir)
     folder = folder_parameter(name)
     if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)
@@ -378,11 +423,13 @@ def run_report(
         raise ValueError(f'{run_dir} holds a report already; choose another folder, or leave out_dir out')
     inputs = _noted(_files_read(asked), {})             # what is wrong with them is said before there is a folder
     with locked(run_dir, wait=wait):
-        if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)   # made by another command just now
+        if folder == 'run_dir' and _already(run_dir, asked):
+            return _finished(run_dir, ran=False)   # made by another command just now
         _begin(run_dir, asked)
         if inputs: write_json(inputs, run_dir / 'inputs.json')
         _run(report_notebook(name), params | {folder: str(run_dir.absolute()), 'complete': False}, run_dir)
-        os.replace(run_dir / 'results.json', run_dir / 'metrics.json')   # the last step: from here on the run is complete
+        # the last step: from here on the run is complete
+        os.replace(run_dir / 'results.json', run_dir / 'metrics.json')
         return _finished(run_dir)
 
 # %% ../nbs/12_reports.ipynb #322f0f81
@@ -391,7 +438,8 @@ def _run(notebook: Path, params: dict, run_dir: Path) -> None:
     temporary, error = run_dir / 'report.tmp.ipynb', None
     try:
         _execute(notebook, temporary, params)
-        if not (run_dir / 'results.json').exists(): raise ValueError(f'{notebook.name} ended without results: its last cell must call reports.finish')
+        if not (run_dir / 'results.json').exists():
+            raise ValueError(f'{notebook.name} ended without results: its last cell must call reports.finish')
     except (Exception, KeyboardInterrupt) as e: error = e
     if error is None:
         to_html(_keep(temporary, run_dir / 'report.ipynb'), run_dir / 'report.html', f'{notebook.stem} {run_dir.name}')
@@ -405,10 +453,12 @@ def run_many(
     param_sets: list[dict],         # the parameters of each report
     runs_dir: str | Path = 'runs',  # each gets a folder in it, named by `default_folder`
     name: str | Path = 'category',  # the report
-    scheduler: str | None = None,   # None: one after the other; 'local' or an address such as 'tcp://host:8786': side by side
+    # None: one after the other; 'local' or an address such as 'tcp://host:8786': side by side
+    scheduler: str | None = None,
     **options: object,              # of `fanout.fan_out`, with a scheduler: workers, threads, time_limit
 ) -> pd.DataFrame:
-    "Run a report for every set of parameters: a row each, with `status`, `error`, `seconds`, `run_dir` and the metrics."
+    """Run a report for every set of parameters: a row each, with `status`, `error`,
+    `seconds`, `run_dir` and the metrics."""
     if scheduler is not None:
         from draem_nb.fanout import fan_out
         return fan_out(param_sets, runs_dir, name, scheduler, **options)
@@ -428,19 +478,22 @@ def run_many(
 
 # %% ../nbs/12_reports.ipynb #e96fad7a
 def _row(result: RunResult) -> dict:
-    values = {f'{part}_{key}': value for part in ('image', 'pixel') for key, value in result.metrics.get(part, {}).items()}
+    values = {f'{part}_{key}': value for part in ('image', 'pixel')
+              for key, value in result.metrics.get(part, {}).items()}
     return dict(status='complete', error='', seconds=result.seconds, run_dir=str(result.run_dir), **values)
 
 # %% ../nbs/12_reports.ipynb #74516bb9
 def metrics_table(metrics: dict) -> pd.DataFrame:
     "Image and pixel metrics as columns; a row for the whole test set and one for each kind of defect."
     rows = {'all': metrics, **metrics.get('kinds', {})}
-    return pd.DataFrame({row: {(part, key): value for part in ('image', 'pixel') for key, value in (found.get(part) or {}).items()
+    return pd.DataFrame({row: {(part, key): value for part in ('image', 'pixel')
+                               for key, value in (found.get(part) or {}).items()
                                if not key.startswith('n')} for row, found in rows.items()}).T.astype(float)
 
 # %% ../nbs/12_reports.ipynb #5ac07e9d
 def read_part(path: str | Path, *keys: str) -> dict:
-    "A JSON file of a run; `ValueError` where it is damaged or one of `keys` is missing, `FileNotFoundError` where it is not there."
+    """A JSON file of a run; `ValueError` where it is damaged or one of `keys` is missing,
+    `FileNotFoundError` where it is not there."""
     value = read_json(path)
     if missing := [key for key in keys if key not in value]:
         raise ValueError(f'{shown(path)} is damaged: {", ".join(missing)} is missing; remove that folder, and run anew')
@@ -451,18 +504,26 @@ def _show(result: RunResult) -> None:
     if 'image' in result.metrics:
         print(metrics_table(result.metrics).to_string(float_format='{:.3f}'.format, na_rep='-'))
         if point := result.metrics.get('operating_point'):
-            print('at the threshold: ' + ', '.join(f"{point[key]:.3f} {key.replace('_', ' ')}" for key in ('false_alarm_rate', 'precision', 'recall') if point.get(key) is not None))
-    else: print('\n'.join(f'{key}: {value}' for key, value in result.metrics.items() if not isinstance(value, (dict, list))))
-    since = time.strftime('%d %B %Y, %H:%M', time.localtime((result.run_dir / 'metrics.json').stat().st_mtime)) if not result.ran else ''
+            print('at the threshold: ' + ', '.join(f"{point[key]:.3f} {key.replace('_', ' ')}"
+                                                   for key in ('false_alarm_rate', 'precision', 'recall')
+                                                   if point.get(key) is not None))
+    else:
+        print('\n'.join(f'{key}: {value}' for key, value in result.metrics.items()
+                        if not isinstance(value, (dict, list))))
+    since = time.strftime('%d %B %Y, %H:%M',
+                          time.localtime((result.run_dir / 'metrics.json').stat().st_mtime)) if not result.ran else ''
     print(f'{result.seconds:.0f} s; report: {result.report}' if result.ran else
-          f'complete since {since}, nothing was run; to run anew, remove {result.run_dir} or name another folder with --run-dir; report: {result.report}')
+          f'complete since {since}, nothing was run; to run anew, remove {result.run_dir} or name another folder with '
+          f'--run-dir; report: {result.report}')
     if not result.report.exists(): print(f'{result.report} is missing; open report.ipynb in that folder, or run anew')
 
 # %% ../nbs/12_reports.ipynb #5aee9aeb
 def _there(data_root: str | None, runs_dir: str) -> list[str]:
     "A line for each class and each run."
-    classes = {name: layout for name, (_, layout) in find_classes(data_root).items()} if data_root else dict.fromkeys(DEMO_CATEGORIES, 'built in')
-    lines = [f'{len(classes)} classes' + (f' in {data_root}' if data_root else ''), *(f'  {shown(name)} ({layout})' for name, layout in classes.items())]
+    classes = {name: layout for name, (_, layout) in find_classes(data_root).items()} if data_root else dict.fromkeys(
+        DEMO_CATEGORIES, 'built in')
+    lines = [f'{len(classes)} classes' + (f' in {data_root}' if data_root else ''),
+             *(f'  {shown(name)} ({layout})' for name, layout in classes.items())]
     runs = sorted(path.parent for path in Path(runs_dir).glob('**/parameters.json')) if Path(runs_dir).is_dir() else []
     lines.append(f'{len(runs)} runs and reports in {runs_dir}')
     for run in runs:

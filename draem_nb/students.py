@@ -54,7 +54,8 @@ class StudentsRecipe(NetworkRecipe):
         super().__post_init__()
         self.need(self.backbone in BACKBONES, 'backbone', f"one of {', '.join(BACKBONES)}")
         rising = bool(self.receptive) and list(self.receptive) == sorted(set(self.receptive))
-        self.need(rising and set(self.receptive) <= set(_LAYERS), 'receptive', f"some of {', '.join(map(str, _LAYERS))}, rising")
+        self.need(rising and set(self.receptive) <= set(_LAYERS), 'receptive',
+                  f"some of {', '.join(map(str, _LAYERS))}, rising")
         self.need_counts('width', 'descriptor', 'students', 'patches', 'teacher_steps', 'crop')
         side = self.size if isinstance(self.size, int) else min(self.size)
         self.need(self.crop <= side - 8, 'crop', f'at most {side - 8}, 8 less than the image')
@@ -68,7 +69,8 @@ def published() -> StudentsRecipe:
     return StudentsRecipe()
 
 def demo() -> StudentsRecipe:
-    "For two CPU cores: an eighth of the channels, EfficientNet-Lite0, 600 and 500 steps at ten times the learning rates."
+    """For two CPU cores: an eighth of the channels, EfficientNet-Lite0, 600 and 500 steps at
+    ten times the learning rates."""
     return StudentsRecipe(name='demo', backbone='efficientnet_lite0', width=16, descriptor=32, patches=4096,
                           teacher_steps=600, teacher_lr=2e-3, steps=500, batch=4, crop=64, lr=1e-3)
 
@@ -79,7 +81,8 @@ def by_name(name: str) -> StudentsRecipe:
     return recipes[name]()
 
 # %% ../nbs/47_students.ipynb #36a8cd26
-_LAYERS = {17: [(6, 1), (5, 2), (5, 2), (4, 0)],                                     # receptive field: kernel, width; None: pooling
+# receptive field: kernel, width; None: pooling
+_LAYERS = {17: [(6, 1), (5, 2), (5, 2), (4, 0)],
            33: [(5, 1), None, (5, 2), None, (2, 2), (4, 0)],                         # width 0: the descriptor's
            65: [(5, 1), None, (5, 1), None, (5, 1), None, (4, 2), (1, 0)]}
 
@@ -153,7 +156,8 @@ class Ensemble(nn.Module):
         return F.pad(x, (self.receptive // 2,) * 4, mode='reflect')
 
     def errors(self, x: Tensor) -> list[Tensor]:
-        "(B, 3, h, w), padded or a part of that -> each student's squared error, (B, ...), where poolings leave a pixel."
+        """(B, 3, h, w), padded or a part of that -> each student's squared error, (B, ...),
+        where poolings leave a pixel."""
         with torch.no_grad(): target = (self.teacher(x) - self.mean) / self.std
         return [(student(x) - target).square().sum(1) for student in self.students]
 
@@ -218,7 +222,8 @@ def moments(parts: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def measure_teachers(nets: nn.ModuleDict, images: Tensor) -> None:
-    "Mean and deviation of the descriptors over 64 of (N, 3, H, W) uint8 normal images, at the places that poolings leave."
+    """Mean and deviation of the descriptors over 64 of (N, 3, H, W) uint8 normal images, at the
+    places that poolings leave."""
     for net in nets.values():
         net.mean, net.std = moments(net.teacher(net.padded(x)) for x in few_at_a_time(images[:64]))
 
@@ -247,10 +252,12 @@ class StudentsTraining:
         self.lesson = functools.lru_cache(lambda receptive: lesson_of(textures, receptive, recipe, images.device))
         of = lambda *parts: [w for net in nets.values() for part in parts for w in getattr(net, part).parameters()]
         adam = functools.partial(torch.optim.Adam, weight_decay=recipe.weight_decay)
-        self.aids = dict(teachers=adam(of('teacher', 'decoder'), recipe.teacher_lr), students=adam(of('students'), recipe.lr))
+        self.aids = dict(teachers=adam(of('teacher', 'decoder'), recipe.teacher_lr),
+                         students=adam(of('students'), recipe.lr))
 
     def step(self, i: int) -> list[Tensor]:
-        "Mean squares for each receptive field: of the backbone's numbers while teachers learn, then of the descriptor's."
+        """Mean squares for each receptive field: of the backbone's numbers while teachers
+        learn, then of the descriptor's."""
         recipe, nets, k = self.recipe, self.nets.values(), i - self.recipe.teacher_steps
         if k == 0: measure_teachers(self.nets, self.images)
         if k >= 0: losses = [teach(net, self.images, recipe, k) for net in nets]
@@ -294,7 +301,8 @@ def fit(
     recipe: StudentsRecipe | None = None,           # None: `demo()`
     device: str | torch.device | None = None,       # None: a GPU where there is one
     textures: Tensor | None = None,                 # (N, 3, H, W) uint8 for the teacher; None: the built-in photographs
-    run_dir: str | Path | None = None,              # keeps the run, and goes on from what is there; None: nothing is kept
+    # keeps the run, and goes on from what is there; None: nothing is kept
+    run_dir: str | Path | None = None,
 ) -> StudentsDetector:                              # with thresholds, unless recipe.holdout is 0
     "Train teachers and students (Bergmann et al., 2020), set the thresholds. Same seed, same bits on a CPU."
     recipe = recipe or demo()

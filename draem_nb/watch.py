@@ -132,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--out-dir', type=Path, help='where verdicts.csv and the pictures go '
                                                      '(default: <run-dir>/watch-<name of the folder>)')
     parser.add_argument('--threshold', type=float, help="scores above it alarm (default: the run's own)")
-    parser.add_argument('--false-alarms', type=float, help='the share of false alarms that the threshold shall promise, '
+    parser.add_argument('--false-alarms', type=float,
+                        help='the share of false alarms that the threshold shall promise, '
                                                            'such as 0.05')
     parser.add_argument('--every', type=float, default=1.0, help='seconds between two looks at the folder (default: 1)')
     parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: a GPU where there is one)')

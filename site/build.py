@@ -35,7 +35,8 @@ def api_names() -> dict[str, str]:
     full: dict[str, list[str]] = {}
     for path in sorted((ROOT / 'draem_nb').glob('[!_]*.py')):
         found = re.search(r'__all__ = \[(.*?)\]', path.read_text(), re.DOTALL)
-        for name in re.findall(r"'(\w+)'", found[1] if found else ''): full.setdefault(name, []).append(f'draem_nb.{path.stem}.{name}')
+        for name in re.findall(r"'(\w+)'", found[1] if found else ''):
+            full.setdefault(name, []).append(f'draem_nb.{path.stem}.{name}')
     return {name: names[0] for name, names in full.items() if len(names) == 1 and not name.isupper()}
 
 
@@ -44,15 +45,19 @@ def link_names(text: str, names: dict[str, str]) -> str:
     def link(found: re.Match) -> str:
         full = names.get(found[1].removesuffix('()').split('.')[-1])
         return f'{{py:obj}}`{found[1]} <{full}>`' if full else found[0]
-    pieces = re.split(r'(```.*?```|^#.*?$|\[[^\]]*\]\([^)]*\)|<summary>.*?</summary>)', text, flags=re.DOTALL | re.MULTILINE)
-    return ''.join(piece if i % 2 else re.sub(r'(?<![`\w}])`([\w.]+(?:\(\))?)`(?!`)', link, piece) for i, piece in enumerate(pieces))
+    pieces = re.split(r'(```.*?```|^#.*?$|\[[^\]]*\]\([^)]*\)|<summary>.*?</summary>)', text,
+                      flags=re.DOTALL | re.MULTILINE)
+    return ''.join(piece if i % 2 else re.sub(r'(?<![`\w}])`([\w.]+(?:\(\))?)`(?!`)', link, piece)
+                   for i, piece in enumerate(pieces))
 
 
 def link_files(text: str, folder: str) -> str:
     "Links to files of the repository that are no pages of the site lead to the repository."
     def link(found: re.Match) -> str:
         path = (ROOT / folder / found[1]).resolve()
-        if path.suffix == '.ipynb' or path.parent.name == 'images' or not path.is_relative_to(ROOT) or not path.exists(): return found[0]
+        if (path.suffix == '.ipynb' or path.parent.name == 'images' or not path.is_relative_to(ROOT)
+            or not path.exists()):
+            return found[0]
         if path.stem in PAGES: return f']({"../" if folder == "nbs/reports" else ""}{path.name})'
         return f']({REPOSITORY}/{path.relative_to(ROOT)})'
     return re.sub(r'\]\((?!\w+:|#)([^)#\s]+)\)', link, text)
@@ -72,7 +77,8 @@ def prepare_notebook(path: Path, names: dict[str, str]) -> None:
     cells = [cell for cell in nb['cells'] if not re.match(r'#\|\s*(hide|default_exp)\b', ''.join(cell['source']))]
     for cell in cells:
         text = ''.join(cell['source'])
-        if cell['cell_type'] == 'markdown': text = link_files(link_names(text, names), f'nbs/{relative.parent}'.removesuffix('/.'))
+        if cell['cell_type'] == 'markdown':
+            text = link_files(link_names(text, names), f'nbs/{relative.parent}'.removesuffix('/.'))
         else:
             text = re.sub(r'^#\|.*\n?', '', text, flags=re.MULTILINE)
             if is_imports(text):
@@ -96,7 +102,8 @@ def toctrees() -> str:
     parts['Report notebooks'] = [f'reports/{path.stem}' for path in sorted((ROOT / 'nbs' / 'reports').glob('*.ipynb'))]
     parts['Reference'] = ['gallery', 'api/index', *PAGES]
     left = set(stems) - {stem for pages in parts.values() for stem in pages} - {'index'}
-    if left: raise SystemExit(f'no part of the site for the notebooks {sorted(left)}; add them to PARTS in site/build.py')
+    if left:
+        raise SystemExit(f'no part of the site for the notebooks {sorted(left)}; add them to PARTS in site/build.py')
     return '\n'.join(tree(caption, pages) for caption, pages in parts.items())
 
 
@@ -107,17 +114,21 @@ def prepare_api() -> None:
     for name in modules:
         (SOURCE / 'api' / f'{name}.rst').write_text(f'{name}\n{"=" * len(name)}\n\n.. automodule:: draem_nb.{name}\n')
     (SOURCE / 'api' / 'index.md').write_text(
-        '# API\n\nOne page for each module. Sizes, ranges and units stand beside the arguments.\n\n```{toctree}\n:maxdepth: 2\n\n'
+        '# API\n\nOne page for each module. Sizes, ranges and units stand beside the '
+        'arguments.\n\n```{toctree}\n:maxdepth: 2\n\n'
         + '\n'.join(modules) + '\n```\n')
 
 
 def prepare_gallery() -> None:
     "The stored reports, each one HTML file, and a page that leads to them."
     shutil.copytree(ROOT / 'site' / 'reports', SOURCE / 'reports_html' / 'gallery')
-    text = ['# Gallery of reports\n\nEach report is one HTML file, as a run writes it. They are stored, so they can be read before anything is trained.']
+    text = ['# Gallery of reports\n\nEach report is one HTML file, as a run writes it. They are stored, so they can be '
+            'read before anything is trained.']
     for name, (title, source, command) in REPORTS.items():
-        text.append(f'## {title}\n\n<a href="gallery/{name}.html"><img src="gallery/{name}.png" alt="The first page of the report {name}" '
-                    f'style="border: 1px solid #8888; max-width: 40em; width: 100%"></a>\n\n{source} Made by:\n\n```sh\n{command}\n```\n\n'
+        text.append(f'## {title}\n\n<a href="gallery/{name}.html"><img src="gallery/{name}.png" alt="The first page of '
+                    f'the report {name}" '
+                    f'style="border: 1px solid #8888; max-width: 40em; width: 100%"></a>\n\n{source} Made '
+                    f'by:\n\n```sh\n{command}\n```\n\n'
                     f'<a href="gallery/{name}.html">Open the report</a>')
     (SOURCE / 'gallery.md').write_text('\n\n'.join(text) + '\n')
 
@@ -149,7 +160,8 @@ class Page(HTMLParser):
         found = dict(attrs)
         self.ids |= {found[key] for key in ('id', 'name') if found.get(key)}
         if tag == 'a' and found.get('href'): self.hrefs.add(found['href'])
-        if tag == 'link' and found.get('href') and found.get('rel') in ('stylesheet', 'icon', 'preload'): self.loads.add(found['href'])
+        if tag == 'link' and found.get('href') and found.get('rel') in ('stylesheet', 'icon', 'preload'):
+            self.loads.add(found['href'])
         if found.get('src'): self.loads.add(found['src'])
 
 
@@ -172,10 +184,12 @@ def dead_links(folder: Path) -> list[str]:
 
 def main() -> int:
     prepare()
-    done = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-j', 'auto', '-b', 'html', SOURCE, HTML])
+    done = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-j', 'auto', '-b', 'html',
+                           SOURCE, HTML])
     wrong = dead_links(HTML.resolve()) if HTML.exists() else []
     if wrong: print(f'{len(wrong)} dead links or loads from elsewhere:', *wrong, sep='\n  ')
-    print(f'{len(list(HTML.rglob("*.html")))} pages in {HTML.relative_to(ROOT)}; open {HTML.relative_to(ROOT)}/index.html')
+    print(f'{len(list(HTML.rglob("*.html")))} pages in {HTML.relative_to(ROOT)}; open '
+          f'{HTML.relative_to(ROOT)}/index.html')
     return int(done.returncode != 0 or bool(wrong))
 
 

@@ -30,7 +30,8 @@ html_favicon = '_static/favicon.svg'
 html_context = {'default_mode': 'auto'}                      # light or dark as the reader's system says
 html_extra_path = ['reports_html']
 html_copy_source = False
-html_theme_options = {'use_download_button': False, 'home_page_in_toc': True, 'show_navbar_depth': 1, 'navbar_persistent': [], 'navigation_with_keys': False}
+html_theme_options = {'use_download_button': False, 'home_page_in_toc': True, 'show_navbar_depth': 1,
+                      'navbar_persistent': [], 'navigation_with_keys': False}
 autodoc_default_options = {'members': True, 'member-order': 'bysource'}
 autodoc_typehints = 'signature'
 autodoc_preserve_defaults = True
@@ -51,7 +52,8 @@ def describe(app, what, name, obj, options, lines) -> None:
     lines[:] = [as_rst(line) for line in lines if not line.startswith('Alias for field number')]
     if not (inspect.isfunction(obj) or inspect.isclass(obj)): return
     about = {key: comment for key, comment in docments(obj).items() if comment and key != 'self'}
-    lines += [''] + [f':{"returns" if key == "return" else f"param {key}"}: {as_rst(" ".join(comment.split()))}' for key, comment in about.items()]
+    lines += [''] + [f':{"returns" if key == "return" else f"param {key}"}: {as_rst(" ".join(comment.split()))}'
+                     for key, comment in about.items()]
 
 
 def copy_mathjax(app, exception) -> None:

@@ -1,7 +1,9 @@
 """The lowest versions that settings.ini allows, tried out: `python3.11 tests/lowest.py FOLDER [pytest arguments]`.
 
-Makes an environment in FOLDER with exactly the lower bound of every requirement, installs the project into it and runs the tests there.
-Not part of `make test`: a torch of that age comes with CUDA, some 6 GB on the disk. Without more arguments it runs all tests but the ten kills."""
+Makes an environment in FOLDER with exactly the lower bound of every requirement, installs the project
+into it and runs the tests there.
+Not part of `make test`: a torch of that age comes with CUDA, some 6 GB on the disk. Without more arguments it runs
+all tests but the ten kills."""
 
 import re
 import subprocess
@@ -16,7 +18,8 @@ def lowest() -> list[str]:
     "'name==version' for each requirement of settings.ini."
     parser = ConfigParser(delimiters=['='])
     parser.read(ROOT / 'settings.ini')
-    needed = [r for key in ('requirements', 'dev_requirements', 'pretrained_requirements') for r in parser['DEFAULT'][key].split()]
+    needed = [r for key in ('requirements', 'dev_requirements', 'pretrained_requirements')
+              for r in parser['DEFAULT'][key].split()]
     return ['{}=={}'.format(*re.match(r'([\w-]+)>=([\d.]+)', r).groups()) for r in needed]
 
 
@@ -24,8 +27,10 @@ def main(folder: str, *arguments: str) -> int:
     python = Path(folder).absolute() / 'bin' / 'python'
     if not python.exists(): subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
     subprocess.run([python, '-m', 'pip', 'install', '--quiet', *lowest()], check=True)
-    subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-build-isolation', '--editable', ROOT], check=True)
-    return subprocess.run([python, '-m', 'pytest', '-q', *(arguments or ('-k', 'not ten_random_moments', 'tests'))], cwd=ROOT).returncode
+    subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-build-isolation', '--editable', ROOT],
+                   check=True)
+    return subprocess.run([python, '-m', 'pytest', '-q', *(arguments or ('-k', 'not ten_random_moments', 'tests'))],
+                          cwd=ROOT).returncode
 
 
 if __name__ == '__main__':

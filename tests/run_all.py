@@ -1,4 +1,5 @@
-"""All that is checked, in one run: clean notebooks, an exported library, style and types, every notebook executed, then pytest.
+"""All that is checked, in one run: clean notebooks, an exported library, style and types, every
+notebook executed, then pytest.
 
 `make test` calls this. The last line says `N passed, N failed`; the exit status is not 0 if anything failed."""
 
@@ -17,7 +18,8 @@ BIN = Path(sys.executable).parent
 def contents() -> dict[Path, str]:
     "Hash of every file that cleaning and exporting could change."
     found = [*(ROOT / 'nbs').rglob('*.ipynb'), *(ROOT / 'draem_nb').rglob('*.py'), ROOT / 'pyproject.toml']
-    return {p.relative_to(ROOT): hashlib.sha256(p.read_bytes()).hexdigest() for p in found if '.ipynb_checkpoints' not in p.parts}
+    return {p.relative_to(ROOT): hashlib.sha256(p.read_bytes()).hexdigest() for p in found if '.ipynb_checkpoints'
+            not in p.parts}
 
 
 def check_clean_and_exported() -> list[str]:
@@ -29,11 +31,15 @@ def check_clean_and_exported() -> list[str]:
 
 
 def run_notebooks() -> tuple[int, int]:
-    "Passed and failed notebooks. nbdev_test exits with 0 when it finds no notebook and prints no count, so they are counted here."
-    expected = {p.resolve() for p in (ROOT / 'nbs').rglob('*.ipynb') if not p.name.startswith('_') and '.ipynb_checkpoints' not in p.parts}
+    """Passed and failed notebooks. nbdev_test exits with 0 when it finds no notebook and prints no
+    count, so they are counted here."""
+    expected = {p.resolve() for p in (ROOT / 'nbs').rglob('*.ipynb') if not p.name.startswith('_')
+                and '.ipynb_checkpoints' not in p.parts}
     # A notebook a core, each with one thread: their networks are too small to keep two threads busy.
-    process = subprocess.Popen([BIN / 'nbdev_test', '--do_print', '--n_workers', str(len(os.sched_getaffinity(0))), '--timing'], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '1'})
+    process = subprocess.Popen([BIN / 'nbdev_test', '--do_print', '--n_workers', str(len(os.sched_getaffinity(0))),
+                                '--timing'], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '1'})
     completed, failed = set(), set()
     for line in process.stdout:
         print(line, end='', flush=True)
@@ -41,19 +47,22 @@ def run_notebooks() -> tuple[int, int]:
         # "Completed" is printed for failures too; their names stand in a list at the end.
         if found := re.match(r'\t(.+\.ipynb)$', line): failed.add(found[1])
     status = process.wait()
-    if missing := sorted(str(p) for p in expected - completed): print('notebooks that did not run:', *missing, sep='\n  ')
+    if missing := sorted(str(p) for p in expected - completed):
+        print('notebooks that did not run:', *missing, sep='\n  ')
     n_failed = max(len(failed) + len(missing), int(status != 0))
     return len(expected) - n_failed, n_failed
 
 
 def run_pytest() -> tuple[int, int]:
     "Passed and failed tests; errors count as failed, and no test at all is a failure."
-    # Two processes side by side, each with one thread: most of the time goes to processes that the tests start and wait for.
+    # Two processes side by side, each with one thread: most of the time goes to processes
+    # that the tests start and wait for.
     slow = ['tests/test_category.py', 'tests/test_reports.py']         # about as long as all others together
     halves = {'slow': slow, 'others': ['tests', *(f'--ignore={path}' for path in slow)]}
     with tempfile.TemporaryDirectory() as folder:
         # the process writes into its file until it ends, so nothing here closes it
-        start = lambda name: subprocess.Popen([BIN / 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', '--durations=6', f'--junitxml={folder}/{name}.xml', *halves[name]], cwd=ROOT,
+        start = lambda name: subprocess.Popen([BIN / 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', '--durations=6',
+                                               f'--junitxml={folder}/{name}.xml', *halves[name]], cwd=ROOT,
                                               stdout=open(f'{folder}/{name}.txt', 'w'),        # noqa: SIM115
                                               stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         processes = {name: start(name) for name in halves}
@@ -64,7 +73,8 @@ def run_pytest() -> tuple[int, int]:
 
 def check_style() -> list[tuple[int, int]]:
     "Passed and failed: ruff on all Python files, mypy on the library; both configured in pyproject.toml."
-    failed = [subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT).returncode != 0 for command in (['ruff', 'check'], ['mypy'])]
+    failed = [subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT).returncode != 0
+              for command in (['ruff', 'check'], ['mypy'])]
     return [(int(not bad), int(bad)) for bad in failed]
 
 
@@ -81,7 +91,9 @@ def pytest_counts(status: int, output: Path) -> tuple[int, int]:
 
 def main() -> int:
     changed = check_clean_and_exported()
-    if changed: print('nbdev_clean and nbdev_export changed files that should have been committed clean and exported:', *changed, sep='\n  ')
+    if changed:
+        print('nbdev_clean and nbdev_export changed files that should have been committed clean and exported:',
+              *changed, sep='\n  ')
     results = [(int(not changed), int(bool(changed))), *check_style(), run_notebooks(), run_pytest()]
     passed, failed = (sum(column) for column in zip(*results))
     print(f'{passed} passed, {failed} failed', flush=True)

@@ -34,7 +34,8 @@ class Brightness(AnomalyDetector):
 def run(tmp_path_factory) -> Path:
     "A run of an autoencoder of three steps on the built-in class."
     folder, root = tmp_path_factory.mktemp('run'), demo_category('brick')
-    methods.fit('autoencoder', load_category(root.parent, 'brick', 64), methods.recipe_of('autoencoder', size=64, steps=3), 'cpu', run_dir=folder)
+    methods.fit('autoencoder', load_category(root.parent, 'brick', 64),
+                methods.recipe_of('autoencoder', size=64, steps=3), 'cpu', run_dir=folder)
     return folder
 
 
@@ -42,17 +43,20 @@ def run(tmp_path_factory) -> Path:
 def photos(tmp_path) -> Path:
     "Twelve good photos."
     (folder := tmp_path / 'photos').mkdir()
-    for path in sorted((demo_category('brick') / 'train' / 'good').glob('*.png'))[::16][:12]: shutil.copy(path, folder / path.name)
+    for path in sorted((demo_category('brick') / 'train' / 'good').glob('*.png'))[::16][:12]:
+        shutil.copy(path, folder / path.name)
     return folder
 
 
 def test_an_unchanged_line_is_called_changed_as_rarely_as_stated():
     rng = np.random.default_rng(0)
-    found = [drift.changes(pd.DataFrame(rows[:25]), pd.DataFrame(rows[25:]), 0.1).changed.any() for rows in rng.normal(size=(400, 45, 5))]
+    found = [drift.changes(pd.DataFrame(rows[:25]), pd.DataFrame(rows[25:]), 0.1).changed.any()
+             for rows in rng.normal(size=(400, 45, 5))]
     assert 0.03 < np.mean(found) < 0.14         # 0.1, less what the jumps of the statistic leave over
 
 
-@pytest.mark.parametrize('name, change', [('brightness', lambda x: x * 0.6), ('red - green', lambda x: x * torch.tensor([1, 0.8, 1]).view(1, 3, 1, 1))])
+@pytest.mark.parametrize('name, change', [('brightness', lambda x: x * 0.6),
+                                          ('red - green', lambda x: x * torch.tensor([1, 0.8, 1]).view(1, 3, 1, 1))])
 def test_a_changed_line_is_named(name, change):
     images = torch.randint(100, 120, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     detector = Brightness().calibrate(images[:30])
@@ -65,26 +69,32 @@ def test_statistics_are_kept_with_the_run_and_damaged_ones_are_named(run, tmp_pa
     detector = methods.load(run, 'cpu')
     assert detector.held_out_statistics.shape == (detector.n_held_out, len(STATISTICS))
     detector.save_calibration(tmp_path)
-    for text in ('{}', '[1]', 'x', '{"brightness": [1]}', (tmp_path / 'held_out.json').read_text().replace('[', '[NaN, ', 1)):
+    for text in ('{}', '[1]', 'x', '{"brightness": [1]}',
+                 (tmp_path / 'held_out.json').read_text().replace('[', '[NaN, ', 1)):
         (tmp_path / 'held_out.json').write_text(text)
-        with pytest.raises(ValueError, match='held_out.json is damaged or not ours'): Brightness().load_calibration(tmp_path)
+        with pytest.raises(ValueError, match='held_out.json is damaged or not ours'):
+            Brightness().load_calibration(tmp_path)
     detector.held_out_statistics = None
     detector.save_calibration(tmp_path)
     assert not (tmp_path / 'held_out.json').exists()        # those of another calibration do not stay
 
 
 def test_an_inspection_says_whether_the_line_has_changed(run, photos, tmp_path, capsys):
-    ask = lambda out: main(['inspect', '--run-dir', str(run), '--images', str(photos), '--out-dir', str(tmp_path / out)])
+    ask = lambda out: main(['inspect', '--run-dir', str(run), '--images', str(photos), '--out-dir',
+                            str(tmp_path / out)])
     result = lambda out: json.loads((tmp_path / out / 'metrics.json').read_text())['changed']
     for path in photos.iterdir():
         light = np.array(Image.open(path).convert('RGB')) * [1., 1., 0.6]
         Image.fromarray(light.astype(np.uint8)).save(path)
     assert ask('yellow') == 0 and 'blue - yellow' in result('yellow')
-    assert 'The line has changed: ' in capsys.readouterr().out and 'The line has changed: ' in (tmp_path / 'yellow' / 'report.html').read_text()
+    assert ('The line has changed: ' in capsys.readouterr().out
+            and 'The line has changed: ' in (tmp_path / 'yellow' / 'report.html').read_text())
     shutil.copytree(run, old := tmp_path / 'old')
     (old / 'held_out.json').unlink()
-    assert main(['inspect', '--run-dir', str(old), '--images', str(photos), '--out-dir', str(tmp_path / 'without')]) == 0
-    assert result('without') is None and 'has not kept the brightness' in (tmp_path / 'without' / 'report.html').read_text()
+    assert main(['inspect', '--run-dir', str(old), '--images', str(photos), '--out-dir',
+                 str(tmp_path / 'without')]) == 0
+    assert (result('without') is None and 'has not kept the brightness'
+            in (tmp_path / 'without' / 'report.html').read_text())
 
 
 def test_a_file_that_grows_is_judged_once_and_when_it_is_whole(tmp_path, monkeypatch):
@@ -92,7 +102,8 @@ def test_a_file_that_grows_is_judged_once_and_when_it_is_whole(tmp_path, monkeyp
     Image.new('L', (40, 40), 200).save(tmp_path / 'whole.png')
     data = (tmp_path / 'whole.png').read_bytes()
     parts = iter([data[:10], data[:30], None, None, None, data])        # it pauses in the middle, for three looks
-    monkeypatch.setattr('draem_nb.watch.time.sleep', lambda _: (folder / 'a.png').write_bytes(part) if (part := next(parts, None)) else None)
+    monkeypatch.setattr('draem_nb.watch.time.sleep', lambda _: (folder / 'a.png').write_bytes(part)
+                        if (part := next(parts, None)) else None)
     detector = Brightness().calibrate(torch.full((5, 3, 8, 8), 90, dtype=torch.uint8))
     [row] = watch(detector, folder, tmp_path / 'out', 0, looks=20)
     assert (row['verdict'], row['bytes'], row['score']) == ('anomalous', len(data), pytest.approx(200 / 255, abs=1e-4))
@@ -103,7 +114,8 @@ def test_a_second_watch_and_a_folder_in_itself_are_refused(tmp_path):
     detector = Brightness().calibrate(torch.full((5, 3, 8, 8), 90, dtype=torch.uint8))
     Image.new('L', (40, 40), 200).save(folder / 'a.png')
     next(first := watch(detector, folder, tmp_path / 'out', 0))
-    with pytest.raises(ValueError, match='is in use by another command'): next(watch(detector, folder, tmp_path / 'out', 0))
+    with pytest.raises(ValueError, match='is in use by another command'):
+        next(watch(detector, folder, tmp_path / 'out', 0))
     first.close()
     with pytest.raises(ValueError, match='lies in the watched folder'): next(watch(detector, folder, folder / 'out', 0))
 
@@ -113,15 +125,18 @@ def test_a_killed_watch_goes_on_and_judges_nothing_twice(run, photos, tmp_path):
     waiting.mkdir()
     for name in names[6:]: shutil.move(photos / name, waiting / name)
     (photos / '가 "b".png').write_bytes((photos / names[0]).read_bytes())
-    command = [sys.executable, '-m', 'draem_nb', 'watch', '--run-dir', str(run), '--images', str(photos), '--out-dir', str(tmp_path / 'out'), '--every', '0.1', '--device', 'cpu']
-    start = lambda: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    command = [sys.executable, '-m', 'draem_nb', 'watch', '--run-dir', str(run), '--images', str(photos), '--out-dir',
+               str(tmp_path / 'out'), '--every', '0.1', '--device', 'cpu']
+    start = lambda: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                     env=dict(os.environ, OMP_NUM_THREADS='1'))
     first = start()
     told = [json.loads(first.stdout.readline()) for _ in range(4)]
     first.send_signal(signal.SIGKILL); first.communicate()
     with open(tmp_path / 'out' / 'verdicts.csv', 'a') as file: file.write('/half')
     for name in names[6:]: shutil.move(waiting / name, photos / name)
     second, until = start(), time.monotonic() + 120
-    while len((tmp_path / 'out' / 'verdicts.csv').read_text().splitlines()) < 14 and time.monotonic() < until: time.sleep(0.3)
+    while len((tmp_path / 'out' / 'verdicts.csv').read_text().splitlines()) < 14 and time.monotonic() < until:
+        time.sleep(0.3)
     time.sleep(1)                           # the last row is told after it is in the table
     second.send_signal(signal.SIGTERM)
     out, err = second.communicate(timeout=60)
@@ -129,7 +144,8 @@ def test_a_killed_watch_goes_on_and_judges_nothing_twice(run, photos, tmp_path):
     rows = list(csv.DictReader((tmp_path / 'out' / 'verdicts.csv').read_text(encoding='utf-8').splitlines()))
     assert sorted(Path(row['file']).name for row in rows) == sorted([*names, '가 "b".png'])
     assert not {row['file'] for row in told} & {row['file'] for row in told_again} and second.returncode == 0
-    assert f'{len(told_again)} photos judged' in err and 'latency' in err and all(float(row['seconds']) > 0 for row in rows)
+    assert (f'{len(told_again)} photos judged' in err and 'latency' in err
+            and all(float(row['seconds']) > 0 for row in rows))
     assert all((tmp_path / 'out' / 'overlays' / f'{name}.png').exists() for name in names)
 
 

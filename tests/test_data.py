@@ -69,7 +69,8 @@ def expect(path, values, tolerance=0):
 def test_gray_and_rgb_in_every_format(tmp_path, suffix):
     tolerance = 40 if suffix.lower().startswith('j') else 0   # JPEG loses colour detail; smooth images less
     expect(save(Image.fromarray(GRAY), tmp_path / f'gray.{suffix}'), GRAY, min(tolerance, 8))
-    expect(save(Image.fromarray(COLOR), tmp_path / f'color.{suffix}', **({'subsampling': 0, 'quality': 100} if tolerance else {})), COLOR, tolerance)
+    expect(save(Image.fromarray(COLOR), tmp_path / f'color.{suffix}',
+                **({'subsampling': 0, 'quality': 100} if tolerance else {})), COLOR, tolerance)
 
 
 def test_alpha_is_dropped(tmp_path):
@@ -96,7 +97,8 @@ def test_palette_and_one_bit(tmp_path):
 def test_16_bit_gray(tmp_path, suffix):
     deep = GRAY.astype(np.uint16) * 257
     expect(save(Image.fromarray(deep), tmp_path / f'deep.{suffix}'), GRAY)
-    expect(save(Image.fromarray(np.array([[0, 128, 129, 65406, 65407]], np.uint16)), tmp_path / f'ends.{suffix}'), np.array([[0, 0, 1, 254, 255]]))
+    expect(save(Image.fromarray(np.array([[0, 128, 129, 65406, 65407]], np.uint16)), tmp_path / f'ends.{suffix}'),
+           np.array([[0, 0, 1, 254, 255]]))
     dark = Image.fromarray(np.full((4, 4), 4095, np.uint16))   # 12 bits in 16: not stretched
     expect(save(dark, tmp_path / f'dark.{suffix}'), np.full((4, 4), 16))
 
@@ -119,7 +121,8 @@ def png_16_bit_rgb(values):
     "A 48-bit PNG, written by hand because Pillow cannot."
     import struct
     import zlib
-    def chunk(kind, body): return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+    def chunk(kind, body):
+        return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
     h, w, _ = values.shape
     rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
     return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 16, 2, 0, 0, 0))
@@ -138,7 +141,8 @@ def test_orientation_of_photographs_is_applied(tmp_path, root):
     exif[0x0112] = 6   # turned by 90 degrees
     photo = save(picture(9, (30, 40)), root / 'part/test/dent/2.jpg', exif=exif)
     assert read_image(photo).size == (40, 30)
-    shutil.copy(root / 'part/ground_truth/dent/0_mask.png', root / 'part/ground_truth/dent/2_mask.png')   # 40 x 30, as seen
+    # 40 x 30, as seen
+    shutil.copy(root / 'part/ground_truth/dent/0_mask.png', root / 'part/ground_truth/dent/2_mask.png')
     assert load_category(root, 'part', 32).masks[2].any()
 
 
@@ -155,9 +159,11 @@ def test_find_images(tmp_path):
     for name in ('b.png', 'a/c.JPG', 'a/b.tiff', '._b.png', 'notes.txt', 'x.bmp', 'x.gif'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)] == ['a/b.tiff', 'a/c.JPG', 'b.png', 'x.bmp']
+    assert [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)] == ['a/b.tiff', 'a/c.JPG',
+                                                                                   'b.png', 'x.bmp']
     assert find_images(str(tmp_path)) == find_images(tmp_path)
-    with pytest.raises(FileNotFoundError, match='image folder .*nowhere does not exist'): find_images(tmp_path / 'nowhere')
+    with pytest.raises(FileNotFoundError, match='image folder .*nowhere does not exist'):
+        find_images(tmp_path / 'nowhere')
 
 
 def test_load_images(tmp_path):
@@ -185,7 +191,8 @@ def test_sizes_that_are_none(size):
 
 def test_sizes_that_cannot_be_halved(root):
     assert check_size([64, 96]) == (64, 96) and check_size(np.int64(32)) == (32, 32)
-    with pytest.raises(ValueError, match='size 250 x 250 cannot be halved .* height 224 or 256, width 224 or 256'): check_size(250)
+    with pytest.raises(ValueError, match='size 250 x 250 cannot be halved .* height 224 or 256, width 224 or 256'):
+        check_size(250)
     with pytest.raises(ValueError, match='height 32, width 64'): check_size((5, 64))
     with pytest.raises(ValueError, match='cannot be halved'): load_category(root, 'part', 100)
 
@@ -195,7 +202,8 @@ def test_sizes_that_cannot_be_halved(root):
 def test_load_category(root):
     part = load_category(root, 'part', (32, 64))
     assert part.name == 'part' and part.size == (32, 64) and find_categories(root) == ['part']
-    assert part.train.shape == (3, 3, 32, 64) and part.test.shape == (3, 3, 32, 64) and part.masks.shape == (3, 1, 32, 64)
+    assert part.train.shape == (3, 3, 32, 64) and part.test.shape == (3, 3, 32,
+                                                                      64) and part.masks.shape == (3, 1, 32, 64)
     assert part.kinds == ['dent', 'dent', 'good'] and part.labels.tolist() == [True, True, False]
     assert [p.name for p in part.paths] == ['0.png', '1.png', '0.png'] and len(part.train_paths) == 3
     assert part.masks.dtype == part.masks_official.dtype == part.labels.dtype == torch.bool
@@ -223,14 +231,17 @@ def test_subset(root):
     part = load_category(root, 'part', 32)
     hole = part.subset(['hole'])
     assert hole.kinds == ['good', 'hole'] and torch.equal(hole.test, part.test[2:]) and hole.masks[1].all()
-    assert hole.fingerprint != part.fingerprint and torch.equal(hole.train, part.train) and hole.labels.tolist() == [False, True]
-    with pytest.raises(ValueError, match='no test images of kind crack; there are: dent, good, hole'): part.subset(['crack'])
+    assert (hole.fingerprint != part.fingerprint and torch.equal(hole.train, part.train)
+            and hole.labels.tolist() == [False, True])
+    with pytest.raises(ValueError, match='no test images of kind crack; there are: dent, good, hole'):
+        part.subset(['crack'])
 
 
 def test_fingerprint(root, tmp_path):
     first = load_category(root, 'part', 32).fingerprint
     shutil.copytree(root, tmp_path / 'moved')
-    assert load_category(tmp_path / 'moved', 'part', 32).fingerprint == first == load_category(str(root), 'part', 32).fingerprint
+    assert load_category(tmp_path / 'moved', 'part', 32).fingerprint == first == load_category(str(root), 'part',
+                                                                                               32).fingerprint
     seen = {first, load_category(root, 'part', 64).fingerprint}
     (root / 'part/train/good/2.png').rename(root / 'part/train/good/9.png')
     seen.add(load_category(root, 'part', 32).fingerprint)
@@ -248,7 +259,8 @@ def test_mask_values_and_names(root):
     drawn = load_category(root, 'part', (32, 64)).masks[0]
     zero_one = np.zeros((30, 40), np.uint8)
     zero_one[10:20, 10:20] = 1
-    for image, name in ((Image.fromarray(zero_one), '0_mask.png'), (Image.fromarray(zero_one * 3), '0.png'), (Image.fromarray(zero_one > 0), '0.PNG'),
+    for image, name in ((Image.fromarray(zero_one), '0_mask.png'), (Image.fromarray(zero_one * 3), '0.png'),
+                        (Image.fromarray(zero_one > 0), '0.PNG'),
                         (Image.fromarray(zero_one * 255).convert('RGB'), '0_mask.bmp')):
         for old in masks.glob('0*'): old.unlink()
         save(image, masks / name)
@@ -282,50 +294,64 @@ def official_by_hand(mask, h, w):
 @pytest.mark.parametrize('size', [(32, 32), (64, 96), (160, 128), (224, 32)])
 def test_both_mask_rules(root, size):
     rng = np.random.default_rng(1)
-    drawing = np.asarray(Image.fromarray((rng.random((12, 15)) > 0.6).astype(np.uint8) * 255).resize((150, 120), Image.Resampling.NEAREST))
+    drawing = np.asarray(Image.fromarray((rng.random((12, 15)) > 0.6).astype(np.uint8)
+                                         * 255).resize((150, 120), Image.Resampling.NEAREST))
     save(Image.fromarray(drawing), root / 'part/ground_truth/dent/0_mask.png')
     save(picture(1, (150, 120)), root / 'part/test/dent/0.png')
     part = load_category(root, 'part', size)
     assert np.array_equal(part.masks_official[0, 0].numpy(), official_by_hand(drawing, *size))
-    smooth = torch.nn.functional.interpolate(torch.from_numpy(drawing / 255.)[None, None], size, mode='bilinear', antialias=True)[0]
+    smooth = torch.nn.functional.interpolate(torch.from_numpy(drawing / 255.)[None, None], size, mode='bilinear',
+                                             antialias=True)[0]
     sure = (smooth - 0.5).abs() > 1e-3
     assert torch.equal(part.masks[0][sure], (smooth >= 0.5)[sure])
 
 
 def test_missing_mask_is_named(root):
     (root / 'part/ground_truth/dent/1_mask.png').unlink()
-    with pytest.raises(FileNotFoundError, match=r'test/dent/1.png has no mask; put one at .*ground_truth/dent/1_mask.png'): load_category(root, 'part', 32)
+    with pytest.raises(FileNotFoundError,
+                       match=r'test/dent/1.png has no mask; put one at .*ground_truth/dent/1_mask.png'):
+        load_category(root, 'part', 32)
     shutil.rmtree(root / 'part/ground_truth')
-    with pytest.raises(FileNotFoundError, match=r'test/dent/0.png has no mask; put one at .*ground_truth/dent/0_mask.png'): load_category(root, 'part', 32)
+    with pytest.raises(FileNotFoundError,
+                       match=r'test/dent/0.png has no mask; put one at .*ground_truth/dent/0_mask.png'):
+        load_category(root, 'part', 32)
 
 
 def test_mask_of_another_size_is_named(root):
     save(Image.new('L', (30, 40)), root / 'part/ground_truth/dent/1_mask.png')
-    with pytest.raises(ValueError, match=r'1_mask.png has 30 x 40 pixels .*dent/1.png has 40 x 30'): load_category(root, 'part', 32)
+    with pytest.raises(ValueError, match=r'1_mask.png has 30 x 40 pixels .*dent/1.png has 40 x 30'):
+        load_category(root, 'part', 32)
 
 
 # --- bad folders, bad files
 
 def test_folders_that_are_not_there(root, tmp_path):
-    with pytest.raises(FileNotFoundError, match='nowhere does not exist; give the folder that holds the classes'): load_category(tmp_path / 'nowhere', 'part')
+    with pytest.raises(FileNotFoundError, match='nowhere does not exist; give the folder that holds the classes'):
+        load_category(tmp_path / 'nowhere', 'part')
     (root / 'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='empty has no train/good; put images of good parts there'): load_category(root, 'empty')
+    with pytest.raises(FileNotFoundError, match='empty has no train/good; put images of good parts there'):
+        load_category(root, 'empty')
     (root / 'empty/train/good').mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match='empty/train/good holds no images'): load_category(root, 'empty')
-    with pytest.raises(ValueError, match="unknown class 'crew' in .*; there are: empty, part"): load_category(root, 'crew')
+    with pytest.raises(ValueError, match="unknown class 'crew' in .*; there are: empty, part"):
+        load_category(root, 'crew')
     for name in ('', '..', 'part/train'):
-        with pytest.raises((ValueError, FileNotFoundError), match='unknown class|has no train/good'): load_category(root, name)
+        with pytest.raises((ValueError, FileNotFoundError), match='unknown class|has no train/good'):
+            load_category(root, name)
     with pytest.raises(ValueError, match='there are: none'): load_category(root / 'part/train', 'part')
-    with pytest.raises(ValueError, match="is itself a class; give the folder that holds it as root and 'part'"): load_category(root / 'part', 'part')
+    with pytest.raises(ValueError, match="is itself a class; give the folder that holds it as root and 'part'"):
+        load_category(root / 'part', 'part')
 
 
 def test_test_image_outside_of_a_kind(root):
     stray = save(picture(), root / 'part/test/stray.png')
-    with pytest.raises(ValueError, match='stray.png must lie in test/good or in test/<kind of defect>'): load_category(root, 'part', 32)
+    with pytest.raises(ValueError, match='stray.png must lie in test/good or in test/<kind of defect>'):
+        load_category(root, 'part', 32)
     assert stray.exists()
 
 
-BROKEN = {'zero bytes': lambda b: b'', 'cut': lambda b: b[:len(b) * 2 // 3], 'header only': lambda b: b[:40], 'no image': lambda b: b'<html>log in</html>' * 9}
+BROKEN = {'zero bytes': lambda b: b'', 'cut': lambda b: b[:len(b) * 2 // 3], 'header only': lambda b: b[:40],
+          'no image': lambda b: b'<html>log in</html>' * 9}
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg', 'bmp', 'tif'])
 @pytest.mark.parametrize('how', BROKEN)
@@ -337,7 +363,8 @@ def test_unreadable_image_is_named(root, cache, suffix, how, where):
     path.write_bytes(BROKEN[how](path.read_bytes()))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        with pytest.raises(ValueError, match=f'cannot read the image .*{where}/{name}.{suffix}: .'): load_category(root, 'part', 32)
+        with pytest.raises(ValueError, match=f'cannot read the image .*{where}/{name}.{suffix}: .'):
+            load_category(root, 'part', 32)
     assert not list(cache.glob('*.tmp'))   # nothing half-written
 
 
@@ -375,7 +402,8 @@ def test_cache_knows_images_by_their_content(root, tmp_path, monkeypatch):
     other = bytearray(train[0].read_bytes())
     save(Image.fromarray(255 - np.asarray(picture(0))), train[0])
     train[0].write_bytes(train[0].read_bytes().ljust(len(other), b'\0'))
-    os.utime(train[0], ns=(before.st_atime_ns, before.st_mtime_ns))      # same time; and, as the bytes are noise, about the same length
+    # same time; and, as the bytes are noise, about the same length
+    os.utime(train[0], ns=(before.st_atime_ns, before.st_mtime_ns))
     assert not torch.equal(load_images(train, 64, cache=True)[0], first[0]) and len(decoded) == 3
 
 
@@ -383,7 +411,8 @@ def test_two_processes_make_one_cache(root, cache):
     for i in range(40): save(picture(i, (300, 300)), root / 'part/train/good' / f'{i:02}.png')
     code = ("import sys; from draem_nb.data import load_category; sys.stdin.readline(); "
             f"print(load_category({str(root)!r}, 'part', 256).fingerprint)")
-    processes = [subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  text=True) for _ in range(2)]
     for process in processes: process.stdin.write('go\n'); process.stdin.flush()
     found = {process.communicate()[0].strip() for process in processes}
     assert found == {load_category(root, 'part', 256).fingerprint}
@@ -422,7 +451,8 @@ def test_loaded_tensors_may_be_written_to(root):
 def test_cache_that_cannot_be_written(root, cache, tmp_path):
     cache.write_text('a file where the folder should be')
     train = find_images(root / 'part/train')
-    with pytest.warns(UserWarning, match='cannot write the image cache .* set DRAEM_NB_CACHE'): images = load_images(train, 64, cache=True)
+    with pytest.warns(UserWarning, match='cannot write the image cache .* set DRAEM_NB_CACHE'):
+        images = load_images(train, 64, cache=True)
     assert torch.equal(images, load_images(train, 64))
 
 
@@ -436,9 +466,11 @@ def test_interrupted_cache_leaves_nothing(root, cache, monkeypatch):
 # --- downloads
 
 class Site(BaseHTTPRequestHandler):
-    "Serves `body`: `ranges` or not; cuts the connection after `cut` bytes of a reply, or falls silent there, as often as `cuts` says."
+    """Serves `body`: `ranges` or not; cuts the connection after `cut` bytes of a reply, or falls silent
+    there, as often as `cuts` says."""
     body, ranges, cut, cuts, status, asked = b'', True, 0, 0, 200, []
-    stalls, shift, away = False, 0, None    # silence instead of a cut; bytes by which a range is off; where /moved is redirected to
+    # silence instead of a cut; bytes by which a range is off; where /moved is redirected to
+    stalls, shift, away = False, 0, None
 
     def do_GET(self):
         site = type(self)
@@ -498,7 +530,8 @@ def site(monkeypatch):
     handler.url = f'http://127.0.0.1:{server.server_port}/archive'
     def serve(members=MVTEC, body=None, checksum=None, **how):
         handler.body = archive(members) if body is None else body
-        for name in ('_MVTEC_SHA256', '_DTD_SHA256'): monkeypatch.setattr(data, name, checksum or hashlib.sha256(handler.body).hexdigest())
+        for name in ('_MVTEC_SHA256', '_DTD_SHA256'):
+            monkeypatch.setattr(data, name, checksum or hashlib.sha256(handler.body).hexdigest())
         for key, value in how.items(): setattr(handler, key, value)
         return handler
     yield serve
@@ -557,7 +590,8 @@ def test_download_that_had_all_but_the_unpacking(site, tmp_path):
 def test_server_that_falls_silent(site, tmp_path, monkeypatch):
     monkeypatch.setattr(data, '_STALL', 0.2)
     handler = site(cut=1000, cuts=2, stalls=True)
-    assert find_categories(download_mvtec(tmp_path, handler.url)) == ['bottle'] and handler.asked == [None, 'bytes=1000-', 'bytes=2000-']
+    assert (find_categories(download_mvtec(tmp_path, handler.url)) == ['bottle']
+            and handler.asked == [None, 'bytes=1000-', 'bytes=2000-'])
     handler.cut, handler.cuts = 0, 99
     shutil.rmtree(tmp_path / 'mvtec')
     with pytest.raises(ConnectionError, match='timed out.*put it at'): download_mvtec(tmp_path, handler.url)
@@ -565,16 +599,19 @@ def test_server_that_falls_silent(site, tmp_path, monkeypatch):
 
 def test_server_that_sends_another_range(site, tmp_path):
     handler = site(cut=1000, cuts=1, shift=10)
-    assert find_categories(download_mvtec(tmp_path, handler.url)) == ['bottle'] and handler.asked == [None, 'bytes=1000-', None]
+    assert (find_categories(download_mvtec(tmp_path, handler.url)) == ['bottle']
+            and handler.asked == [None, 'bytes=1000-', None])
 
 
 def test_redirects_are_followed(site, tmp_path):
     handler = site(cut=1000, cuts=1)
     handler.away = handler.url
     assert find_categories(download_mvtec(tmp_path, handler.url.replace('archive', 'moved'))) == ['bottle']
-    assert handler.asked == [None, None, 'bytes=1000-', 'bytes=1000-']      # the range is asked for at the new address too
+    # the range is asked for at the new address too
+    assert handler.asked == [None, None, 'bytes=1000-', 'bytes=1000-']
     handler.away = 'file:///etc/passwd'
-    with pytest.raises(ConnectionError, match='cannot download'): download_mvtec(tmp_path / 'other', handler.url.replace('archive', 'moved'))
+    with pytest.raises(ConnectionError, match='cannot download'):
+        download_mvtec(tmp_path / 'other', handler.url.replace('archive', 'moved'))
     handler.away = handler.url.replace('archive', 'moved')                  # to itself
     with pytest.raises(ConnectionError, match='redirect'): download_mvtec(tmp_path / 'third', handler.away)
     assert names(tmp_path / 'other') == names(tmp_path / 'third') == []
@@ -593,32 +630,37 @@ def test_proxy_that_is_down(site, tmp_path, monkeypatch):
     for name in ('http_proxy', 'HTTP_PROXY'): monkeypatch.setenv(name, 'http://127.0.0.1:9')
     for name in ('no_proxy', 'NO_PROXY'): monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(data.urllib.request, '_opener', None)      # it asks for the proxies once a process
-    with pytest.raises(ConnectionError, match='Connection refused.*check the network, the proxy or the address.*put it at .*mvtec_anomaly_detection.tar.xz'):
+    with pytest.raises(ConnectionError, match='Connection refused.*check the network, the proxy or the address.*put it '
+                       'at .*mvtec_anomaly_detection.tar.xz'):
         download_mvtec(tmp_path, 'http://nowhere.invalid/mvtec.tar.xz')
 
 
 def test_server_that_always_cuts(site, tmp_path):
     handler = site(cut=0, cuts=99)
-    with pytest.raises(ConnectionError, match='cannot download http.*it continues where it stopped.*or fetch the file in another way and put it at .*tar.xz'):
+    with pytest.raises(ConnectionError, match='cannot download http.*it continues where it stopped.*or fetch the file '
+                       'in another way and put it at .*tar.xz'):
         download_mvtec(tmp_path, handler.url)
     assert len(handler.asked) == 3 and not (tmp_path / 'mvtec').exists()
 
 
 def test_wrong_bytes(site, tmp_path):
     handler = site(checksum='0' * 64)
-    with pytest.raises(ValueError, match='is not the published archive .* it was removed and get it again'): download_mvtec(tmp_path, handler.url)
+    with pytest.raises(ValueError, match='is not the published archive .* it was removed and get it again'):
+        download_mvtec(tmp_path, handler.url)
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize('status, requests', [(404, 1), (403, 1), (503, 3)])
 def test_server_that_refuses(site, tmp_path, status, requests):
     handler = site(status=status)
-    with pytest.raises(ConnectionError, match=f'HTTP Error {status}.*check the network, the proxy or the address'): download_mvtec(tmp_path, handler.url)
+    with pytest.raises(ConnectionError, match=f'HTTP Error {status}.*check the network, the proxy or the address'):
+        download_mvtec(tmp_path, handler.url)
     assert len(handler.asked) == requests and names(tmp_path) == []
 
 
 def test_no_network(site, tmp_path):
-    with pytest.raises(ConnectionError, match='cannot download .*Connection refused.*put it at'): download_mvtec(tmp_path, 'http://127.0.0.1:9/x')
+    with pytest.raises(ConnectionError, match='cannot download .*Connection refused.*put it at'):
+        download_mvtec(tmp_path, 'http://127.0.0.1:9/x')
 
 
 def test_archive_put_there_by_hand(site, tmp_path):
@@ -628,7 +670,8 @@ def test_archive_put_there_by_hand(site, tmp_path):
     assert handler.asked == [] and names(tmp_path) == ['dtd', 'dtd-r1.0.1.tar.gz']   # it is the user's: it stays
     shutil.rmtree(tmp_path / 'dtd')
     (tmp_path / 'dtd-r1.0.1.tar.gz').write_bytes(handler.body[:-1])
-    with pytest.raises(ValueError, match='tar.gz is not the published archive .* remove it and get it again'): download_dtd(tmp_path, handler.url)
+    with pytest.raises(ValueError, match='tar.gz is not the published archive .* remove it and get it again'):
+        download_dtd(tmp_path, handler.url)
     assert names(tmp_path) == ['dtd-r1.0.1.tar.gz']
 
 
@@ -636,12 +679,14 @@ def test_archive_put_there_by_hand(site, tmp_path):
 def test_unsafe_archives_are_refused(site, tmp_path, name):
     handler = site({**MVTEC, name: b'x'})
     with pytest.raises(ValueError, match=f'not safe to unpack: {name!r}'): download_mvtec(tmp_path / 'in', handler.url)
-    assert not (tmp_path / 'in/mvtec').exists() and not (tmp_path / 'evil').exists() and not list((tmp_path / 'in').glob('.*'))
+    assert (not (tmp_path / 'in/mvtec').exists() and not (tmp_path / 'evil').exists()
+            and not list((tmp_path / 'in').glob('.*')))
 
 
 # --- the demo classes
 
-def tree(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 @pytest.mark.parametrize('name', DEMO_CATEGORIES)
@@ -649,7 +694,8 @@ def test_demo_classes(tmp_path, name):
     folder = demo_category(name, tmp_path)
     assert folder == tmp_path / name and find_categories(tmp_path) == [name] and names(tmp_path) == [name]
     part = load_category(tmp_path, name, 128)
-    assert len(part.train) == 200 and part.kinds.count('good') == 24 and len(set(part.kinds)) == 7 and len(part.kinds) == 72
+    assert (len(part.train) == 200 and part.kinds.count('good') == 24 and len(set(part.kinds)) == 7
+            and len(part.kinds) == 72)
     assert torch.equal(part.masks, part.masks_official)   # at their own size
     for path in find_images(folder):
         with Image.open(path) as image:
@@ -701,7 +747,8 @@ def test_demo_that_is_not_whole_is_made_again(tmp_path):
 def test_demo_never_touches_a_folder_of_others(root):
     (root / 'part').rename(root / 'brick')
     mine = tree(root / 'brick')
-    with pytest.raises(ValueError, match='brick exists and is not a demo class; choose another root'): demo_category('brick', root)
+    with pytest.raises(ValueError, match='brick exists and is not a demo class; choose another root'):
+        demo_category('brick', root)
     assert tree(root / 'brick') == mine
 
 
@@ -713,7 +760,8 @@ def test_interrupted_demo_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_unknown_demo_class(tmp_path):
-    with pytest.raises(ValueError, match="unknown demo class 'marble'; there are: brick, gravel, grass"): demo_category('marble', tmp_path)
+    with pytest.raises(ValueError, match="unknown demo class 'marble'; there are: brick, gravel, grass"):
+        demo_category('marble', tmp_path)
 
 
 def test_where_the_demo_goes(tmp_path, monkeypatch):

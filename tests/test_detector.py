@@ -17,7 +17,8 @@ from draem_nb.textures import load_textures
 from draem_nb.tiling import TiledDetector, load_detector
 from draem_nb.training import load_checkpoint, train
 
-TINY = dict(size=32, base_width=4, base_channels=2, steps=3, batch=2, score_window=5, precision='float32', checkpoint_every=2)
+TINY = dict(size=32, base_width=4, base_channels=2, steps=3, batch=2, score_window=5, precision='float32',
+            checkpoint_every=2)
 
 
 @pytest.fixture(scope='module')
@@ -31,12 +32,16 @@ def test_trained_without_antialiasing_it_looks_without(root, tmp_path, fields):
     size = recipe.image_size or recipe.size
     category, textures = load_category(root, 'brick', size, antialias=False), load_textures(size=32, antialias=False)
     detector = load_detector(train(category, textures, recipe, tmp_path, 'cpu'), 'cpu')
-    assert not detector.antialias and torch.equal(detector.predict(category.paths[:3]).maps, detector.predict(category.test[:3]).maps)
+    assert not detector.antialias and torch.equal(detector.predict(category.paths[:3]).maps,
+                                                  detector.predict(category.test[:3]).maps)
     smooth = load_category(root, 'brick', size)
     assert not torch.equal(smooth.test[:3], category.test[:3])
-    large = torch.stack([torch.from_numpy(np.array(Image.open(p).convert('RGB'))).permute(2, 0, 1) for p in category.paths[:3]])
-    assert torch.equal(detector.predict(large).maps, detector.predict(category.test[:3]).maps)       # tensors are shrunk alike
-    with pytest.raises(ValueError, match='recipe field antialias is False, but the class was loaded otherwise; load it with antialias=False'):
+    large = torch.stack([torch.from_numpy(np.array(Image.open(p).convert('RGB'))).permute(2, 0, 1)
+                         for p in category.paths[:3]])
+    # tensors are shrunk alike
+    assert torch.equal(detector.predict(large).maps, detector.predict(category.test[:3]).maps)
+    with pytest.raises(ValueError, match='recipe field antialias is False, but the class was loaded otherwise; load it '
+                       'with antialias=False'):
         train(smooth, textures, recipe, tmp_path / 'other', 'cpu')
 
 
@@ -44,7 +49,8 @@ def test_fit_shrinks_the_built_in_textures_as_the_recipe_says(root):
     "The same weights as with textures that are given."
     recipe = demo().replace(**TINY, antialias=False)
     category = load_category(root, 'brick', 32, antialias=False)
-    nets = [fit(category, recipe, 'cpu', textures).net.state_dict() for textures in (None, load_textures(size=32, antialias=False), load_textures(size=32))]
+    nets = [fit(category, recipe, 'cpu', textures).net.state_dict()
+            for textures in (None, load_textures(size=32, antialias=False), load_textures(size=32))]
     same = [all(torch.equal(v, other[k]) for k, v in nets[0].items()) for other in nets[1:]]
     assert same == [True, False]
 
@@ -61,9 +67,12 @@ def test_a_checkpoint_that_does_not_say_it_was_antialiased(root, tmp_path):
 @pytest.mark.parametrize('dtype', ['uint16', 'int16', 'int32', 'int64', 'bool'])
 def test_other_whole_numbers_are_refused_in_one_sentence(dtype):
     for images in (np.ones((1, 8, 8, 3), dtype), torch.ones(1, 3, 8, 8).to(getattr(torch, dtype))):
-        with pytest.raises(ValueError, match=f'images must be uint8, or float in 0..1, not {dtype}; divide by the largest value'): as_images(images, (8, 8))
+        with pytest.raises(ValueError, match=f'images must be uint8, or float in 0..1, not {dtype}; divide by the '
+                           'largest value'):
+            as_images(images, (8, 8))
     with pytest.raises(ValueError, match='not float in 0 .. 255'): as_images(np.array([[0., 255.]]), (8, 8))
-    with pytest.raises(ValueError, match='not float in nan .. nan'): as_images(torch.full((1, 3, 8, 8), torch.nan), (8, 8))
+    with pytest.raises(ValueError, match='not float in nan .. nan'):
+        as_images(torch.full((1, 3, 8, 8), torch.nan), (8, 8))
 
 
 def test_image_score_counts_the_padding():
@@ -73,7 +82,8 @@ def test_image_score_counts_the_padding():
     assert image_score(maps, 21).item() == pytest.approx(121 / 441)
 
 
-@pytest.mark.parametrize('n, quantile, rank', [(1000, 0.995, 995), (1000, 0.9, 900), (10, 0.995, 10), (4, 0.5, 2), (5, 0.5, 3), (3, 0., 1), (3, 1., 3)])
+@pytest.mark.parametrize('n, quantile, rank', [(1000, 0.995, 995), (1000, 0.9, 900), (10, 0.995, 10), (4, 0.5, 2),
+                                               (5, 0.5, 3), (3, 0., 1), (3, 1., 3)])
 def test_upper_quantile(n, quantile, rank):
     values = torch.randperm(n, generator=torch.Generator().manual_seed(0)).numpy() + 1.
     assert upper_quantile(values, quantile) == rank
@@ -116,15 +126,19 @@ def test_channel_order():
 @pytest.mark.parametrize('detector', [Red(), TiledDetector(Red(), (64, 32))])
 def test_nonsense_is_refused(detector):
     for batch in (0, -1, 2.5):
-        with pytest.raises(ValueError, match=f'batch is {batch}; it must be a whole number of at least 1'): detector.predict(images(1), batch=batch)
+        with pytest.raises(ValueError, match=f'batch is {batch}; it must be a whole number of at least 1'):
+            detector.predict(images(1), batch=batch)
     for quantile in (5., -0.1, float('nan')):
-        with pytest.raises(ValueError, match=f'quantile is {quantile}; it must be between 0 and 1'): detector.calibrate(images(1), quantile)
+        with pytest.raises(ValueError, match=f'quantile is {quantile}; it must be between 0 and 1'):
+            detector.calibrate(images(1), quantile)
     assert detector.quantile == 0.995 and detector.threshold is None
 
 
 class Broken(Red):
     "Nothing that it says of a red image is a number."
-    def _look(self, batch): return None, torch.where(batch[:, :1] > 0, torch.nan, 0.), torch.where(batch[:, 0].amax((1, 2)) > 0, torch.inf, 0.)
+    def _look(self, batch):
+        return None, torch.where(batch[:, :1] > 0, torch.nan,
+                                 0.), torch.where(batch[:, 0].amax((1, 2)) > 0, torch.inf, 0.)
 
 
 @pytest.mark.parametrize('detector', [Broken(), TiledDetector(Broken(), (64, 32))])
@@ -134,30 +148,38 @@ def test_scores_that_are_not_finite_are_refused(detector, tmp_path):
     batch = torch.zeros(20, 3, *size, dtype=torch.uint8)
     batch[17, 0] = 9
     for look in (detector.predict, detector.calibrate):
-        with pytest.raises(ValueError, match='the score of image 17 is not finite: the weights of the detector are damaged'): look(batch)
+        with pytest.raises(ValueError,
+                           match='the score of image 17 is not finite: the weights of the detector are damaged'):
+            look(batch)
     Image.new('RGB', size[::-1], 'red').save(tmp_path / 'part7.png')
     with pytest.raises(ValueError, match='the score of image .*part7.png is not finite'): detector.predict(tmp_path)
     assert detector.threshold is None
 
 
-@pytest.mark.parametrize('change', [dict(threshold=float('nan')), dict(pixel_threshold=float('inf')), dict(threshold=None), dict(threshold='0.5'), dict(held_out_scores=[0.1, None]),
-                                    dict(held_out_scores=0.1), dict(quantile=True), dict(predict='oops'), dict(mask_rule='official')])
+@pytest.mark.parametrize('change', [dict(threshold=float('nan')), dict(pixel_threshold=float('inf')),
+                                    dict(threshold=None), dict(threshold='0.5'), dict(held_out_scores=[0.1, None]),
+                                    dict(held_out_scores=0.1), dict(quantile=True), dict(predict='oops'),
+                                    dict(mask_rule='official')])
 def test_damaged_calibrations_are_refused(change, tmp_path):
     Red().calibrate(images(51, 102)).save_calibration(tmp_path)
     kept = json.loads((tmp_path / 'threshold.json').read_text())
     same = Red(); same.load_calibration(tmp_path)
     assert same.threshold == kept['threshold'] and same.held_out_scores == kept['held_out_scores']
-    for text in (json.dumps(kept | change), json.dumps(kept)[:40], '[]', json.dumps({k: v for k, v in kept.items() if k != 'quantile'})):
+    for text in (json.dumps(kept | change), json.dumps(kept)[:40], '[]',
+                 json.dumps({k: v for k, v in kept.items() if k != 'quantile'})):
         (tmp_path / 'threshold.json').write_text(text)
         other = Red()
-        with pytest.raises(ValueError, match='threshold.json is damaged or not ours: .*; delete it and calibrate again'): other.load_calibration(tmp_path)
+        with pytest.raises(ValueError, match='threshold.json is damaged or not ours: .*; delete it and '
+                           'calibrate again'):
+            other.load_calibration(tmp_path)
         assert other.threshold is None and callable(other.predict)
 
 
 def checkpoint(tmp_path):
     "Of an untrained net, as a run keeps it."
     net = initialise(Draem(4, 2), torch.Generator().manual_seed(0))
-    torch.save(dict(net=net.state_dict(), recipe=dataclasses.asdict(demo().replace(**TINY))), tmp_path / 'checkpoint.pt')
+    torch.save(dict(net=net.state_dict(), recipe=dataclasses.asdict(demo().replace(**TINY))),
+               tmp_path / 'checkpoint.pt')
     return tmp_path / 'checkpoint.pt'
 
 
@@ -166,7 +188,9 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path):
     state = load_checkpoint(checkpoint(tmp_path))
     state['net']['discriminative.encoder_segment.block1.1.running_mean'][0] = value
     torch.save(state, tmp_path / 'checkpoint.pt')
-    with pytest.raises(ValueError, match='checkpoint.pt is damaged: a value of net.discriminative.encoder_segment.block1.1.running_mean is not finite'): Detector.load(tmp_path, 'cpu')
+    with pytest.raises(ValueError, match='checkpoint.pt is damaged: a value of '
+                       'net.discriminative.encoder_segment.block1.1.running_mean is not finite'):
+        Detector.load(tmp_path, 'cpu')
 
 
 def test_random_bytes_in_a_checkpoint_are_refused(tmp_path):
@@ -175,7 +199,8 @@ def test_random_bytes_in_a_checkpoint_are_refused(tmp_path):
     whole, g = path.read_bytes(), torch.Generator().manual_seed(0)
     with zipfile.ZipFile(path) as archive: largest = max(archive.infolist(), key=lambda entry: entry.file_size)
     start = largest.header_offset + 200
-    for place in (start + largest.file_size // 2, *(torch.randint(len(whole) // 4, 3 * len(whole) // 4, (8,), generator=g).tolist())):
+    for place in (start + largest.file_size // 2,
+                  *(torch.randint(len(whole) // 4, 3 * len(whole) // 4, (8,), generator=g).tolist())):
         damaged = bytearray(whole)
         for i in range(place, place + 64): damaged[i] ^= 0x15
         path.write_bytes(damaged)

@@ -16,7 +16,8 @@ from draem_nb.recipes import demo
 @pytest.mark.parametrize('color, antialias, size', [('rgb', True, (32, 64)), ('bgr', True, 64), ('bgr', False, 64)])
 def test_files_of_any_size_get_the_scores_and_verdicts_of_pytorch(tmp_path, color, antialias, size):
     torch.manual_seed(0)
-    recipe = demo().replace(size=size, color=color, antialias=antialias, base_width=4, base_channels=4, precision='float32')
+    recipe = demo().replace(size=size, color=color, antialias=antialias, base_width=4, base_channels=4,
+                            precision='float32')
     detector = Detector(Draem(4, 4).eval(), recipe, 'cpu')
     for i, (width, height) in enumerate([(200, 133), (64, 64), (40, 50)]):
         pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), np.uint8)

@@ -1,4 +1,5 @@
-"""Fan-out with real processes on the loopback address: workers and schedulers that die, runs that fail or hang, full disks, two commands at once.
+"""Fan-out with real processes on the loopback address: workers and schedulers that die, runs that fail or hang,
+full disks, two commands at once.
 
 Most runs are a notebook that sleeps and keeps a checkpoint: a count in a file."""
 
@@ -25,18 +26,23 @@ from draem_nb.reports import locked, run_many, run_report
 # Ten steps, each noted in a file like a checkpoint; another file has a line for each beginning.
 STEPS = ("(Path(run_dir) / 'begun').open('a').write('x')\ncount = Path(run_dir) / 'checkpoint.pt'\n"
          "while (done := int(count.read_text()) if count.exists() else 0) < steps:\n"
-         "    time.sleep(0.3)\n    with replacing(count) as temporary: temporary.write_text(str(done + 1))\n    print(f'step {done + 1} of {steps}', flush=True)")
+         "    time.sleep(0.3)\n    with replacing(count) as temporary: temporary.write_text(str(done + 1))\n    "
+         "print(f'step {done + 1} of {steps}', flush=True)")
 END = "reports.finish(run_dir, {'image': {'auroc': 0.5 + seed / 10, 'ap': None}}, complete)"
 
 
 @pytest.fixture
 def notebook(tmp_path) -> Path:
     code = nbformat.v4.new_code_cell
-    cells = [code('import os, signal, time\nfrom pathlib import Path\nfrom draem_nb import reports\nfrom draem_nb.data import replacing'),
-             code("category = 'brick'\nrecipe = 'demo'\nseed = 0\nsteps = 1\ndata_root = None\ndevice = None\nwork = ''\nrun_dir = None\ncomplete = True", metadata=dict(tags=['parameters'])),
+    cells = [code('import os, signal, time\nfrom pathlib import Path\nfrom draem_nb import reports\nfrom draem_nb.data '
+                  'import replacing'),
+             code("category = 'brick'\nrecipe = 'demo'\nseed = 0\nsteps = 1\ndata_root = None\ndevice = None\nwork = "
+                  "''\nrun_dir = None\ncomplete = True", metadata=dict(tags=['parameters'])),
              code('exec(work)'), code(STEPS), code(END)]
     path = tmp_path / 'tiny.ipynb'
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'))), path)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells,
+                                            metadata=dict(kernelspec=dict(name='python3', display_name='python3',
+                                                                          language='python'))), path)
     return path
 
 
@@ -50,11 +56,13 @@ def until(true: Callable[[], object], seconds: float = 300.) -> object:
 
 def command(sets: list[dict], runs: Path, notebook: Path, scheduler: str = 'local', **options) -> subprocess.Popen:
     "`run_many` in a process of its own, as at a terminal."
-    code = (f'from draem_nb.reports import run_many\nif __name__ == "__main__":\n    found = run_many({sets!r}, {str(runs)!r}, {str(notebook)!r}, scheduler={scheduler!r}, **{options!r})\n'
+    code = (f'from draem_nb.reports import run_many\nif __name__ == "__main__":\n    found = run_many({sets!r}, '
+            f'{str(runs)!r}, {str(notebook)!r}, scheduler={scheduler!r}, **{options!r})\n'
             f'    raise SystemExit(int((found.status != "complete").any()))\n')
     script = notebook.with_name('command.py')
     script.write_text(code)
-    return subprocess.Popen([sys.executable, script], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    return subprocess.Popen([sys.executable, script], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
@@ -63,7 +71,9 @@ def workers_of(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     names = {}
     for stat in Path('/proc').glob('[0-9]*/stat'):
-        try: parent = int(stat.read_text().rsplit(')')[-1].split()[1]); names[int(stat.parent.name)] = (stat.parent / 'cmdline').read_bytes()
+        try:
+            parent = int(stat.read_text().rsplit(')')[-1].split()[1])
+            names[int(stat.parent.name)] = (stat.parent / 'cmdline').read_bytes()
         except (OSError, IndexError): continue
         children.setdefault(parent, []).append(int(stat.parent.name))
     below, todo = [], [pid]
@@ -80,8 +90,10 @@ def cluster(tmp_path) -> Iterator[Callable]:
     "Starts a scheduler or a worker as a process of its own."
     started = []
     def start(*arguments: str, **env: str) -> subprocess.Popen:
-        started.append(subprocess.Popen([sys.executable, '-m', 'distributed.cli.' + arguments[0], *arguments[1:], '--no-dashboard'], cwd=tmp_path,
-                                        env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True))
+        started.append(subprocess.Popen([sys.executable, '-m', 'distributed.cli.' + arguments[0], *arguments[1:],
+                                         '--no-dashboard'], cwd=tmp_path,
+                                        env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                        start_new_session=True))
         return started[-1]
     yield start
     for process in started:
@@ -102,16 +114,23 @@ def worker_at(cluster: Callable, where: str, *more: str, **env: str) -> subproce
 
 
 def test_failures_hangs_and_a_full_disk_do_not_hold_up_the_rest(notebook, tmp_path, capfd):
-    sets = [dict(seed=0), dict(seed=1, work="raise ValueError('no part in the picture')"), dict(seed=2, work='time.sleep(600)'),
-            dict(seed=3, work="import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); Path(run_dir, 'big').write_bytes(bytes(2000))"),
+    sets = [dict(seed=0), dict(seed=1, work="raise ValueError('no part in the picture')"),
+            dict(seed=2, work='time.sleep(600)'),
+            dict(seed=3, work="import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+                 "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); Path(run_dir, "
+                 "'big').write_bytes(bytes(2000))"),
             dict(seed=4, work='os.kill(os.getpid(), signal.SIGKILL)')]
     environment = dict(os.environ)
     found = run_many(sets, tmp_path / 'runs', notebook, scheduler='local', workers=2, threads=1, time_limit=45)
     assert dict(os.environ) == environment          # what runs here afterwards has its own number of threads
     assert list(found.status) == ['complete', *['failed'] * 4] and found.image_auroc[0] == 0.5
-    for text, says in zip(found.error[1:], ('no part in the picture', 'past its limit of 45 s', 'File too large', 'the kernel died')): assert says in text
+    for text, says in zip(found.error[1:], ('no part in the picture', 'past its limit of 45 s', 'File too large',
+                                            'the kernel died')):
+        assert says in text
     err = capfd.readouterr().err
-    for row in found.run_dir[1:3]: assert f'{row}/report.failed.ipynb' in err and Path(row, 'report.failed.ipynb').exists() and not Path(row, 'metrics.json').exists()
+    for row in found.run_dir[1:3]:
+        assert (f'{row}/report.failed.ipynb' in err and Path(row, 'report.failed.ipynb').exists()
+                and not Path(row, 'metrics.json').exists())
     # What failed runs again, what is complete does not.
     again = run_many([sets[0], dict(seed=1)], tmp_path / 'runs', notebook, scheduler='local', workers=1)
     assert list(again.status) == ['complete'] * 2 and Path(found.run_dir[0], 'begun').read_text() == 'x'
@@ -136,21 +155,24 @@ def test_ctrl_c_and_a_second_command(notebook, tmp_path):
     process = command(sets, tmp_path / 'runs', notebook, workers=1)
     until(lambda: list((tmp_path / 'runs').glob('*/checkpoint.pt')))
     # Another command on the folder of the runs, or on the run, is refused while this one lives; nothing is written.
-    with pytest.raises(ValueError, match=rf'runs is in use by another command \(process {process.pid} on'): run_many(sets, tmp_path / 'runs', notebook)
+    with pytest.raises(ValueError, match=rf'runs is in use by another command \(process {process.pid} on'):
+        run_many(sets, tmp_path / 'runs', notebook)
     run_dir = reports.default_folder(notebook, sets[0], tmp_path / 'runs')
     with pytest.raises(ValueError, match='is in use by another command'): run_report(notebook, sets[0], run_dir)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=600)
     assert process.returncode != 0
     done = int((run_dir / 'checkpoint.pt').read_text())
-    found = run_many(sets, tmp_path / 'runs', notebook, scheduler='local', workers=2)       # waits for what is still saving, goes on from there
+    # waits for what is still saving, goes on from there
+    found = run_many(sets, tmp_path / 'runs', notebook, scheduler='local', workers=2)
     assert list(found.status) == ['complete'] * 2 and done >= 1 and not list((tmp_path / 'runs').rglob('.run*.lock'))
 
 
 def test_workers_without_a_shared_disk_and_a_scheduler_that_is_restarted(notebook, tmp_path, cluster):
     where = address()
     scheduler = scheduler_at(cluster, where)
-    workers = [worker_at(cluster, where, DRAEM_NB_WORK=str(tmp_path / f'disk{i}'), DRAEM_NB_THREADS='1') for i in (0, 1)]
+    workers = [worker_at(cluster, where, DRAEM_NB_WORK=str(tmp_path / f'disk{i}'), DRAEM_NB_THREADS='1')
+               for i in (0, 1)]
     sets = [dict(seed=s, steps=8) for s in range(2)]
     process = command(sets, tmp_path / 'runs', notebook, scheduler=where, patience=100.)
     until(lambda: list(tmp_path.glob('disk*/*/checkpoint.pt')))
@@ -159,14 +181,21 @@ def test_workers_without_a_shared_disk_and_a_scheduler_that_is_restarted(noteboo
     for i in (0, 1): worker_at(cluster, where, DRAEM_NB_WORK=str(tmp_path / f'disk{i}'), DRAEM_NB_THREADS='1')
     out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out
-    assert len(metrics(tmp_path / 'runs')) == 2 and 'the scheduler is gone' in out and re.search(r'brick-demo-seed\d-\w+: step \d of 8', out)
-    for run in (tmp_path / 'runs').glob('brick*'): assert {'metrics.json', 'parameters.json', 'report.html', 'report.ipynb', 'timing.json', 'checkpoint.pt'} <= {p.name for p in run.iterdir()}
-    # The other workers' data lie elsewhere: a worker that lacks them says so at once, and so does the GPU that nobody offers.
+    assert (len(metrics(tmp_path / 'runs')) == 2 and 'the scheduler is gone' in out
+            and re.search(r'brick-demo-seed\d-\w+: step \d of 8', out))
+    for run in (tmp_path / 'runs').glob('brick*'):
+        assert {'metrics.json', 'parameters.json', 'report.html', 'report.ipynb', 'timing.json',
+                'checkpoint.pt'} <= {p.name for p in run.iterdir()}
+    # The other workers' data lie elsewhere: a worker that lacks them says so at once, and so
+    # does the GPU that nobody offers.
     (good := tmp_path / 'here' / 'screw' / 'train' / 'good').mkdir(parents=True)
-    Image.new('L', (8, 8)).save(good / '000.png')                   # a class without an image is refused before its run begins
+    # a class without an image is refused before its run begins
+    Image.new('L', (8, 8)).save(good / '000.png')
     with pytest.raises(ValueError, match='worker tcp.*the data folder .*there.* set DRAEM_NB_DATA_ROOT on that worker'):
-        run_many([dict(category='screw', data_root=str(tmp_path / 'there'))], tmp_path / 'runs', notebook, scheduler=where)
-    with pytest.raises(ValueError, match='no worker of .* offers a GPU'): run_many([dict(device='cuda')], tmp_path / 'gpu', notebook, scheduler=where)
+        run_many([dict(category='screw', data_root=str(tmp_path / 'there'))], tmp_path / 'runs', notebook,
+                 scheduler=where)
+    with pytest.raises(ValueError, match='no worker of .* offers a GPU'):
+        run_many([dict(device='cuda')], tmp_path / 'gpu', notebook, scheduler=where)
     # One that comes later is sent away, and its run goes to another one.
     sets = [dict(category='screw', data_root=str(tmp_path / 'here'), seed=s, steps=12) for s in range(3)]
     before = len(list(tmp_path.glob('disk*/*/begun')))
@@ -174,12 +203,14 @@ def test_workers_without_a_shared_disk_and_a_scheduler_that_is_restarted(noteboo
     until(lambda: len(list(tmp_path.glob('disk*/*/begun'))) > before)
     late = worker_at(cluster, where, DRAEM_NB_WORK=str(tmp_path / 'disk2'), DRAEM_NB_DATA_ROOT=str(tmp_path / 'there'))
     out, _ = process.communicate(timeout=600)
-    assert process.returncode == 0 and 'is sent away: the data folder' in out and late.wait(60) == 0 and len(metrics(tmp_path / 'late')) == 3, out
+    assert (process.returncode == 0 and 'is sent away: the data folder' in out and late.wait(60) == 0
+            and len(metrics(tmp_path / 'late')) == 3), out
 
 
 def test_each_local_worker_gets_a_gpu_of_its_own(monkeypatch):
     for given, seen in ((None, {'0', '1'}), ('3,5', {'3', '5'})):
-        monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False) if given is None else monkeypatch.setenv('CUDA_VISIBLE_DEVICES', given)
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES',
+                           raising=False) if given is None else monkeypatch.setenv('CUDA_VISIBLE_DEVICES', given)
         with fanout._connected('local', 2, 2, 60.) as client:
             client.wait_for_workers(2)
             assert set(client.run(os.getenv, 'CUDA_VISIBLE_DEVICES').values()) == seen
@@ -187,7 +218,8 @@ def test_each_local_worker_gets_a_gpu_of_its_own(monkeypatch):
 
 def test_no_scheduler_and_no_worker_are_sentences(notebook, tmp_path, cluster):
     where = address()
-    with pytest.raises(ValueError, match='no scheduler answers at'): run_many([{}], tmp_path / 'runs', notebook, scheduler=where, patience=1.)
+    with pytest.raises(ValueError, match='no scheduler answers at'):
+        run_many([{}], tmp_path / 'runs', notebook, scheduler=where, patience=1.)
     scheduler_at(cluster, where)
     with pytest.raises(ValueError, match='has no worker after 2 s; start some with'):
         until(lambda: _tried(lambda: run_many([{}], tmp_path / 'runs', notebook, scheduler=where, patience=2.)))
@@ -201,7 +233,8 @@ def _tried(call: Callable) -> None:
 
 
 def test_the_lock_ends_with_its_process(tmp_path):
-    code = f'import time; from draem_nb.reports import locked\nwith locked({str(tmp_path / "run")!r}): print("held", flush=True); time.sleep(600)'
+    code = (f'import time; from draem_nb.reports import locked\nwith locked({str(tmp_path / "run")!r}): print("held", '
+            'flush=True); time.sleep(600)')
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
     with pytest.raises(ValueError, match=f'process {process.pid} on'), locked(tmp_path / 'run'): pass
@@ -213,14 +246,17 @@ def test_the_lock_ends_with_its_process(tmp_path):
 def test_a_full_disk_here_leaves_no_half_run(tmp_path):
     small = tmp_path / 'small'
     small.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', small], capture_output=True).returncode: pytest.skip('a small file system can be mounted by root only')
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', small], capture_output=True).returncode:
+        pytest.skip('a small file system can be mounted by root only')
     try:
         (tmp_path / 'sent').mkdir()
         (tmp_path / 'sent' / 'checkpoint.pt').write_bytes(os.urandom(200_000))
         (tmp_path / 'sent' / 'metrics.json').write_text('{}')
         job = dict(run_dir=str(small / 'run'), asked={}, run='run')
-        row = fanout._received(job, dict(status='complete', packed=fanout._packed(tmp_path / 'sent', True)), fanout._Board(1))
-        assert row['status'] == 'failed' and 'No space left on device' in row['error'] and not (small / 'run' / 'metrics.json').exists()
+        row = fanout._received(job, dict(status='complete', packed=fanout._packed(tmp_path / 'sent', True)),
+                               fanout._Board(1))
+        assert (row['status'] == 'failed' and 'No space left on device' in row['error']
+                and not (small / 'run' / 'metrics.json').exists())
         assert not [p for p in (small / 'run').rglob('*') if p.is_file()]
     finally: subprocess.run(['umount', small], check=True)
 
@@ -231,7 +267,8 @@ TINY = '{"size": 64, "base_width": 8, "base_channels": 4, "steps": 60, "checkpoi
 def test_a_table_with_a_killed_worker_is_the_table_of_an_undisturbed_run(tmp_path):
     arguments = ['--categories', 'brick', '--seeds', '0,1', '--overrides', TINY, '--workers', '2', '--threads', '1']
     def start(runs: str) -> subprocess.Popen:
-        return subprocess.Popen([Path(sys.executable).parent / 'draem_nb', 'table', *arguments, '--runs-dir', tmp_path / runs], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen([Path(sys.executable).parent / 'draem_nb', 'table', *arguments, '--runs-dir',
+                                 tmp_path / runs], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     disturbed = start('a')
     until(lambda: list((tmp_path / 'a').glob('*/checkpoint.pt')))
     victims = workers_of(disturbed.pid)
@@ -241,7 +278,8 @@ def test_a_table_with_a_killed_worker_is_the_table_of_an_undisturbed_run(tmp_pat
     undisturbed = start('b')
     text, _ = undisturbed.communicate(timeout=600)
     assert undisturbed.returncode == 0, text
-    assert metrics(tmp_path / 'a') == metrics(tmp_path / 'b') and len(metrics(tmp_path / 'a')) == 3        # two runs and the summary
+    # two runs and the summary
+    assert metrics(tmp_path / 'a') == metrics(tmp_path / 'b') and len(metrics(tmp_path / 'a')) == 3
     tables = [{p.name: p.read_bytes() for p in (tmp_path / runs / 'summary').glob('*.csv')} for runs in 'ab']
     assert tables[0] == tables[1] and tables[0]
 
@@ -255,17 +293,25 @@ def test_the_plan_names_what_is_missing(tmp_path, capsys, monkeypatch):
         (run / 'parameters.json').write_text(json.dumps(asked))
         (run / 'timing.json').write_text(json.dumps(dict(seconds=600)))
     monkeypatch.setattr(fanout, 'local_size', lambda n: (2, 1, 0))
-    assert reports.main(['table', '--dry-run', '--categories', 'brick,grass', '--seeds', '0,1', '--runs-dir', str(tmp_path)]) == 0
+    assert reports.main(['table', '--dry-run', '--categories', 'brick,grass', '--seeds', '0,1', '--runs-dir',
+                         str(tmp_path)]) == 0
     assert '2 to run, 2 complete, 0 refused; about 10 min on 2 workers, by complete runs' in capsys.readouterr().out
     # The recipe was changed in the library: the old run is named, not taken.
     recipe = dict(vars(recipes.demo()), lr=1.)
     (tmp_path / 'brick-demo-seed0' / 'run.json').write_text(json.dumps(dict(recipe=recipe)))
     assert reports.main(['table', '--dry-run', '--categories', 'brick', '--runs-dir', str(tmp_path)]) == 1
     assert 'another recipe (lr 1.0 there' in capsys.readouterr().out
-    assert reports.main(['table', '--recipes', 'demmo', '--runs-dir', str(tmp_path)]) == 1 and "unknown recipe 'demmo'" in capsys.readouterr().err
-    assert reports.main(['table', '--methods', 'memory,magic', '--runs-dir', str(tmp_path)]) == 1 and "unknown method 'magic'" in capsys.readouterr().err
-    assert reports.main(['table', '--methods', 'draem,memory', '--recipes', 'official', '--runs-dir', str(tmp_path)]) == 1 and 'a memory has: demo' in capsys.readouterr().err
-    assert reports.main(['table', '--dry-run', '--methods', 'draem,memory', '--categories', 'grass', '--seeds', '0,1', '--runs-dir', str(tmp_path)]) == 0
-    out = capsys.readouterr().out                                   # each with its own demo recipe, in folders of its own
-    assert '4 to run' in out and all(str(tmp_path / name) in out for name in ('grass-demo-seed0', 'memory-grass-demo-seed1'))
-    assert reports.main(['table', '--categories', 'brik', '--runs-dir', str(tmp_path)]) == 1 and 'there is no class brik in the built-in ones; there are: brick, grass, gravel' in capsys.readouterr().err
+    assert (reports.main(['table', '--recipes', 'demmo', '--runs-dir', str(tmp_path)]) == 1
+            and "unknown recipe 'demmo'" in capsys.readouterr().err)
+    assert (reports.main(['table', '--methods', 'memory,magic', '--runs-dir', str(tmp_path)]) == 1
+            and "unknown method 'magic'" in capsys.readouterr().err)
+    assert (reports.main(['table', '--methods', 'draem,memory', '--recipes', 'official', '--runs-dir', str(tmp_path)])
+            == 1 and 'a memory has: demo' in capsys.readouterr().err)
+    assert reports.main(['table', '--dry-run', '--methods', 'draem,memory', '--categories', 'grass', '--seeds', '0,1',
+                         '--runs-dir', str(tmp_path)]) == 0
+    # each with its own demo recipe, in folders of its own
+    out = capsys.readouterr().out
+    assert '4 to run' in out and all(str(tmp_path / name) in out
+                                     for name in ('grass-demo-seed0', 'memory-grass-demo-seed1'))
+    assert (reports.main(['table', '--categories', 'brik', '--runs-dir', str(tmp_path)]) == 1 and 'there is no class '
+            'brik in the built-in ones; there are: brick, grass, gravel' in capsys.readouterr().err)

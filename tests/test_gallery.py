@@ -27,7 +27,8 @@ def page(tmp_path_factory) -> Path:
     html = gallery(SCORES, ['<b>x</b>', *'bcdef'], lambda i: np.full((24, 32, 3), 40 * i, np.uint8), 0.4, KINDS)
     html += '<img src=x onerror="window.ran=1"><script>window.ran=2</script>'
     output = nbformat.v4.new_output('display_data', {'text/html': html})
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# A report'), nbformat.v4.new_code_cell('1', outputs=[output])])
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# A report'),
+                                         nbformat.v4.new_code_cell('1', outputs=[output])])
     folder = tmp_path_factory.mktemp('page')
     nbformat.write(nb, folder / 'report.ipynb')
     return to_html(folder / 'report.ipynb', folder / 'report.html', 'a report')
@@ -37,15 +38,21 @@ class Browser:
     "One page in Chromium, spoken to by the DevTools protocol."
     def __init__(self, page: Path, folder: Path) -> None:
         websocket = pytest.importorskip('websocket')
-        self.process = subprocess.Popen([CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu', '--remote-debugging-port=0', f'--user-data-dir={folder}',
-                                         '--window-size=1200,900', page.as_uri()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen([CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu',
+                                         '--remote-debugging-port=0', f'--user-data-dir={folder}',
+                                         '--window-size=1200,900', page.as_uri()], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
         until = time.monotonic() + 60
         while not (port := folder / 'DevToolsActivePort').exists() and time.monotonic() < until: time.sleep(0.2)
         fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         address = f'http://127.0.0.1:{port.read_text().split()[0]}/json'
-        while not (pages := [of for of in json.load(fetch(address)) if of['type'] == 'page']) and time.monotonic() < until: time.sleep(0.2)
-        self.socket, self.n = websocket.create_connection(pages[0]['webSocketDebuggerUrl'], suppress_origin=True, timeout=60), 0
-        while self('location.protocol + document.readyState') != 'file:complete' and time.monotonic() < until: time.sleep(0.2)
+        while (not (pages := [of for of in json.load(fetch(address)) if of['type'] == 'page'])
+               and time.monotonic() < until):
+            time.sleep(0.2)
+        self.socket, self.n = websocket.create_connection(pages[0]['webSocketDebuggerUrl'], suppress_origin=True,
+                                                          timeout=60), 0
+        while self('location.protocol + document.readyState') != 'file:complete' and time.monotonic() < until:
+            time.sleep(0.2)
 
     def send(self, method: str, **params: object) -> dict:
         self.n += 1
@@ -58,7 +65,8 @@ class Browser:
         assert 'exceptionDetails' not in answer, answer
         return answer['result'].get('value')
 
-    def screenshot(self, to: Path) -> None: to.write_bytes(base64.b64decode(self.send('Page.captureScreenshot')['data']))
+    def screenshot(self, to: Path) -> None:
+        to.write_bytes(base64.b64decode(self.send('Page.captureScreenshot')['data']))
 
     def close(self) -> None:
         self.socket.close()
@@ -74,15 +82,18 @@ def browser(page, tmp_path):
     browser.close()
 
 
-COUNT, SHOWN = "document.querySelector('.gallery-count').textContent", "[...document.querySelectorAll('figure')].filter(f => !f.hidden).map(f => f.dataset.score)"
+COUNT = "document.querySelector('.gallery-count').textContent"
+SHOWN = "[...document.querySelectorAll('figure')].filter(f => !f.hidden).map(f => f.dataset.score)"
 
 
 def choose(nth: int, value: str) -> str:
-    return f"(() => {{ const s = document.querySelectorAll('select')[{nth}]; s.value = {value!r}; s.dispatchEvent(new Event('change')); }})()"
+    return (f"(() => {{ const s = document.querySelectorAll('select')[{nth}]; s.value = {value!r}; s.dispatchEvent(new "
+            f"Event('change')); }})()")
 
 
 def slide(share: int) -> str:
-    return f"(() => {{ const s = document.querySelector('input[type=range]'); s.value = {share}; s.dispatchEvent(new Event('input')); }})()"
+    return (f"(() => {{ const s = document.querySelector('input[type=range]'); s.value = {share}; s.dispatchEvent(new "
+            f"Event('input')); }})()")
 
 
 def test_the_slider_counts_and_the_choices_filter_and_sort(browser):
@@ -108,7 +119,8 @@ def test_click_and_keys_enlarge(browser, tmp_path):
     large = "(f => f && f.dataset.score)(document.querySelector('figure.large'))"
     key = lambda name: browser(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: {name!r}}}))")
     browser("document.querySelector('figure img').click()")
-    assert browser(large) == '0.9' and browser("document.querySelector('figure.large').getBoundingClientRect().width") > 900
+    assert (browser(large) == '0.9' and browser("document.querySelector('figure.large').getBoundingClientRect().width")
+            > 900)
     key('ArrowRight'); assert browser(large) == '0.7'
     key('ArrowLeft'); key('ArrowLeft'); assert browser(large) == '0.1'
     key('Escape'); assert browser(large) is None
@@ -118,18 +130,22 @@ def test_click_and_keys_enlarge(browser, tmp_path):
 
 def test_no_other_script_runs_and_names_are_text(browser):
     time.sleep(0.5)
-    assert browser('window.ran') is None and browser("document.querySelector('figure[data-score=\"0.1\"] figcaption').textContent").startswith('<b>x</b>')
+    assert browser('window.ran') is None and browser("document.querySelector('figure[data-score=\"0.1\"] "
+                                                     "figcaption').textContent").startswith('<b>x</b>')
 
 
 def test_the_policy_names_the_one_script(page):
     text = page.read_text()
     [policy] = re.findall(r"default-src 'none'[^\"]*", text)
-    assert policy.count('script-src') == 1 and f"script-src '{SCRIPT_HASH}'" in policy and 'unsafe-inline' not in policy.split('script-src')[1]
+    assert (policy.count('script-src') == 1 and f"script-src '{SCRIPT_HASH}'" in policy
+            and 'unsafe-inline' not in policy.split('script-src')[1])
     [script] = re.findall(r'<script type="module">(.*?)</script>', text, re.DOTALL)
-    assert script == SCRIPT and 'sha256-' + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() == SCRIPT_HASH
+    assert (script == SCRIPT and 'sha256-' + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+            == SCRIPT_HASH)
 
 
 def test_without_a_script_all_is_readable(page):
     text = page.read_text()
-    assert count_in_words(SCORES, [kind == 'good' for kind in KINDS], 0.4) in text and '<select' not in text and text.count('<figure') == len(SCORES)
+    assert (count_in_words(SCORES, [kind == 'good' for kind in KINDS], 0.4) in text and '<select' not in text
+            and text.count('<figure') == len(SCORES))
     assert not re.search(r'<figure[^>]*hidden', text) and '&lt;b&gt;x&lt;/b&gt;' in text

@@ -51,7 +51,9 @@ mask = (wave((2, 1, 64, 64), 0.0091, 0.3) > 0.8).double()
 at = lambda z: z[:, :, 5::17, 3::19].flatten()
 
 
-def assert_close(found, expected, tolerance): torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+def assert_close(found, expected, tolerance):
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance,
+                               atol=tolerance)
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
@@ -73,14 +75,18 @@ def test_losses(dtype, tolerance):
     assert_close(F.mse_loss(x, t), GOLDEN['l2'], tolerance)
     assert_close(focal_loss(logits, m), GOLDEN['focal'], tolerance)
     found = draem_loss(x, logits, t, m, official())
-    assert_close(torch.stack(found), [GOLDEN['ssim'] + GOLDEN['l2'] + GOLDEN['focal'], GOLDEN['ssim'], GOLDEN['l2'], GOLDEN['focal']], tolerance)
+    assert_close(torch.stack(found), [GOLDEN['ssim'] + GOLDEN['l2'] + GOLDEN['focal'], GOLDEN['ssim'], GOLDEN['l2'],
+                                      GOLDEN['focal']], tolerance)
 
 
 def test_six_joint_steps():
-    """Adam at 1e-3, times 0.2 after four steps, in float64, from inputs and weights rounded to float32: losses before each step.
+    """Adam at 1e-3, times 0.2 after four steps, in float64, from inputs and weights rounded to
+    float32: losses before each step.
 
-    Adam divides tiny gradients by themselves, so every step makes a difference about a thousand times larger: the released window,
-    rounded to float32, is 1e-7 away in the first row, 1e-6 in the second, 1e-3 in the third, and a few percent from then on."""
+    Adam divides tiny gradients by themselves, so every step makes a difference about a thousand
+    times larger: the released window,
+    rounded to float32, is 1e-7 away in the first row, 1e-6 in the second, 1e-3 in the third, and
+    a few percent from then on."""
     net = filled(torch.float32).double().train()
     x, t = image.float().double(), target.float().double()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -93,9 +99,12 @@ def test_six_joint_steps():
         optimizer.zero_grad()
         found.total.backward()
         optimizer.step(); scheduler.step()
-    for row, expected, tolerance in zip(losses, GOLDEN['steps']['losses_ssim_l2_focal'], (1e-6, 1e-5, 2e-3, 0.2, 0.2, 0.2)): assert_close(row, expected, tolerance)
+    for row, expected, tolerance in zip(losses, GOLDEN['steps']['losses_ssim_l2_focal'],
+                                        (1e-6, 1e-5, 2e-3, 0.2, 0.2, 0.2)):
+        assert_close(row, expected, tolerance)
     assert rates == pytest.approx(GOLDEN['steps']['lr'])
 
 
 def test_image_scores():
-    assert_close(image_score(torch.sigmoid(3 * wave((2, 1, 64, 64), 0.021, 0.1)), official().score_window), GOLDEN['score_21'], 1e-6)
+    assert_close(image_score(torch.sigmoid(3 * wave((2, 1, 64, 64), 0.021, 0.1)), official().score_window),
+                 GOLDEN['score_21'], 1e-6)

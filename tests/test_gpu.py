@@ -1,6 +1,7 @@
 """What only a GPU can show. Without one every test here is skipped, says so and counts as nothing: `make test-gpu`.
 
-DRAEM_NB_TEST_DEVICE=cpu executes what a CPU can execute of it, to see that the tests themselves work (31_gpu does it in its dry run)."""
+DRAEM_NB_TEST_DEVICE=cpu executes what a CPU can execute of it, to see that the tests themselves work
+(31_gpu does it in its dry run)."""
 
 import contextlib
 import copy
@@ -22,8 +23,10 @@ DEVICE = torch.device(os.environ.get('DRAEM_NB_TEST_DEVICE', 'cuda'))
 CUDA = DEVICE.type == 'cuda'
 pytestmark = pytest.mark.skipif(CUDA and not torch.cuda.is_available(), reason='PyTorch finds no CUDA GPU here')
 needs_cuda = pytest.mark.skipif(not CUDA, reason='only a GPU can do this')
-TINY = dict(size=64, antialias=True, base_width=8, base_channels=8, batch=4, steps=40, checkpoint_every=4, precision='float32')
-UNIT = dict(float32=2.**-24, tf32=2.**-11, bfloat16=2.**-8, float16=2.**-11)       # half of the distance from 1 to the next number
+TINY = dict(size=64, antialias=True, base_width=8, base_channels=8, batch=4, steps=40, checkpoint_every=4,
+            precision='float32')
+# half of the distance from 1 to the next number
+UNIT = dict(float32=2.**-24, tf32=2.**-11, bfloat16=2.**-8, float16=2.**-11)
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +52,8 @@ def no_waiting():
         if CUDA: torch.cuda.set_sync_debug_mode('default')
 
 
-@pytest.mark.parametrize('fields', [dict(), dict(color='bgr'), dict(own_share=0.5, soft_share=0.5)], ids=['official', 'bgr', 'own'])
+@pytest.mark.parametrize('fields', [dict(), dict(color='bgr'), dict(own_share=0.5, soft_share=0.5)],
+                         ids=['official', 'bgr', 'own'])
 def test_the_batches_are_those_of_a_cpu(category, textures, fields):
     here, there = (trainer_on(device, category, textures, **fields) for device in (torch.device('cpu'), DEVICE))
     with contextlib.closing(there):
@@ -92,7 +96,9 @@ def losses_and_weights(run_dir) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_resume_on_the_gpu_and_on_a_cpu(category, textures, tmp_path, monkeypatch):
-    "The order of sums differs between two runs on a GPU, so their bits may; the losses agree. A run moves between devices."
+    """The order of sums differs between two runs on a GPU, so their bits may; the losses agree.
+
+    A run moves between devices."""
     recipe = official().replace(**TINY | dict(steps=8))
 
     class Stopped(Trainer):
@@ -103,7 +109,8 @@ def test_resume_on_the_gpu_and_on_a_cpu(category, textures, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(training, 'Trainer', Stopped)
         for name in ('gpu', 'cpu'):
-            with pytest.raises(RuntimeError, match='the power is gone'): train(category, textures, recipe, tmp_path / name, DEVICE)
+            with pytest.raises(RuntimeError, match='the power is gone'):
+                train(category, textures, recipe, tmp_path / name, DEVICE)
     for name, device in (('gpu', DEVICE), ('cpu', 'cpu')):
         train(category, textures, recipe, tmp_path / name, device)
         for found, whole in zip(losses_and_weights(tmp_path / name), losses_and_weights(tmp_path / 'whole')):
@@ -156,6 +163,7 @@ def test_predict_gives_what_a_cpu_gives(category, textures, tmp_path, allow_tf32
 @needs_cuda
 def test_a_compiled_step_is_the_same_step(category, textures):
     plain, compiled = (trainer_on(DEVICE, category, textures, compile=compile) for compile in (False, True))
-    with contextlib.closing(plain), contextlib.closing(compiled), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with contextlib.closing(plain), contextlib.closing(compiled), torch.backends.cudnn.flags(enabled=True,
+                                                                                             allow_tf32=False):
         for trainer in (plain, compiled): trainer.step(); trainer.step()
     assert torch.allclose(plain.history[:2], compiled.history[:2], rtol=1e-3)

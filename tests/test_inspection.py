@@ -1,4 +1,5 @@
-"Another operating point for a detector that is trained: by command, kept beside the old one, and never by less than was promised."
+"""Another operating point for a detector that is trained: by command, kept beside the old one, and
+never by less than was promised."""
 import json
 
 import numpy as np
@@ -14,7 +15,8 @@ from draem_nb.reports import main
 def run(tmp_path_factory):
     "A run of an autoencoder of three steps, and its class."
     folder, root = tmp_path_factory.mktemp('run'), demo_category('brick')
-    methods.fit('autoencoder', load_category(root.parent, 'brick', 64), methods.recipe_of('autoencoder', size=64, steps=3), 'cpu', run_dir=folder)
+    methods.fit('autoencoder', load_category(root.parent, 'brick', 64),
+                methods.recipe_of('autoencoder', size=64, steps=3), 'cpu', run_dir=folder)
     return folder, root
 
 
@@ -40,7 +42,8 @@ def test_new_images_alarm_as_often_as_promised():
 def test_calibrate_sets_the_promised_threshold_and_keeps_the_old_one(run, tmp_path, capsys):
     folder, root = run
     old = json.loads((folder / 'threshold.json').read_text())
-    assert main(['calibrate', '--run-dir', str(folder), '--images', str(root / 'test' / 'good'), '--false-alarms', '0.25', '--out-dir', str(tmp_path / 'report')]) == 0
+    assert main(['calibrate', '--run-dir', str(folder), '--images', str(root / 'test' / 'good'), '--false-alarms',
+                 '0.25', '--out-dir', str(tmp_path / 'report')]) == 0
     new = json.loads((folder / 'threshold.json').read_text())
     assert len(new['held_out_scores']) == len(list((root / 'test' / 'good').iterdir()))
     assert new['threshold'] == threshold_for(new['held_out_scores'], 0.25)
@@ -53,6 +56,7 @@ def test_calibrate_sets_the_promised_threshold_and_keeps_the_old_one(run, tmp_pa
 def test_a_share_that_so_few_images_cannot_promise_changes_nothing(run, tmp_path, capsys):
     folder, root = run
     before = (folder / 'threshold.json').read_bytes()
-    assert main(['calibrate', '--run-dir', str(folder), '--images', str(root / 'test' / 'good'), '--false-alarms', '0.001', '--out-dir', str(tmp_path / 'report')]) == 1
+    assert main(['calibrate', '--run-dir', str(folder), '--images', str(root / 'test' / 'good'), '--false-alarms',
+                 '0.001', '--out-dir', str(tmp_path / 'report')]) == 1
     assert 'calibrate with at least 999 good images' in capsys.readouterr().err
     assert (folder / 'threshold.json').read_bytes() == before

@@ -1,4 +1,5 @@
-"draem_nb.layouts: every published layout, on a small tree of its own, down to names and mask values; data.check; classes without exact masks."
+"""draem_nb.layouts: every published layout, on a small tree of its own, down to names and mask values; data.check;
+classes without exact masks."""
 import os
 import re
 from pathlib import Path
@@ -27,7 +28,8 @@ class Tree:
         for path in paths:
             self.n += 1
             (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.random.default_rng(self.n).integers(0, 256, (32, 32), dtype=np.uint8)).save(self.root / path)
+            Image.fromarray(np.random.default_rng(self.n).integers(0, 256, (32, 32),
+                                                                   dtype=np.uint8)).save(self.root / path)
 
     def mask(self, path, value=255, box=BOX, mode='L'):
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,8 @@ def loaded(tree, name, layout, **how):
     root = how.pop('root', tree.root)
     assert name in find_categories(root) and find_classes(root)[name][1] == layout
     files, category = list_files(root, name), load_category(root, name, 32)
-    assert files.layout == layout and category.kinds == files.kinds and category.train_paths == files.train and category.paths == files.test
+    assert (files.layout == layout and category.kinds == files.kinds and category.train_paths == files.train
+            and category.paths == files.test)
     assert len(category.train) == len(files.train) and len(category.test) == len(files.test) == len(files.masks)
     assert category.labels.tolist() == [kind != 'good' for kind in category.kinds] and len(category.fingerprint) == 64
     box = torch.zeros(1, 32, 32, dtype=torch.bool)
@@ -61,10 +64,12 @@ def loaded(tree, name, layout, **how):
 
 def test_mvtec_and_mpdd(tree):
     for name in ('bracket_black', 'tubes'):
-        tree.image(f'{name}/train/good/000.png', f'{name}/train/good/001.png', f'{name}/test/good/000.png', f'{name}/test/scratches/000.png')
+        tree.image(f'{name}/train/good/000.png', f'{name}/train/good/001.png', f'{name}/test/good/000.png',
+                   f'{name}/test/scratches/000.png')
         tree.mask(f'{name}/ground_truth/scratches/000_mask.png')
     files, _ = loaded(tree, 'tubes', 'mvtec')
-    assert names(files.test, tree.root) == ['tubes/test/good/000.png', 'tubes/test/scratches/000.png'] and files.kinds == ['good', 'scratches']
+    assert (names(files.test, tree.root) == ['tubes/test/good/000.png', 'tubes/test/scratches/000.png']
+            and files.kinds == ['good', 'scratches'])
     assert find_categories(tree.root) == ['bracket_black', 'tubes'] and files.notes == ()
 
 
@@ -74,30 +79,40 @@ def test_mvtec_loco(tree):
     # several masks an image, whose gray value numbers the kind of defect; bright and dark ones
     for kind, values in dict(logical_anomalies=(234, 60), structural_anomalies=(200,)).items():
         for i, value in enumerate(values):
-            half = (BOX[0], BOX[1], 16, BOX[3]) if i == 0 and len(values) == 2 else (16, BOX[1], BOX[2], BOX[3]) if len(values) == 2 else BOX
+            half = ((BOX[0], BOX[1], 16, BOX[3]) if i == 0 and len(values)
+                    == 2 else (16, BOX[1], BOX[2], BOX[3]) if len(values) == 2 else BOX)
             tree.mask(f'screw_bag/ground_truth/{kind}/000/{i:03}.png', value, half)
     files, category = loaded(tree, 'screw_bag', 'mvtec_loco')
-    assert [len(m) for m in files.masks] == [0, 0, 2, 1] and files.kinds == ['good', 'good', 'logical_anomalies', 'structural_anomalies']
-    assert 'out of reach' in category.notes[0] and 'sPRO' in category.notes[1] and 'The 2 normal images in validation' in category.notes[2]
+    assert [len(m) for m in files.masks] == [0, 0, 2, 1] and files.kinds == ['good', 'good', 'logical_anomalies',
+                                                                             'structural_anomalies']
+    assert ('out of reach' in category.notes[0] and 'sPRO' in category.notes[1] and 'The 2 normal images in validation'
+            in category.notes[2])
     (tree.root / 'screw_bag/ground_truth/structural_anomalies/000/000.png').unlink()
-    with pytest.raises(FileNotFoundError, match='structural_anomalies/000.png has no mask; put one at .*structural_anomalies/000/000.png'): list_files(tree.root, 'screw_bag')
+    with pytest.raises(FileNotFoundError,
+                       match='structural_anomalies/000.png has no mask; put one at .*structural_anomalies/000/000.png'):
+        list_files(tree.root, 'screw_bag')
 
 
 def test_mvtec_ad_2(tree):
-    tree.image('can/train/good/000_regular.png', 'can/train/good/001_overexposed.png', 'can/validation/good/000_regular.png',
-               'can/test_public/good/000_regular.png', 'can/test_public/bad/000_regular.png', 'can/test_private/000_regular.png')
+    tree.image('can/train/good/000_regular.png', 'can/train/good/001_overexposed.png',
+               'can/validation/good/000_regular.png',
+               'can/test_public/good/000_regular.png', 'can/test_public/bad/000_regular.png',
+               'can/test_private/000_regular.png')
     tree.mask('can/test_public/ground_truth/bad/000_regular_mask.png')
     files, category = loaded(tree, 'can', 'mvtec_ad_2')
-    assert names(files.test, tree.root) == ['can/test_public/bad/000_regular.png', 'can/test_public/good/000_regular.png'] and files.kinds == ['bad', 'good']
+    assert names(files.test, tree.root) == ['can/test_public/bad/000_regular.png',
+                                            'can/test_public/good/000_regular.png'] and files.kinds == ['bad', 'good']
     assert 'not published' in category.notes[0] and 'The 1 normal images' in category.notes[1]
 
 
 def test_btad(tree):
-    tree.image('01/train/ok/0000.bmp', '01/train/ok/0001.bmp', '01/test/ok/0000.bmp', '01/test/ko/0000.bmp', '03/train/ok/0.bmp', '03/test/ko/1.bmp')
+    tree.image('01/train/ok/0000.bmp', '01/train/ok/0001.bmp', '01/test/ok/0000.bmp', '01/test/ko/0000.bmp',
+               '03/train/ok/0.bmp', '03/test/ko/1.bmp')
     tree.mask('01/ground_truth/ko/0000.png')
     tree.mask('03/ground_truth/ko/1.bmp')
     files, _ = loaded(tree, '01', 'btad')
-    assert files.kinds == ['ko', 'good'] and names(files.train, tree.root) == ['01/train/ok/0000.bmp', '01/train/ok/0001.bmp']
+    assert files.kinds == ['ko', 'good'] and names(files.train,
+                                                   tree.root) == ['01/train/ok/0000.bmp', '01/train/ok/0001.bmp']
     assert loaded(tree, '03', 'btad')[0].kinds == ['ko'] and find_categories(tree.root) == ['01', '03']
 
 
@@ -117,7 +132,8 @@ def test_visa(tree):
     assert names(files.test, tree.root) == ['candle/Data/Images/Normal/0002.JPG', 'candle/Data/Images/Anomaly/0003.JPG']
     loaded(tree, 'pcb1', 'visa')
     (tree.root / 'candle/Data/Images/Normal/0000.JPG').unlink()
-    with pytest.raises(FileNotFoundError, match='Normal/0000.JPG does not exist'): load_category(tree.root, 'candle', 32)
+    with pytest.raises(FileNotFoundError, match='Normal/0000.JPG does not exist'):
+        load_category(tree.root, 'candle', 32)
     (tree.root / 'split_csv/1cls.csv').write_text('\n'.join([*rows, 'pcb1,test,anomaly,candle/../../x.png,y.png']))
     with pytest.raises(ValueError, match="a row that is none of VisA's"): list_files(tree.root, 'pcb1')
     (tree.root / 'split_csv/1cls.csv').write_text('object,split,image\n')
@@ -150,10 +166,13 @@ def dagm(tree):
 def test_dagm(tree):
     dagm(tree)
     files, category = loaded(tree, 'Class1', 'dagm')
-    assert [p.name for p in files.train] == ['0001.PNG', '0003.PNG', '0004.PNG'] and files.kinds == ['good', 'defect', 'good', 'good']
+    assert ([p.name for p in files.train] == ['0001.PNG', '0003.PNG', '0004.PNG']
+            and files.kinds == ['good', 'defect', 'good', 'good'])
     assert not category.masks_known and not category.masks.any() and not category.masks_official.any()
-    assert category.weak_masks.flatten(1).sum(1).tolist() == [0, 256, 0, 0] and torch.equal(category.outlines, category.weak_masks)
-    assert 'only surround' in category.notes[-1] and torch.equal(category.subset(['defect']).weak_masks, category.weak_masks)
+    assert category.weak_masks.flatten(1).sum(1).tolist() == [0, 256, 0,
+                                                              0] and torch.equal(category.outlines, category.weak_masks)
+    assert 'only surround' in category.notes[-1] and torch.equal(category.subset(['defect']).weak_masks,
+                                                                 category.weak_masks)
 
 
 def test_magnetic_tile(tree):
@@ -169,9 +188,11 @@ def test_magnetic_tile(tree):
     for root in (tree.root, tree.root / home):
         files, category = loaded(tree, home, 'magnetic_tile', root=root)
         tile = lambda path: int(re.search(r'num_(\d+)', path.name)[1]) // 1000
-        train, good = {tile(p) for p in files.train}, {tile(p) for p, kind in zip(files.test, files.kinds) if kind == 'good'}
+        train, good = {tile(p) for p in files.train}, {tile(p) for p, kind in zip(files.test, files.kinds)
+                                                       if kind == 'good'}
         assert len(train) == 8 and len(good) == 2 and not train & good and len(files.train) == 48
-        assert sorted(set(files.kinds)) == ['blowhole', 'fray', 'good'] and all(p.suffix == '.jpg' for p in files.train + files.test)
+        assert sorted(set(files.kinds)) == ['blowhole', 'fray',
+                                            'good'] and all(p.suffix == '.jpg' for p in files.train + files.test)
         assert '(8 and 2 groups)' in category.notes[0]
 
 
@@ -190,16 +211,19 @@ def test_plain_folder_with_masks(tree, masks):
     plain(tree, masks)
     files, category = loaded(tree, 'cup', 'folder')
     assert len(files.train) == 16 and sorted(files.kinds) == ['bad', 'chip', *['good'] * 4] and category.masks_known
-    assert not set(files.train) & set(files.test) and list_files(tree.root / 'cup', 'cup').train == [p.resolve() for p in files.train]
+    assert not set(files.train) & set(files.test) and list_files(tree.root / 'cup',
+                                                                 'cup').train == [p.resolve() for p in files.train]
     assert '4 of 20 good images were held aside' in category.notes[0]
 
 
 def test_plain_folder_without_masks(tree):
     plain(tree)
     files, category = loaded(tree, 'cup', 'folder')
-    assert not category.masks_known and category.outlines is None and not category.masks.any() and 'have no masks' in category.notes[-1]
+    assert (not category.masks_known and category.outlines is None and not category.masks.any()
+            and 'have no masks' in category.notes[-1])
     tree.mask('cup/masks/0.png')
-    with pytest.raises(FileNotFoundError, match='bad/chip/0.jpg has no mask; put one at .*cup/masks/chip/0.png'): list_files(tree.root, 'cup')
+    with pytest.raises(FileNotFoundError, match='bad/chip/0.jpg has no mask; put one at .*cup/masks/chip/0.png'):
+        list_files(tree.root, 'cup')
 
 
 def test_plain_folder_of_good_parts_alone_is_named(tree):
@@ -214,8 +238,10 @@ def test_names_and_errors(tree):
     assert detect_layout(tree.root / 'Class1') == 'dagm' and detect_layout(tree.root) is None
     for layout in LAYOUTS:
         assert find_categories(tree.root, layout) == (['Class1'] if layout == 'dagm' else [])
-    with pytest.raises(ValueError, match="unknown layout 'coco'; there are: visa, mvtec_ad_2, mvtec_loco, mvtec"): load_category(tree.root, 'Class1', 32, layout='coco')
-    with pytest.raises(FileNotFoundError, match="another layout than 'mvtec' fits"): load_category(tree.root, 'Class1', 32, layout='mvtec')
+    with pytest.raises(ValueError, match="unknown layout 'coco'; there are: visa, mvtec_ad_2, mvtec_loco, mvtec"):
+        load_category(tree.root, 'Class1', 32, layout='coco')
+    with pytest.raises(FileNotFoundError, match="another layout than 'mvtec' fits"):
+        load_category(tree.root, 'Class1', 32, layout='mvtec')
 
 
 @pytest.mark.parametrize('make', [plain, dagm])
@@ -229,7 +255,8 @@ def test_without_exact_masks_pixel_metrics_are_undefined_and_it_is_said(tree, ma
     for rule in ('half', 'official'):
         results = evaluate(None, category, found, rule)
         assert set(results['pixel'].values()) == set(results['other_mask_rule']['pixel'].values()) == {None}
-        assert results['image']['auroc'] is not None and all(set(kind['pixel'].values()) == {None} for kind in results['kinds'].values())
+        assert results['image']['auroc'] is not None and all(set(kind['pixel'].values()) == {None}
+                                                             for kind in results['kinds'].values())
         assert set(results['intervals']['pixel'].values()) == {None}
         # of a single defective image there is nothing to draw
         assert (results['intervals']['image']['auroc'] is None) == (category.labels.sum() == 1)
@@ -240,27 +267,35 @@ def test_without_exact_masks_pixel_metrics_are_undefined_and_it_is_said(tree, ma
 # --- check
 
 def test_check(tree):
-    tree.image(*(f'a/train/good/{i}.png' for i in range(4)), 'a/test/good/0.png', *(f'a/test/dent/{i}.png' for i in range(5)), 'b/good/0.png', 'b/good/1.png', 'b/bad/0.png')
+    tree.image(*(f'a/train/good/{i}.png' for i in range(4)), 'a/test/good/0.png',
+               *(f'a/test/dent/{i}.png' for i in range(5)), 'b/good/0.png', 'b/good/1.png', 'b/bad/0.png')
     for i in range(5): tree.mask(f'a/ground_truth/dent/{i}_mask.png')
     tree.mask('b/masks/0.png')
     assert check(tree.root).empty and list(check(tree.root).columns) == ['class', 'problem', 'file', 'detail']
     a = tree.root / 'a'
     (a / 'train/good/1.png').write_bytes(b'')                                                   # unreadable
-    Image.open(a / 'train/good/0.png').save(a / 'test/good/0.png', compress_level=0)            # other bytes, the same pixels
-    Image.new('RGB', (40, 32)).save(a / 'test/dent/0.png')                                      # another size and mode, and a mask that does not fit
+    # other bytes, the same pixels
+    Image.open(a / 'train/good/0.png').save(a / 'test/good/0.png', compress_level=0)
+    # another size and mode, and a mask that does not fit
+    Image.new('RGB', (40, 32)).save(a / 'test/dent/0.png')
     tree.mask('a/ground_truth/dent/1_mask.png', box=(0, 0, 3, 5))                               # 15 pixels
     tree.mask('a/ground_truth/dent/2_mask.png', box=(0, 0, 4, 4))                               # 16: enough
     (a / 'ground_truth/dent/3_mask.png').write_bytes(b'no image')
     (a / 'test/dent/4.png').write_bytes(b'')                                                    # its mask is not blamed
     found = check(tree.root)
     rows = {(row.problem, row.file.replace(str(tree.root) + '/', '')) for row in found.itertuples()}
-    assert rows == {('unreadable', 'a/train/good/1.png'), ('unreadable', 'a/test/dent/4.png'), ('unreadable', 'a/ground_truth/dent/3_mask.png'),
+    assert rows == {('unreadable', 'a/train/good/1.png'), ('unreadable', 'a/test/dent/4.png'),
+                    ('unreadable', 'a/ground_truth/dent/3_mask.png'),
                     ('mixed sizes', ''), ('mixed modes', ''), ('test image is a training image', 'a/test/good/0.png'),
-                    ('mask does not fit', 'a/ground_truth/dent/0_mask.png'), ('near-empty mask', 'a/ground_truth/dent/1_mask.png')}
-    assert set(found['class']) == {'a'} and found.set_index('problem').detail['mixed sizes'] == '32 x 32 (7), 40 x 32 (1)'
-    assert found.set_index('problem').detail['mixed modes'] == 'L (7), RGB (1)' and '15 pixels' in found.set_index('problem').detail['near-empty mask']
+                    ('mask does not fit', 'a/ground_truth/dent/0_mask.png'),
+                    ('near-empty mask', 'a/ground_truth/dent/1_mask.png')}
+    assert (set(found['class']) == {'a'} and found.set_index('problem').detail['mixed sizes'] == '32 x 32 '
+            '(7), 40 x 32 (1)')
+    assert (found.set_index('problem').detail['mixed modes'] == 'L (7), RGB (1)'
+            and '15 pixels' in found.set_index('problem').detail['near-empty mask'])
     (tree.root / 'b/masks/0.png').unlink(); tree.image('b/bad/1.png'); tree.mask('b/masks/0.png')
-    assert check(tree.root, 'b').problem.tolist() == ['cannot be loaded'] and check(tree.root, 'b').detail[0].startswith('the defect image')
+    assert (check(tree.root, 'b').problem.tolist() == ['cannot be loaded']
+            and check(tree.root, 'b').detail[0].startswith('the defect image'))
 
 
 @pytest.mark.skipif('DRAEM_NB_REAL_DATA' not in os.environ, reason='DRAEM_NB_REAL_DATA is not set')

@@ -12,7 +12,9 @@ from draem_nb.training import Trainer, split_held_out
 
 
 def test_a_small_model_learns_in_half_a_minute(tmp_path):
-    "`demo` at 64 px, 160 steps, `brick`. Measured for seeds 0, 1, 2: image AUROC 0.975 to 0.991, 1 - SSIM 0.16 to 0.20 (a gray plane: 0.465)."
+    """`demo` at 64 px, 160 steps, `brick`.
+
+    Measured for seeds 0, 1, 2: image AUROC 0.975 to 0.991, 1 - SSIM 0.16 to 0.20 (a gray plane: 0.465)."""
     recipe = demo().replace(size=64, steps=160, score_window=7, precision='float32')
     category = load_category(demo_category('brick', tmp_path).parent, 'brick', 64)
     fit, _ = split_held_out(len(category.train), recipe)

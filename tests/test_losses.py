@@ -34,7 +34,8 @@ def test_error_maps_are_0_where_alike_and_at_most_1(kind):
 
 
 def test_msgms_by_hand():
-    "Of a slanted plane and a flat one: gradient magnitudes s at every scale (2 s at half the size) beside 0; c = 0.0026, away from the border."
+    """Of a slanted plane and a flat one: gradient magnitudes s at every scale (2 s at half the size) beside 0; c =
+    0.0026, away from the border."""
     plane = (0.004 * torch.arange(64.)).expand(1, 3, 64, 64)
     found = reconstruction_error(plane, torch.full((1, 3, 64, 64), 0.5), 'msgms')[0, 0, 32, 32]
     similar = [0.0026 / ((2 * 0.004 * 2**scale)**2 + 0.0026) for scale in range(4)]

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from draem_nb.metrics import bootstrap_interval, curves, evaluate_maps, evaluate_scores, f1_max, pro_curve, region_weights, tie_groups
+from draem_nb.metrics import (bootstrap_interval, curves, evaluate_maps, evaluate_scores, f1_max, pro_curve,
+                              region_weights, tie_groups)
 
 # Few distinct scores, so that ties are the rule; and any float32 at all, denormal and negative ones included.
 SCORES = st.one_of(st.sampled_from([0., 0.25, 0.5, 1.]), st.floats(-2.**100, 2.**100, width=32))
@@ -89,7 +90,8 @@ def test_the_same_images_twice_change_nothing(data, times):
 @given(maps_and_masks())
 def test_mirrored_images_have_the_same_metrics(data):
     maps, masks = data
-    assert close(evaluate_maps(maps[::-1, :, ::-1].swapaxes(1, 2), masks[::-1, :, ::-1].swapaxes(1, 2)), evaluate_maps(maps, masks))
+    assert close(evaluate_maps(maps[::-1, :, ::-1].swapaxes(1, 2), masks[::-1, :, ::-1].swapaxes(1, 2)),
+                 evaluate_maps(maps, masks))
 
 
 @PROPERTY
@@ -161,8 +163,10 @@ def test_all_forms_of_input_agree():
     rng = np.random.default_rng(0)
     maps, masks = rng.random((4, 8, 6)).astype(np.float32), rng.random((4, 8, 6)) < 0.2
     want = evaluate_maps(maps, masks)
-    for m in (maps.astype(np.float64), torch.from_numpy(maps), torch.from_numpy(maps).requires_grad_(), torch.from_numpy(maps)[:, None], maps[:, None]):
-        for y in (masks, masks.astype(np.uint8), masks.astype(np.float32), torch.from_numpy(masks), torch.from_numpy(masks)[:, None]):
+    for m in (maps.astype(np.float64), torch.from_numpy(maps), torch.from_numpy(maps).requires_grad_(),
+              torch.from_numpy(maps)[:, None], maps[:, None]):
+        for y in (masks, masks.astype(np.uint8), masks.astype(np.float32), torch.from_numpy(masks),
+                  torch.from_numpy(masks)[:, None]):
             assert evaluate_maps(m, y) == want
     half = torch.from_numpy(maps).bfloat16()
     assert evaluate_maps(half, masks) == evaluate_maps(half.float(), masks)
@@ -199,7 +203,8 @@ def test_bad_maps_are_refused(maps, masks, limit, says):
 
 def test_no_image_at_all_is_undefined():
     assert evaluate_scores([], []) == dict(auroc=None, ap=None, f1_max=None)
-    assert evaluate_maps(torch.zeros(0, 8, 8), torch.zeros(0, 8, 8, dtype=torch.bool)) == dict(auroc=None, ap=None, f1_max=None, aupro=None)
+    assert evaluate_maps(torch.zeros(0, 8, 8), torch.zeros(0, 8, 8, dtype=torch.bool)) == dict(auroc=None, ap=None,
+                                                                                               f1_max=None, aupro=None)
 
 
 @pytest.mark.parametrize('kind', ['uniform', 'saturated', 'constant'])
@@ -215,7 +220,8 @@ def test_large_maps_are_exact_within_three_times_the_memory(kind, monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3 * maps.nbytes
-    for threads in (1, 3):                                                          # the counts are whole numbers: bit for bit
+    # the counts are whole numbers: bit for bit
+    for threads in (1, 3):
         monkeypatch.setattr(torch, 'get_num_threads', lambda threads=threads: threads)
         assert evaluate_maps(maps, masks) == got
     del got['aupro']
@@ -227,12 +233,14 @@ def test_bootstrap_is_its_seed_and_needs_a_metric():
     labels = np.arange(60) < 20
     scores = rng.standard_normal(60) + labels
     auroc = lambda i: evaluate_scores(scores[i], labels[i])['auroc']
-    assert bootstrap_interval(auroc, labels, draws=50, seed=1) == bootstrap_interval(auroc, torch.from_numpy(labels), draws=50, seed=1)
+    assert bootstrap_interval(auroc, labels, draws=50, seed=1) == bootstrap_interval(auroc, torch.from_numpy(labels),
+                                                                                     draws=50, seed=1)
     assert bootstrap_interval(auroc, labels, draws=50, seed=1) != bootstrap_interval(auroc, labels, draws=50, seed=2)
     narrow, wide = (bootstrap_interval(auroc, labels, draws=200, confidence=c) for c in (0.5, 0.95))
     assert wide[0] < narrow[0] < auroc(np.arange(60)) < narrow[1] < wide[1]
     assert bootstrap_interval(lambda i: None, labels) is None
-    assert bootstrap_interval(lambda i: None if len(set(i)) < 38 else 1., labels, draws=50) == (1., 1.)         # undefined in some draws
+    # undefined in some draws
+    assert bootstrap_interval(lambda i: None if len(set(i)) < 38 else 1., labels, draws=50) == (1., 1.)
     perfect = bootstrap_interval(lambda i: evaluate_scores(labels[i] * 1., labels[i])['auroc'], labels, draws=20)
     assert perfect == (1, 1)
 
@@ -242,12 +250,14 @@ def test_bootstrap_is_its_seed_and_needs_a_metric():
 def test_aupro_is_its_definition(data, limit):
     "Every threshold that occurs, every region by itself, exact fractions."
     maps, masks = data
-    regions = [maps[n][label == k] for n, (label, count) in enumerate(ndimage.label(mask, np.ones((3, 3))) for mask in masks) for k in range(1, count + 1)]
+    regions = [maps[n][label == k] for n, (label, count) in enumerate(ndimage.label(mask, np.ones((3, 3)))
+                                                                      for mask in masks) for k in range(1, count + 1)]
     points = [(Fraction(0), Fraction(0))]
     for t in np.unique(maps)[::-1]:
         pro = sum(Fraction(int((r >= t).sum()), r.size) for r in regions) / len(regions)
         points.append((Fraction(int((maps[~masks] >= t).sum()), int((~masks).sum())), pro))
     area, end = Fraction(0), Fraction(limit)
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 < end and x1 > x0: area += (min(x1, end) - x0) * (2 * y0 + (y1 - y0) * (min(x1, end) - x0) / (x1 - x0)) / 2
+        if x0 < end and x1 > x0:
+            area += (min(x1, end) - x0) * (2 * y0 + (y1 - y0) * (min(x1, end) - x0) / (x1 - x0)) / 2
     assert abs(evaluate_maps(maps, masks, limit)['aupro'] - float(area / end)) < 1e-9

@@ -49,7 +49,8 @@ def test_muon_trains_the_inner_kernels_and_adam_everything_else():
     "Of each sub-network all kernels but the first and the last; with no rate for Muon, Adam trains everything."
     net, extra = small_net(), nn.Parameter(torch.zeros(1))
     kernels = inner_kernels(net)
-    convolutions = [[m.weight for m in sub.modules() if isinstance(m, nn.Conv2d)] for sub in (net.reconstructive, net.discriminative)]
+    convolutions = [[m.weight for m in sub.modules() if isinstance(m, nn.Conv2d)]
+                    for sub in (net.reconstructive, net.discriminative)]
     assert [id(k) for k in kernels] == [id(k) for ks in convolutions for k in ks[1:-1]]
     adam, muon = make_optimizers(net, demo(), [extra])
     trained = [[id(p) for group in o.param_groups for p in group['params']] for o in (adam, muon)]
@@ -68,7 +69,8 @@ def heads_and_picture() -> tuple[Draem, SideHeads, torch.Tensor]:
 
 
 def test_the_loss_of_the_side_heads_is_its_definition():
-    "Sum over four heads of 1 - SSIM + 10 MSE to the mean of the channels; each a picture of the full size, gray at the start."
+    """Sum over four heads of 1 - SSIM + 10 MSE to the mean of the channels; each a picture of the
+    full size, gray at the start."""
     _, heads, picture = heads_and_picture()
     pictures = heads.pictures()
     assert [tuple(p.shape) for p in pictures] == [(2, 1, 32, 32)] * 4
@@ -79,11 +81,14 @@ def test_the_loss_of_the_side_heads_is_its_definition():
 
 
 def test_the_loss_of_the_side_heads_reaches_every_layer_up_to_the_last_head():
-    "Encoder and decoder learn from it down to the first convolution; what lies behind `decoder.db3`, the last that is listened to, does not."
+    """Encoder and decoder learn from it down to the first convolution; what lies behind `decoder.db3`, the last
+    that is listened to, does not."""
     net, heads, picture = heads_and_picture()
     heads.loss(picture).backward()
-    with_gradient = {name for name, p in net.reconstructive.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    behind = {name for name, _ in net.reconstructive.named_parameters() if name.startswith(('decoder.up4', 'decoder.db4', 'decoder.fin_out'))}
+    with_gradient = {name for name, p in net.reconstructive.named_parameters() if p.grad is not None
+                     and p.grad.abs().max() > 0}
+    behind = {name for name, _ in net.reconstructive.named_parameters()
+              if name.startswith(('decoder.up4', 'decoder.db4', 'decoder.fin_out'))}
     kernels = {name for name, p in net.reconstructive.named_parameters() if p.ndim == 4}
     assert kernels - behind <= with_gradient and not behind & with_gradient
     assert all(h.weight.grad.abs().max() > 0 for h in heads.heads)

@@ -16,8 +16,10 @@ from draem_nb import plots
 from draem_nb.detector import Detections
 
 SIZES = [(64, 64), (32, 160), (160, 32), (256, 320)]
-LOSSES = pd.DataFrame(dict(step=range(100, 1100, 100), ssim=np.linspace(.9, .5, 10), l2=np.geomspace(.1, 1e-3, 10), focal=.01, lr=[1e-3] * 8 + [1e-4] * 2))
-CURVES = dict(fpr=np.array([0, .2, 1]), tpr=np.array([0, .9, 1]), recall=np.array([0, .9, 1]), precision=np.array([1, .8, .3]))
+LOSSES = pd.DataFrame(dict(step=range(100, 1100, 100), ssim=np.linspace(.9, .5, 10), l2=np.geomspace(.1, 1e-3, 10),
+                           focal=.01, lr=[1e-3] * 8 + [1e-4] * 2))
+CURVES = dict(fpr=np.array([0, .2, 1]), tpr=np.array([0, .9, 1]), recall=np.array([0, .9, 1]),
+              precision=np.array([1, .8, .3]))
 METRICS = dict(auroc=.9, ap=.8, f1_max=.7, aupro=.6)
 
 
@@ -27,7 +29,8 @@ def a_category(size=(64, 64), kinds=('good', 'good', 'crack', 'crack', 'hole'), 
     masks = torch.zeros(len(kinds), 1, *size, dtype=torch.bool)
     for i, kind in enumerate(kinds):
         if kind != 'good': masks[i, :, size[0] // 2:, :4 + 2 * i] = True
-    return SimpleNamespace(name=name, train=images(n_train), test=images(len(kinds)), masks=masks, kinds=list(kinds), size=size,
+    return SimpleNamespace(name=name, train=images(n_train), test=images(len(kinds)), masks=masks,
+                           kinds=list(kinds), size=size,
                            labels=torch.tensor([kind != 'good' for kind in kinds], dtype=torch.bool))
 
 
@@ -59,7 +62,8 @@ def boxes(fig):
     ticks = [label for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) if ax.axison and axis.get_visible()
              for tick in axis.get_major_ticks() + axis.get_minor_ticks() if tick not in axis._update_ticks()
              for label in (tick.label1, tick.label2)]
-    texts = [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and not any(t is label for label in ticks)]
+    texts = [t for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip()
+             and not any(t is label for label in ticks)]
     hidden = {id(t) for ax in fig.axes if not ax.axison for axis in (ax.xaxis, ax.yaxis) for t in axis.findobj(Text)}
     return [(t.get_text(), t.get_window_extent()) for t in texts if id(t) not in hidden]
 
@@ -74,17 +78,23 @@ def outside(fig):
     return [word for word, box in boxes(fig) if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1]
 
 
-LONG = ('good', 'manipulated_front', 'glue_strip', 'gray_stroke', 'missing_cable', 'poke_insulation', 'bent_wire', 'combined', 'cut_outer_insulation')
+LONG = ('good', 'manipulated_front', 'glue_strip', 'gray_stroke', 'missing_cable', 'poke_insulation', 'bent_wire',
+        'combined', 'cut_outer_insulation')
 FIGURES = {
     'overview': lambda size: plots.data_overview(a_category(size)),
     'overview, many kinds': lambda size: plots.data_overview(a_category(size, LONG)),
     'simulated': lambda size: plots.simulated_gallery(simulated(a_category(size)), 4),
-    'simulated, with textures': lambda size: plots.simulated_gallery(simulated(a_category(size)), 9, a_category(size).test),
-    'gallery': lambda size: plots.detection_gallery((c := a_category(size)).test, found(c), c.masks, c.kinds, [4, 0], threshold=.5),
-    'gallery, long kinds': lambda size: plots.detection_gallery((c := a_category(size, LONG)).test, found(c), c.masks, c.kinds, [8, 1], threshold=.5),
-    'gallery, files': lambda size: plots.detection_gallery((c := a_category(size)).test, found(c, None, False), None, None, [1],
+    'simulated, with textures': lambda size: plots.simulated_gallery(simulated(a_category(size)), 9,
+                                                                     a_category(size).test),
+    'gallery': lambda size: plots.detection_gallery((c := a_category(size)).test, found(c), c.masks, c.kinds, [4, 0],
+                                                    threshold=.5),
+    'gallery, long kinds': lambda size: plots.detection_gallery((c := a_category(size, LONG)).test, found(c), c.masks,
+                                                                c.kinds, [8, 1], threshold=.5),
+    'gallery, files': lambda size: plots.detection_gallery((c := a_category(size)).test, found(c, None, False),
+                                                           None, None, [1],
                                                            titles=['a very long name of a file from a camera.png'] * 5),
-    'method': lambda size: plots.method_picture((c := a_category(size)).test[2], c.test[3], c.masks[2, 0].float(), c.masks[2, 0], c.masks[3]),
+    'method': lambda size: plots.method_picture((c := a_category(size)).test[2], c.test[3], c.masks[2, 0].float(),
+                                                c.masks[2, 0], c.masks[3]),
 }
 
 
@@ -101,8 +111,11 @@ CHARTS = {
     'scores': lambda: plots.score_histogram(np.linspace(0, 1, 5), a_category().kinds, .5, [.1, .2], .995),
     'scores, many kinds': lambda: plots.score_histogram(np.linspace(0, 1, 9), LONG, .5),
     'curves': lambda: plots.detection_curves(CURVES, CURVES, METRICS, METRICS),
-    'kinds': lambda: plots.kind_bars(results(crack=(.8, .4), hole=(1., None)) | dict(together=results() | dict(kinds=['crack', 'hole']))),
-    'paper': lambda: plots.against_paper(pd.DataFrame(dict(ours=np.linspace(80, 100, 15), published=np.linspace(90, 100, 15)), index=[f'class {i}' for i in range(15)])),
+    'kinds': lambda: plots.kind_bars(results(crack=(.8, .4), hole=(1., None))
+                                     | dict(together=results() | dict(kinds=['crack', 'hole']))),
+    'paper': lambda: plots.against_paper(pd.DataFrame(dict(ours=np.linspace(80, 100, 15),
+                                                           published=np.linspace(90, 100, 15)),
+                                                      index=[f'class {i}' for i in range(15)])),
 }
 
 
@@ -125,7 +138,8 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     settings, state = dict(matplotlib.rcParams), np.random.get_state()[1].copy()
     for chart in CHARTS.values(): chart()
     for picture in FIGURES.values(): picture((64, 64))
-    with pytest.raises(KeyError): plots.training_curves(pd.DataFrame(dict(ssim=[1.])))   # fails when its figure is open already
+    with pytest.raises(KeyError):
+        plots.training_curves(pd.DataFrame(dict(ssim=[1.])))   # fails when its figure is open already
     assert plt.get_fignums() == [mine.number] and dict(matplotlib.rcParams) == settings and not os.listdir(tmp_path)
     assert (np.random.get_state()[1] == state).all()
     plt.close(mine)
@@ -152,19 +166,24 @@ def test_no_normal_test_images():
 
 def test_empty_is_a_sentence():
     category = a_category()
-    none = SimpleNamespace(target=category.test[:0], augmented=category.test[:0], mask=category.masks[:0], is_anomalous=category.labels[:0])
+    none = SimpleNamespace(target=category.test[:0], augmented=category.test[:0], mask=category.masks[:0],
+                           is_anomalous=category.labels[:0])
     assert 'No simulated samples' in words(plots.simulated_gallery(none))
     assert 'No losses' in words(plots.training_curves(LOSSES[:0]))
     assert 'No test images' in words(plots.score_histogram([], []))
-    assert 'such case' in words(plots.detection_gallery(category.test, found(category), category.masks, category.kinds, []))
-    assert words(plots.detection_gallery(category.test, found(category), None, None, [], empty='No miss.')) == 'No miss.'
-    assert 'No metric' in words(plots.kind_bars(dict(image=dict(auroc=None, n_anomalous=0), pixel=dict(ap=None), kinds={})))
+    assert 'such case' in words(plots.detection_gallery(category.test, found(category), category.masks,
+                                                        category.kinds, []))
+    assert words(plots.detection_gallery(category.test, found(category), None, None, [],
+                                         empty='No miss.')) == 'No miss.'
+    assert 'No metric' in words(plots.kind_bars(dict(image=dict(auroc=None, n_anomalous=0),
+                                                     pixel=dict(ap=None), kinds={})))
     assert 'No class' in words(plots.against_paper(pd.DataFrame(dict(ours=[np.nan], published=[99.]), index=['screw'])))
 
 
 @pytest.mark.parametrize('curves', [None, dict.fromkeys(CURVES)])
 def test_undefined_curves(curves):
-    assert words(plots.detection_curves(curves, CURVES, None, METRICS | dict(aupro=None))).count('images: not defined') == 2
+    assert (words(plots.detection_curves(curves, CURVES, None, METRICS | dict(aupro=None))).count('images: not defined')
+            == 2)
 
 
 def test_losses_that_a_recipe_lacks():
@@ -186,8 +205,10 @@ def test_one_of_everything():
 # The words are true.
 
 def test_scores_in_words():
-    fig = plots.score_histogram(torch.tensor([.1, .6, .5, .7, .9]), ['good', 'good', 'crack', 'crack', 'hole'], .5, [.1, .2, .5], .995)
-    for sentence in ('2 of 3 defects found, 1 of 2 good images called a defect', '1 of 2 found', '1 of 1 found', '1 false alarm in 2',
+    fig = plots.score_histogram(torch.tensor([.1, .6, .5, .7, .9]), ['good', 'good', 'crack', 'crack', 'hole'], .5,
+                                [.1, .2, .5], .995)
+    for sentence in ('2 of 3 defects found, 1 of 2 good images called a defect', '1 of 2 found', '1 of 1 found',
+                     '1 false alarm in 2',
                      'the 99.5 % quantile of 3 held-out normal images'):
         assert sentence in words(fig)   # the crack of score .5 is at the threshold, not above it
     assert 'not calibrated' in words(plots.score_histogram([.1, .6], ['good', 'crack']))
@@ -195,15 +216,19 @@ def test_scores_in_words():
 
 def test_verdicts_in_words():
     category = a_category()
-    show = lambda i, kinds=category.kinds, **kw: words(plots.detection_gallery(category.test, found(category, **kw), category.masks, kinds, [i], threshold=kw.get('threshold', .5)))
-    assert '✓ passed' in show(0) and '✗ missed' in show(2) and '✓ found' in show(4) and '✗ false alarm' in show(1, threshold=.1)
+    show = lambda i, kinds=category.kinds, **kw: words(plots.detection_gallery(category.test, found(category, **kw),
+                                                                               category.masks, kinds, [i],
+                                                                               threshold=kw.get('threshold', .5)))
+    assert ('✓ passed' in show(0) and '✗ missed' in show(2) and '✓ found' in show(4)
+            and '✗ false alarm' in show(1, threshold=.1))
     assert 'called normal' in show(0, kinds=None) and 'score 1.000 > 0.500' in show(4)
     assert 'found' not in (uncalibrated := show(4, threshold=None)) and 'called' not in uncalibrated
 
 
 def test_columns_follow_what_is_known():
     category = a_category()
-    full, least = (words(plots.detection_gallery(category.test, found(category, .5, known), category.masks if known else None, None, [0])) for known in (True, False))
+    full, least = (words(plots.detection_gallery(category.test, found(category, .5, known), category.masks if known
+                                                 else None, None, [0])) for known in (True, False))
     assert all(column in full for column in ('input', 'reconstruction', 'score map', 'ground truth', 'overlay'))
     assert 'reconstruction' not in least and 'ground truth' not in least
 
@@ -214,7 +239,8 @@ def test_cases_are_honest():
     assert plots.pick_cases(scores, labels) == dict(hits=[0], misses=[2, 4], false_alarms=[1, 3])
     assert plots.pick_cases(scores, labels, scores > .5, n=1)['misses'] == [2]
     nothing = dict(hits=[], misses=[], false_alarms=[])
-    assert plots.pick_cases(scores[:1], ~labels[:1], scores[:1] > 1) == plots.pick_cases(scores[:1], ~labels[:1]) == nothing
+    assert (plots.pick_cases(scores[:1], ~labels[:1], scores[:1] > 1) == plots.pick_cases(scores[:1], ~labels[:1])
+            == nothing)
 
 
 # Arrays.
@@ -231,7 +257,8 @@ def test_overlay():
     assert (plots.overlay(image, scores) == 100).all()    # a normal image stays as it is
     scores[10:20, 10:20] = 1
     heated, outlined = plots.overlay(image, scores), plots.overlay(image, scores, scores > .5)
-    assert heated.shape == (40, 60, 3) and heated.dtype == np.uint8 and (heated[30:] == 100).all() and (heated[15, 15] != 100).any()
+    assert (heated.shape == (40, 60, 3) and heated.dtype == np.uint8 and (heated[30:] == 100).all()
+            and (heated[15, 15] != 100).any())
     changed = (heated != outlined).any(-1)
     assert (changed == plots.outline(scores > .5)).all() and len(np.unique(outlined[changed], axis=0)) == 1
     assert image.eq(100).all()
@@ -256,7 +283,8 @@ def test_heatmap_is_not_rescaled():
 def test_only_what_exceeds_the_alarm_limit_is_red(limit):
     maps = limit * torch.tensor([[0., .5, .999, 1., 1.001, 1.5, 3.]])
     colours = plots.heatmap(maps, limit)[0].astype(int)
-    assert ((colours[:, 0] > colours[:, 2]) == [False] * 4 + [True] * 3).all() and (colours == plots.heatmap(maps / limit, 1.)[0]).all()
+    assert (((colours[:, 0] > colours[:, 2]) == [False] * 4 + [True] * 3).all()
+            and (colours == plots.heatmap(maps / limit, 1.)[0]).all())
     gray = torch.full((3, 1, 7), 100, dtype=torch.uint8)
     over = plots.overlay(gray, maps, limit=limit)[0].astype(int)
     assert (over[0] == 100).all() and ((over[:, 0] > over[:, 2]) == [False] * 4 + [True] * 3).all()

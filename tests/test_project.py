@@ -1,4 +1,4 @@
-"""The project as a whole: what is generated agrees with what it is generated from, and what is installed is complete."""
+"""The project as a whole: what is generated agrees with its source, and what is installed is complete."""
 
 import json
 import os
@@ -30,7 +30,8 @@ def test_every_module_has_its_notebook():
 def test_readme_is_made_from_the_index():
     sys.path.insert(0, str(ROOT / 'nbs'))
     from make_readme import make_readme
-    for path, content in make_readme().items(): assert path.read_bytes() == content, f'{path.name} is out of date: make readme'
+    for path, content in make_readme().items():
+        assert path.read_bytes() == content, f'{path.name} is out of date: make readme'
 
 
 def test_notebooks_lead_to_each_other():
@@ -52,7 +53,8 @@ def test_readme_names_what_is_there():
     text = (ROOT / 'README.md').read_text()
     for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', text): assert (ROOT / link).exists(), link
     makefile = (ROOT / 'Makefile').read_text()
-    for target in set(re.findall(r'(?:^|`)make ([a-z]+)', text, re.M)): assert re.search(rf'^{target}:', makefile, re.M), target
+    for target in set(re.findall(r'(?:^|`)make ([a-z]+)', text, re.M)):
+        assert re.search(rf'^{target}:', makefile, re.M), target
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
@@ -61,7 +63,8 @@ def test_notebooks_are_small_and_without_errors(notebook):
     cells = json.loads(notebook.read_text())['cells']
     assert not [o for c in cells for o in c.get('outputs', []) if o['output_type'] == 'error']
     # a doubled backslash in an equation is a line break, and the command behind it a word
-    assert not [c for c in cells if c['cell_type'] == 'markdown' and re.search(r'\$[^$]*\\\\[a-z]+', ''.join(c['source']))]
+    assert not [c for c in cells if c['cell_type'] == 'markdown'
+                and re.search(r'\$[^$]*\\\\[a-z]+', ''.join(c['source']))]
     # a directory of the machine where it was executed helps nobody
     assert not re.search(r'/(home|root|work)/', json.dumps([c.get('outputs') for c in cells]))
 
@@ -74,8 +77,10 @@ def test_parameters_tag_survives_cleaning(tmp_path):
 
 
 def test_constraints_hold_every_requirement():
-    pinned = {line.split('==')[0].lower().replace('_', '-') for line in (ROOT / 'constraints.txt').read_text().splitlines() if '==' in line}
-    needed = {re.split(r'[<>=!]', r)[0].lower().replace('_', '-') for key in settings() if key.endswith('requirements') for r in settings()[key].split()}
+    pinned = {line.split('==')[0].lower().replace('_', '-')
+              for line in (ROOT / 'constraints.txt').read_text().splitlines() if '==' in line}
+    needed = {re.split(r'[<>=!]', r)[0].lower().replace('_', '-') for key in settings() if key.endswith('requirements')
+              for r in settings()[key].split()}
     assert needed <= pinned, needed - pinned
 
 
@@ -88,7 +93,8 @@ def test_conda_environment_installs_what_settings_say():
 def installed(tmp_path_factory) -> Path:
     "The wheel, unpacked elsewhere."
     folder = tmp_path_factory.mktemp('wheel')
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', folder, ROOT], check=True, capture_output=True)
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir',
+                    folder, ROOT], check=True, capture_output=True)
     wheel, = folder.glob('*.whl')
     zipfile.ZipFile(wheel).extractall(folder / 'site')
     return folder / 'site'
@@ -97,8 +103,10 @@ def installed(tmp_path_factory) -> Path:
 def test_installed_library_finds_its_reports_and_tables(installed, tmp_path):
     code = ('import draem_nb, draem_nb.reports as r, draem_nb.evaluation as e; print(draem_nb.__file__); '
             'assert {"category", "inspect", "summary"} <= set(r.report_names()); '
-            '[e.paper_table(t) for t in ("detection", "localization", "ablation", "cutpaste", "dagm")]; print(r.report_notebook("category"))')
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={'PYTHONPATH': str(installed), 'PATH': ''}, capture_output=True, text=True)
+            '[e.paper_table(t) for t in ("detection", "localization", "ablation", "cutpaste", "dagm")]; '
+            'print(r.report_notebook("category"))')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={'PYTHONPATH': str(installed), 'PATH': ''},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(str(installed)) == 2          # both came from the wheel, not from the repository
 
@@ -108,9 +116,11 @@ def test_licence_and_citation_are_there_and_make_alone_is_help():
     citation = (ROOT / 'CITATION.cff').read_text()
     assert f"version: {settings()['version']}\n" in citation and 'license: Apache-2.0' in citation
     for arguments in ([], ['help']):
-        outer = {name: value for name, value in os.environ.items() if not name.startswith('MAKE')}       # of `make test` itself
+        # of `make test` itself
+        outer = {name: value for name, value in os.environ.items() if not name.startswith('MAKE')}
         done = subprocess.run(['make', *arguments], cwd=ROOT, capture_output=True, text=True, env=outer)
-        assert done.returncode == 0 and done.stdout.startswith('make report ') and 'make test ' in done.stdout and '.venv/bin' not in done.stdout
+        assert (done.returncode == 0 and done.stdout.startswith('make report ') and 'make test ' in done.stdout
+                and '.venv/bin' not in done.stdout)
 
 
 def test_the_module_is_the_command():

@@ -47,7 +47,8 @@ def test_images_turn_both_ways_three_times_in_ten(plans):
 def test_half_stay_clean_and_the_texture_weighs_a_fifth_to_all(plans):
     assert abs(len(every(plans, 'anomalous')) / (400 * 16) - 0.5) < 0.02
     assert_uniform(every(plans, 'opacity'), 0.2, 1)
-    assert len(every([draw_plan(official().replace(clean_share=0.2), 5, 5, 16, 0, s) for s in range(100)], 'anomalous')) > 0.75 * 1600
+    assert len(every([draw_plan(official().replace(clean_share=0.2), 5, 5, 16, 0, s) for s in range(100)],
+                     'anomalous')) > 0.75 * 1600
 
 
 def test_both_scales_are_uniform_and_independent(plans):
@@ -68,9 +69,12 @@ NAMES = [f.name for f in fields(draw_plan(official(), 1, 1, 1, 0, 0))]
 @pytest.mark.parametrize('recipe', [official(), paper()], ids=['official', 'paper'])
 @pytest.mark.parametrize('name', NAMES)
 def test_every_choice_follows_from_seed_and_step(recipe, name):
-    value = lambda seed, step: getattr(draw_plan(recipe.replace(clean_share=0.3, own_share=0.5, soft_share=0.5), 5000, 5000, 64, seed, step), name)
+    value = lambda seed, step: getattr(draw_plan(recipe.replace(clean_share=0.3, own_share=0.5, soft_share=0.5), 5000,
+                                                 5000, 64, seed, step), name)
     same = lambda a, b: a.shape == b.shape and torch.equal(a, b)
-    if name == 'augmentation': raw, value = value, lambda seed, step: torch.cat([raw(seed, step).operations.flatten(), raw(seed, step).strengths.flatten()])
+    if name == 'augmentation':
+        raw, value = value, lambda seed, step: torch.cat([raw(seed, step).operations.flatten(),
+                                                          raw(seed, step).strengths.flatten()])
     torch.manual_seed(1)
     first = value(2, 7)
     torch.manual_seed(2)
@@ -80,7 +84,8 @@ def test_every_choice_follows_from_seed_and_step(recipe, name):
 
 
 def test_an_epoch_is_a_permutation_of_its_own():
-    order = lambda seed, epoch: torch.cat([draw_plan(paper(), 64, 5, 8, seed, 8 * epoch + s).image for s in range(8)]).tolist()
+    order = lambda seed, epoch: torch.cat([draw_plan(paper(), 64, 5, 8, seed, 8 * epoch + s).image
+                                           for s in range(8)]).tolist()
     orders = [order(seed, epoch) for seed in range(4) for epoch in range(3)]
     assert all(sorted(o) == list(range(64)) for o in orders)
     assert len({tuple(o) for o in orders}) == 12
@@ -90,7 +95,8 @@ def test_an_epoch_is_a_permutation_of_its_own():
 def test_a_red_texture_is_as_bright_in_either_order_of_channels(color, levels):
     red = torch.tensor(levels, dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    recipe = demo().replace(size=32, color=color, augmentation='none', mask_shape='rectangle', opacity=(1., 1.), clean_share=0.)
+    recipe = demo().replace(size=32, color=color, augmentation='none', mask_shape='rectangle', opacity=(1., 1.),
+                            clean_share=0.)
     simulator = AnomalySimulator(red, recipe, black)
     s = simulator(black, simulator.plan(1, 4, 0, 0))
     assert torch.allclose(s.augmented, 0.299 * s.mask.expand(-1, 3, -1, -1))
@@ -109,7 +115,8 @@ def test_the_noise_turns_by_the_angle_of_the_plan():
     textures = random_images(2, (48, 48), gen())
     simulator = AnomalySimulator(textures, official().replace(clean_share=0.))
     plan = simulator.plan(2, 24, 0, 0)
-    at = lambda degrees: simulator(textures, replace(plan, mask_degrees=torch.full_like(plan.mask_degrees, degrees))).mask
+    at = lambda degrees: simulator(textures,
+                                   replace(plan, mask_degrees=torch.full_like(plan.mask_degrees, degrees))).mask
     assert torch.equal(at(90.), at(0.).rot90(1, (2, 3))) and torch.equal(at(-90.), at(0.).rot90(-1, (2, 3)))
 
 
@@ -134,13 +141,15 @@ def test_any_size(size):
     textures, images = random_images(7, size, gen(1)), random_images(5, size, gen(2))
     textures[1], textures[2] = 0, 255
     full = official().replace(perlin_threshold=-2., rotation_probability=1., n_augmentations=6)
-    for recipe in (official(), paper(), full, official().replace(perlin_scales=(0, 8)), official().replace(mask_shape='rectangle'),
+    for recipe in (official(), paper(), full, official().replace(perlin_scales=(0, 8)),
+                   official().replace(mask_shape='rectangle'),
                    official().replace(texture_source='color', match_gray=True), official().replace(clean_share=1.)):
         normal = images[:, :1].repeat(1, 3, 1, 1) if recipe.match_gray else images
         simulator = AnomalySimulator(textures, recipe, normal)
         for seed in range(3):
             s = simulator(normal, simulator.plan(5, 12, seed, seed))
-            assert torch.equal(s.is_anomalous, s.mask.flatten(1).any(1)) and s.augmented.min() >= 0 and s.augmented.max() <= 1
+            assert (torch.equal(s.is_anomalous, s.mask.flatten(1).any(1)) and s.augmented.min() >= 0
+                    and s.augmented.max() <= 1)
             outside = (s.mask == 0).expand_as(s.target)
             assert torch.equal(s.augmented[outside], s.target[outside])
             if recipe.match_gray: assert (s.augmented[:, :1] == s.augmented).all()
@@ -149,7 +158,8 @@ def test_any_size(size):
 def test_images_of_another_place_are_refused():
     simulator = AnomalySimulator(random_images(4, (32, 32), gen()), official())
     plan = simulator.plan(3, 4, 0, 0)
-    with pytest.raises(ValueError, match='images must be on the host, not on meta'): simulator(random_images(3, (32, 32), gen()).to('meta'), plan)
+    with pytest.raises(ValueError, match='images must be on the host, not on meta'):
+        simulator(random_images(3, (32, 32), gen()).to('meta'), plan)
 
 
 def test_a_plan_that_does_not_fit_is_refused():
@@ -174,7 +184,8 @@ def test_threads_share_a_batch_also_after_a_fork():
             wrong = 1
             try:
                 signal.alarm(60)        # ends a child that hangs
-                wrong = int(not np.array_equal(simulator(textures, plan).augmented.numpy(), alone.numpy()))     # torch.equal would want PyTorch's threads, which are gone
+                # torch.equal would want PyTorch's threads, which are gone
+                wrong = int(not np.array_equal(simulator(textures, plan).augmented.numpy(), alone.numpy()))
             finally: os._exit(wrong)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally: torch.set_num_threads(threads)
@@ -182,7 +193,8 @@ def test_threads_share_a_batch_also_after_a_fork():
 
 def test_own_share_is_the_share_of_anomalies_filled_from_the_class():
     drawn = [draw_plan(demo().replace(own_share=0.3), 50, 70, 16, seed=3, step=step) for step in range(400)]
-    assert abs(every(drawn, 'own').float().mean() - 0.3) < 0.03 and not every([draw_plan(demo(), 50, 70, 16, 3, s) for s in range(20)], 'own').any()
+    assert (abs(every(drawn, 'own').float().mean() - 0.3) < 0.03
+            and not every([draw_plan(demo(), 50, 70, 16, 3, s) for s in range(20)], 'own').any())
     own, opacity = every(drawn, 'own'), every(drawn, 'opacity')
     assert_uniform(opacity[own], 0.5, 1.)
     assert_uniform(opacity[~own], 0.2, 1.)
@@ -191,7 +203,8 @@ def test_own_share_is_the_share_of_anomalies_filled_from_the_class():
 
 def test_an_own_source_is_the_image_moved_mirrored_and_no_other_texture():
     images, textures = random_images(4, (32, 64), gen()), torch.zeros(3, 3, 32, 64, dtype=torch.uint8)
-    plan = next(p for p in (draw_plan(demo().replace(own_share=1., clean_share=0.), 4, 3, 4, 0, step) for step in range(50)))
+    plan = next(p for p in (draw_plan(demo().replace(own_share=1., clean_share=0.), 4, 3, 4, 0, step)
+                            for step in range(50)))
     still = replace(plan, own_change=torch.tensor([[0., 0., 1., 1., 0.5, 0.5]] * 4), opacity=torch.ones(4))
     made = AnomalySimulator(textures, demo())(images, still)
     assert made.is_anomalous.any()
@@ -222,11 +235,13 @@ def test_a_soft_anomaly_gets_the_opacity_that_its_noise_says():
         weight = (height / (plan.softness * height.max())).clamp(0, 1)
         batch = simulator(images, plan)
         torch.testing.assert_close(batch.augmented[0, 0], weight, atol=1e-3, rtol=0)
-        assert torch.equal(batch.mask[0, 0][(weight - 0.2).abs() > 1e-3] > 0, (weight > 0.2)[(weight - 0.2).abs() > 1e-3])
+        assert torch.equal(batch.mask[0, 0][(weight - 0.2).abs() > 1e-3] > 0,
+                           (weight > 0.2)[(weight - 0.2).abs() > 1e-3])
         checked += 1
     assert checked > 10
 
 
 def test_soft_edges_leave_every_other_draw_as_it_was():
     one, other = (draw_plan(demo().replace(own_share=0.5, soft_share=share), 50, 70, 16, 3, 4) for share in (0., 1.))
-    assert all(torch.equal(a, b) for name, a in vars(one).items() if isinstance(a, torch.Tensor) and name != 'softness' for b in [getattr(other, name)])
+    assert all(torch.equal(a, b) for name, a in vars(one).items() if isinstance(a, torch.Tensor) and name != 'softness'
+               for b in [getattr(other, name)])

@@ -27,7 +27,8 @@ def augment(x, augmentation):
     "Textures as the simulator paints them where the mask is the whole picture and lets nothing through."
     simulator = AnomalySimulator(x, WHOLE)
     plan = simulator.plan(1, len(x), 0, 0)
-    plan = replace(plan, texture=torch.arange(len(x)), augmentation=augmentation, rectangle=torch.tensor([0., 0., 1., 1.]).repeat(len(x), 1))
+    plan = replace(plan, texture=torch.arange(len(x)), augmentation=augmentation,
+                   rectangle=torch.tensor([0., 0., 1., 1.]).repeat(len(x), 1))
     return (simulator(torch.zeros_like(x[:1]), plan).augmented * 255).round().byte()
 
 
@@ -50,9 +51,11 @@ def enhance(kind): return lambda image, factor: kind(image).enhance(factor)
 
 
 PILLOW = dict(
-    posterize=lambda image, bits: ImageOps.posterize(image, int(bits)), solarize=ImageOps.solarize, invert=ImageOps.invert,
+    posterize=lambda image, bits: ImageOps.posterize(image, int(bits)), solarize=ImageOps.solarize,
+    invert=ImageOps.invert,
     autocontrast=lambda image, cutoff=0: ImageOps.autocontrast(image, int(cutoff)),
-    sharpness=enhance(ImageEnhance.Sharpness), brightness=enhance(ImageEnhance.Brightness), color=enhance(ImageEnhance.Color))
+    sharpness=enhance(ImageEnhance.Sharpness), brightness=enhance(ImageEnhance.Brightness),
+    color=enhance(ImageEnhance.Color))
 
 
 def random_images(n, size, g):
@@ -60,7 +63,8 @@ def random_images(n, size, g):
     noise = torch.randint(256, (n, 3, *size), generator=g)
     ramp = torch.linspace(0, 255, size[1]).expand(3, *size).int() + noise // 16
     low, width = torch.randint(200, (3, 1, 1), generator=g), torch.randint(1, 56, (3, 1, 1), generator=g)
-    kinds = [lambda i: noise[i], lambda i: noise[i] // 85 * 85, lambda i: low + noise[i] % width, lambda i: ramp[i].clamp(max=255),
+    kinds = [lambda i: noise[i], lambda i: noise[i] // 85 * 85, lambda i: low + noise[i] % width,
+             lambda i: ramp[i].clamp(max=255),
              lambda i: noise[i, :, :1, :1].expand(3, *size)]
     return torch.stack([kinds[i % len(kinds)](i) for i in range(n)]).to(torch.uint8)
 
@@ -101,7 +105,8 @@ def test_equalize(size):
 
 # Levels that imgaug 0.4 (with OpenCV 4.11) makes of an image that anyone can make, at [5::17, 3::19].
 IMGAUG = json.loads((Path(__file__).parent / 'imgaug.json').read_text())
-TOLERANCE = {1: 1, 2: 8, 3: 2, 4: 3}        # by the number of the colour space: HSV, HLS (a hue between two steps), Lab, Luv
+# by the number of the colour space: HSV, HLS (a hue between two steps), Lab, Luv
+TOLERANCE = {1: 1, 2: 8, 3: 2, 4: 3}
 
 
 @pytest.mark.parametrize('what', [key for key in IMGAUG if key != 'image'])
@@ -126,7 +131,8 @@ def test_a_chain_is_its_operations_one_after_the_other(kind, size):
     for k in (2, 3, 6):
         x, plan = random_images(60, size, g), draw_augmentation(kind, 60, g, k)
         whole, y = augment(x, plan), x
-        for step in range(k): y = augment(y, Augmentation(kind, plan.operations[:, step:step + 1], plan.strengths[:, step:step + 1]))
+        for step in range(k):
+            y = augment(y, Augmentation(kind, plan.operations[:, step:step + 1], plan.strengths[:, step:step + 1]))
         assert torch.equal(whole, y)
 
 
@@ -135,11 +141,13 @@ def test_what_is_computed_for_the_mask_alone_is_right(kind):
     "Under a Perlin mask there is what would be there if the whole texture were augmented."
     for k in (1, 3, 6):
         x = random_images(40, (48, 80), gen(k))
-        simulator = AnomalySimulator(x, official().replace(augmentation=kind, n_augmentations=k, opacity=(1., 1.), clean_share=0.))
+        simulator = AnomalySimulator(x, official().replace(augmentation=kind, n_augmentations=k, opacity=(1., 1.),
+                                                           clean_share=0.))
         plan = simulator.plan(40, 40, 0, k)
         s = simulator(x, plan)
         under = (s.mask > 0).expand_as(s.augmented)
-        assert torch.equal((s.augmented * 255).round().byte()[under], augment(x[plan.texture], plan.augmentation)[under])
+        assert torch.equal((s.augmented * 255).round().byte()[under],
+                           augment(x[plan.texture], plan.augmentation)[under])
 
 
 def test_the_textures_stay_as_they_are():
@@ -150,7 +158,8 @@ def test_the_textures_stay_as_they_are():
 
 
 def test_rounded_mean_of_sharpness_is_exact():
-    "13 is odd, so no mean of whole numbers lies half-way, and single precision rounds all 3,316 sums to the right side."
+    """13 is odd, so no mean of whole numbers lies half-way, and single precision rounds all
+    3,316 sums to the right side."""
     total = torch.arange(13 * 255 + 1)
     assert torch.equal((total.float() * (1 / 13)).round().long(), (2 * total + 13) // 26)
 
@@ -163,7 +172,8 @@ def test_none_and_empty():
 
 def test_nowhere_to_keep_what_was_compiled():
     code = 'import torch; from draem_nb.compiled import _cells; print(_cells(8, 1)[0].tolist())'
-    done = subprocess.run([sys.executable, '-c', code], env=os.environ | {'NUMBA_CACHE_DIR': '/proc/none'}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', code], env=os.environ | {'NUMBA_CACHE_DIR': '/proc/none'},
+                          capture_output=True, text=True)
     assert done.stdout == '[0, 0, 0, 0, 1, 1, 1, 1]\n', done.stderr
 
 
@@ -184,7 +194,8 @@ def test_draws(kind):
             if (kind, name) == ('official', 'solarize'):
                 assert 0.45 < (s == 256).float().mean() < 0.55
                 s = s[s != 256]
-            assert low <= s.min() < low + 0.05 * (high - low) + 1e-6 and high - 0.05 * (high - low) - 1e-6 < s.max() <= high
+            assert (low <= s.min() < low + 0.05 * (high - low) + 1e-6 and high - 0.05 * (high - low)
+                    - 1e-6 < s.max() <= high)
             assert (s.mean() - (low + high) / 2).abs() < 0.06 * (high - low)
             if isinstance(low, int): assert torch.equal(s, s.round()) and len(s.unique()) == high - low + 1
 
@@ -203,7 +214,8 @@ def test_draws_follow_from_the_generator_alone():
 def test_bad_input():
     with pytest.raises(ValueError, match="unknown augmentation 'randaugment'; there are: paper, official, none"):
         draw_augmentation('randaugment', 1, gen())
-    with pytest.raises(ValueError, match="n_operations is 11, but there are 10 in 'official'"): draw_augmentation('official', 1, gen(), 11)
+    with pytest.raises(ValueError, match="n_operations is 11, but there are 10 in 'official'"):
+        draw_augmentation('official', 1, gen(), 11)
     with pytest.raises(ValueError, match='n_operations is -1'): draw_augmentation('official', 1, gen(), -1)
 
 

@@ -23,7 +23,9 @@ from draem_nb.training import RandomCrops, Trainer, train
 
 
 def net(size=32, color='rgb', **recipe):
-    return Detector(initialise(Draem(4, 2), torch.Generator().manual_seed(0)).eval(), demo().replace(size=size, color=color, base_width=4, base_channels=2, score_window=5, **recipe), 'cpu')
+    return Detector(initialise(Draem(4, 2), torch.Generator().manual_seed(0)).eval(),
+                    demo().replace(size=size, color=color, base_width=4, base_channels=2, score_window=5, **recipe),
+                    'cpu')
 
 
 class Bright(AnomalyDetector):
@@ -45,7 +47,8 @@ def test_blending_changes_nothing_that_all_tiles_agree_on(size, overlap):
 
 def test_bgr_detectors_get_bgr_tiles():
     images = torch.randint(0, 256, (2, 3, 96, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    rgb, bgr = (TiledDetector(net(color=color), (96, 64)).predict(x, reconstructions=True) for color, x in (('rgb', images), ('bgr', images.flip(1))))
+    rgb, bgr = (TiledDetector(net(color=color), (96, 64)).predict(x, reconstructions=True)
+                for color, x in (('rgb', images), ('bgr', images.flip(1))))
     assert torch.equal(rgb.maps, bgr.maps) and torch.equal(rgb.reconstructions, bgr.reconstructions.flip(1))
 
 
@@ -54,8 +57,11 @@ def test_input_of_any_form(tmp_path):
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     expected = tiled.predict(images).maps
     for i, image in enumerate(images): Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f'{i}.png')
-    for given in (tmp_path, [tmp_path / f'{i}.png' for i in range(3)], images.permute(0, 2, 3, 1).numpy(), images / 255): assert torch.equal(tiled.predict(given).maps, expected)
-    assert tiled.predict(tmp_path).paths == sorted(tmp_path.iterdir()) and tiled.predict(images[:0]).maps.shape == (0, 64, 64)
+    for given in (tmp_path, [tmp_path / f'{i}.png' for i in range(3)], images.permute(0, 2, 3, 1).numpy(),
+                  images / 255):
+        assert torch.equal(tiled.predict(given).maps, expected)
+    assert (tiled.predict(tmp_path).paths == sorted(tmp_path.iterdir()) and tiled.predict(images[:0]).maps.shape
+            == (0, 64, 64))
     with pytest.raises(ValueError, match='no images to predict'): tiled.predict([])
 
 
@@ -65,13 +71,15 @@ def test_many_maps_lie_in_a_file(monkeypatch):
     tiled = TiledDetector(net(), 64).calibrate(images)
     found = tiled.predict(images)
     monkeypatch.undo()
-    assert torch.equal(found.maps, tiled.predict(images).maps) and torch.equal(found.masks, found.maps > tiled.pixel_threshold)
+    assert (torch.equal(found.maps, tiled.predict(images).maps)
+            and torch.equal(found.masks, found.maps > tiled.pixel_threshold))
 
 
 def test_metrics_in_parts_are_the_same(monkeypatch):
     from draem_nb import metrics
     g = torch.Generator().manual_seed(0)
-    maps, masks = torch.rand(3, 40, 40, generator=g).mul(50).round(), torch.rand(3, 40, 40, generator=g) > 0.9      # many ties
+    # many ties
+    maps, masks = torch.rand(3, 40, 40, generator=g).mul(50).round(), torch.rand(3, 40, 40, generator=g) > 0.9
     whole = evaluate_maps(maps, masks)
     monkeypatch.setattr(metrics, '_PART', 97)
     assert evaluate_maps(maps, masks) == whole
@@ -81,7 +89,8 @@ def test_metrics_in_parts_are_the_same(monkeypatch):
 def root(tmp_path_factory): return demo_category('gravel', tmp_path_factory.mktemp('demo')).parent
 
 
-TINY = dict(size=32, image_size=96, base_width=4, base_channels=2, steps=6, batch=4, score_window=5, precision='float32', checkpoint_every=3)
+TINY = dict(size=32, image_size=96, base_width=4, base_channels=2, steps=6, batch=4, score_window=5,
+            precision='float32', checkpoint_every=3)
 
 def test_training_on_crops_same_bits_and_resumed(root, tmp_path):
     category, textures, recipe = load_category(root, 'gravel', 96), load_textures(size=32), demo().replace(**TINY)
@@ -100,12 +109,14 @@ def test_training_on_crops_same_bits_and_resumed(root, tmp_path):
     crops = [RandomCrops(c.train, recipe) for c in (category, turned)]
     plan = Trainer(crops[0], textures, recipe, torch.device('cpu')).simulator.plan(80, 4, 0, 0)
     assert torch.equal(crops[0].draw(plan, 0)[0], crops[1].flip(1).draw(plan, 0)[0])
-    with pytest.raises(ValueError, match='image_size is 96, but the class was loaded at .32, 32.; load it at the image_size'):
+    with pytest.raises(ValueError, match='image_size is 96, but the class was loaded at .32, 32.; load it at '
+                       'the image_size'):
         train(load_category(root, 'gravel', 32), textures, recipe, tmp_path / 'd', 'cpu')
 
 
 def test_report_of_a_tiled_run(root, tmp_path):
-    results = run_report('category', dict(category='gravel', data_root=str(root), overrides=TINY), tmp_path / 'run').metrics
+    results = run_report('category', dict(category='gravel', data_root=str(root), overrides=TINY),
+                         tmp_path / 'run').metrics
     assert results['conditions']['size'] == [96, 96] and results['conditions']['changes']['image_size'] == 96
     tiled = load_detector(tmp_path / 'run', 'cpu')
     assert isinstance(tiled, TiledDetector) and tiled.threshold == results['operating_point']['threshold']
@@ -123,7 +134,8 @@ from draem_nb.recipes import demo
 from draem_nb.reports import peak_memory_mib
 from draem_nb.tiling import TiledDetector
 from draem_nb.training import RandomCrops, Trainer
-recipe = demo().replace(size=256, image_size=4096, base_width=2, base_channels=2, steps=4, batch=2, precision='float32', match_gray=True)
+recipe = demo().replace(size=256, image_size=4096, base_width=2, base_channels=2, steps=4, batch=2,
+                        precision='float32', match_gray=True)
 detector = Detector(initialise(Draem(2, 2), torch.Generator().manual_seed(0)).eval(), recipe, 'cpu')
 small = torch.zeros(16, 3, 256, 256, dtype=torch.uint8)
 detector.predict(small)                                        # everything is imported and warm
@@ -144,7 +156,8 @@ print(json.dumps(dict(marks=marks, shape=list(found.maps.shape), metrics=metrics
 '''
 
 def test_memory_at_4096(tmp_path, monkeypatch):
-    "MiB at the peak, beyond what the libraries and one small batch take: reading, training on crops, predicting, measuring."
+    """MiB at the peak, beyond what the libraries and one small batch take: reading, training on
+    crops, predicting, measuring."""
     monkeypatch.setenv('DRAEM_NB_CACHE', str(tmp_path / 'cache'))
     noise = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
     Image.fromarray(np.tile(noise, (8, 8))).save(tmp_path / 'large.bmp')
@@ -166,18 +179,23 @@ from draem_nb import data, detector, evaluation, metrics
 from draem_nb.data import CategoryData, large_part, large_zeros
 from draem_nb.evaluation import evaluate
 from draem_nb.tiling import TiledDetector
-data._IN_MEMORY = detector._PART = metrics._PART = evaluation._LOOKED_AT = 1 << 20              # small images count as large ones
+# small images count as large ones
+data._IN_MEMORY = detector._PART = metrics._PART = evaluation._LOOKED_AT = 1 << 20
 class Bright(detector.AnomalyDetector):
     size, device, quantile = (512, 512), torch.device('cpu'), 0.995
     def _look(self, batch): return batch.float() / 255, batch[:, :1].float() / 255, batch.amax((1, 2, 3)).float()
 now = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('RssAnon')).split()[1]) / 1024
 def peak_of(n):
     images, masks = large_zeros((n, 3, 1024, 1024), torch.uint8), large_zeros((n, 1, 1024, 1024), torch.bool)
-    for i in range(n): images[i] = torch.randint(0, 200, (1, 1024, 1024), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+    for i in range(n):
+        g = torch.Generator().manual_seed(i)
+        images[i] = torch.randint(0, 200, (1, 1024, 1024), dtype=torch.uint8, generator=g)
     labels = torch.arange(n) >= n // 2
     for i in (n // 2, n - 1): masks[i, :, 100:130, 200:260] = True; images[i, :, 100:130, 200:260] = 255
-    category = CategoryData('part', Path('.'), (1024, 1024), images, images, masks, masks, labels, ['dent' if label else 'good' for label in labels],
-                            [Path('part') / f'{i}.png' for i in range(n)], [Path('part') / f'{i}.png' for i in range(n)])
+    category = CategoryData('part', Path('.'), (1024, 1024), images, images, masks, masks, labels,
+                            ['dent' if label else 'good' for label in labels],
+                            [Path('part') / f'{i}.png' for i in range(n)],
+                            [Path('part') / f'{i}.png' for i in range(n)])
     tiled = TiledDetector(Bright(), 1024)
     tiled.calibrate(large_part(images, range(1, n // 2)))
     peak, over = [0], threading.Event()
@@ -189,15 +207,17 @@ def peak_of(n):
     evaluate(tiled, category, found)
     over.set(); thread.join()
     return peak[0]
-for n in (4, 20):                                                       # each in a process of its own: freed memory may stay with one
+for n in (4, 20):       # each in a process of its own: freed memory may stay with one
     if not os.fork(): print(peak_of(n), flush=True); os._exit(0)
     os.wait()
 '''
 
 def test_memory_does_not_grow_with_the_number_of_large_images():
-    "Calibrated, predicted, evaluated: of 20 images as of 4, but for what mapped files take, which the system may take back. 16 images more have 64 MiB of maps and 96 MiB of masks, tiles and reconstructions."
+    """Calibrated, predicted, evaluated: of 20 images as of 4, but for what mapped files take, which the system may take
+    back. 16 images more have 64 MiB of maps and 96 MiB of masks, tiles and reconstructions."""
     # Every array in a mapping of its own: else freed memory that the allocator keeps is counted.
-    done = subprocess.run([sys.executable, '-c', MANY], capture_output=True, text=True, env=os.environ | {'MALLOC_MMAP_THRESHOLD_': '1000000'})
+    done = subprocess.run([sys.executable, '-c', MANY], capture_output=True, text=True,
+                          env=os.environ | {'MALLOC_MMAP_THRESHOLD_': '1000000'})
     assert done.returncode == 0, done.stderr
     few, many = map(float, done.stdout.split())
     print(few, many)

@@ -56,7 +56,8 @@ def textures():
 
 
 def start(root: Path, run_dir: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, '-c', TRAIN, str(root), str(run_dir), json.dumps(TINY)], stderr=subprocess.DEVNULL,
+    return subprocess.Popen([sys.executable, '-c', TRAIN, str(root), str(run_dir), json.dumps(TINY)],
+                            stderr=subprocess.DEVNULL,
                             env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
@@ -67,7 +68,8 @@ def weights(run_dir: Path) -> torch.Tensor:
 def test_killed_at_ten_random_moments_ends_with_the_same_bits(root, tmp_path):
     assert start(root, tmp_path / 'whole').wait() == 0
     killed, rng = tmp_path / 'killed', random.Random(0)
-    started = lambda: (killed / 'run.json').stat().st_mtime_ns if (killed / 'run.json').exists() else 0     # written at every start
+    # written at every start
+    started = lambda: (killed / 'run.json').stat().st_mtime_ns if (killed / 'run.json').exists() else 0
     for kill in range(10):
         before, process = started(), start(root, killed)
         while process.poll() is None and started() == before: time.sleep(0.01)
@@ -94,29 +96,35 @@ def test_same_seed_same_bits_in_the_processors_fast_precision(category, textures
 def test_bgr_is_rgb_with_every_channel_turned_round(category, textures, tmp_path):
     "Images come in as RGB everywhere; a BGR run trains and predicts as an RGB run does on turned images and textures."
     tint = torch.tensor([1., .8, .5])[:, None, None]
-    category = dataclasses.replace(category, train=(category.train * tint).to(torch.uint8), test=(category.test * tint).to(torch.uint8))
+    category = dataclasses.replace(category, train=(category.train * tint).to(torch.uint8),
+                                   test=(category.test * tint).to(torch.uint8))
     turned = dataclasses.replace(category, train=category.train.flip(1), test=category.test.flip(1))
     recipe = demo().replace(**{**TINY, 'steps': 6, 'augmentation': 'none'})          # augmentation knows what is red
     bgr = Detector.load(train(category, textures, recipe.replace(color='bgr'), tmp_path / 'bgr', 'cpu'), 'cpu')
     rgb = Detector.load(train(turned, textures.flip(1), recipe, tmp_path / 'rgb', 'cpu'), 'cpu')
-    assert not torch.equal(category.test, turned.test) and torch.equal(weights(tmp_path / 'bgr'), weights(tmp_path / 'rgb'))
+    assert (not torch.equal(category.test, turned.test)
+            and torch.equal(weights(tmp_path / 'bgr'), weights(tmp_path / 'rgb')))
     a, b = bgr.predict(category.test, reconstructions=True), rgb.predict(turned.test, reconstructions=True)
     assert torch.equal(a.maps, b.maps) and torch.equal(a.reconstructions, b.reconstructions.flip(1))
 
 
 def test_a_compiled_step_is_one_graph_and_the_same_step(category, textures, monkeypatch):
-    "Without a code generator, which would take minutes: what is captured and differentiated is the whole net, and gives what it gives uncompiled."
+    """Without a code generator, which would take minutes: what is captured and differentiated is the whole net, and
+    gives what it gives uncompiled."""
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager', fullgraph=True))
-    plain, compiled = (Trainer(category.train, textures, demo().replace(**TINY, compile=compile), torch.device('cpu')) for compile in (False, True))
+    plain, compiled = (Trainer(category.train, textures, demo().replace(**TINY, compile=compile), torch.device('cpu'))
+                       for compile in (False, True))
     for trainer in (plain, compiled): trainer.step()
     assert compiled.forward is not compiled.net and torch.allclose(compiled.history[0], plain.history[0], rtol=1e-5)
     gradients = [torch.cat([p.grad.flatten() for p in trainer.net.parameters()]) for trainer in (plain, compiled)]
-    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()        # rounding; another step is off by as much as itself
+    # rounding; another step is off by as much as itself
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
 
 
 def test_initial_weights_are_the_recipes(category, textures):
     for std in (0.02, 0.057):
-        net = Trainer(category.train, textures, demo().replace(**TINY, init_std=std, kernel_lr=None), torch.device('cpu')).net
+        net = Trainer(category.train, textures, demo().replace(**TINY, init_std=std, kernel_lr=None),
+                      torch.device('cpu')).net
         weights = torch.cat([m.weight.flatten() for m in net.modules() if isinstance(m, torch.nn.Conv2d)])
         assert abs(weights.std() / std - 1) < 0.05
 
@@ -150,7 +158,8 @@ def test_a_gpu_that_is_too_small_is_a_sentence(category, textures, tmp_path, mon
     def step(self): raise torch.cuda.OutOfMemoryError('CUDA out of memory')
     monkeypatch.setattr(Trainer, 'step', step)
     for batch, remedy in ((6, 'try batch=3'), (1, 'try a smaller size or base_width')):
-        with pytest.raises(ValueError, match=f'field batch is {batch}: the memory of the GPU is too small for that; {remedy}'):
+        with pytest.raises(ValueError, match=f'field batch is {batch}: the memory of the GPU is too small for '
+                           f'that; {remedy}'):
             train(category, textures, demo().replace(**{**TINY, 'batch': batch}), tmp_path / str(batch), 'cpu')
 
 
@@ -176,9 +185,12 @@ def test_damaged_checkpoint_is_named(category, textures, tmp_path):
         train(category, textures, recipe, tmp_path, 'cpu')
 
 
-@pytest.mark.parametrize('fields', [dict(reconstructive=False), dict(discriminative=False), dict(discriminative=False, reconstruction_map='msgms'),
-                                    dict(mask_shape='rectangle'), dict(texture_source='color'), dict(augmentation='none'), dict(opacity=(1, 1)),
-                                    dict(n_textures=3), dict(size=(64, 96)), dict(augmentation='paper', replacement=False), dict(holdout=0.)])
+@pytest.mark.parametrize('fields', [dict(reconstructive=False), dict(discriminative=False),
+                                    dict(discriminative=False, reconstruction_map='msgms'),
+                                    dict(mask_shape='rectangle'), dict(texture_source='color'),
+                                    dict(augmentation='none'), dict(opacity=(1, 1)),
+                                    dict(n_textures=3), dict(size=(64, 96)),
+                                    dict(augmentation='paper', replacement=False), dict(holdout=0.)])
 def test_every_ablation_trains_and_predicts(root, tmp_path, fields):
     recipe = demo().replace(**{**TINY, 'steps': 3, **fields})
     category = load_category(root, 'brick', recipe.size)
@@ -192,11 +204,14 @@ def test_every_ablation_trains_and_predicts(root, tmp_path, fields):
 
 
 def test_losses_csv_has_the_learning_rates_that_the_optimiser_used(category, textures, tmp_path):
-    "The schedule's, falling after its milestones; the optimiser's own where somebody changed it; the same after a resume."
-    recipe = demo().replace(**{**TINY, 'steps': 10, 'lr': 1e-3, 'schedule': 'milestones', 'lr_milestones': (0.5, 0.8), 'lr_decay': 0.5})
+    """The schedule's, falling after its milestones; the optimiser's own where somebody changed
+    it; the same after a resume."""
+    recipe = demo().replace(**{**TINY, 'steps': 10, 'lr': 1e-3, 'schedule': 'milestones', 'lr_milestones': (0.5, 0.8),
+                               'lr_decay': 0.5})
     train(category, textures, recipe, tmp_path, 'cpu')
     lines = (tmp_path / 'losses.csv').read_text().splitlines()
-    assert [float(line.split(',')[-1]) for line in lines[1:]] == pytest.approx([1e-3] * 5 + [5e-4] * 3 + [2.5e-4] * 2, rel=1e-12)
+    assert [float(line.split(',')[-1]) for line in lines[1:]] == pytest.approx([1e-3] * 5 + [5e-4] * 3 + [2.5e-4] * 2,
+                                                                               rel=1e-12)
     state = load_checkpoint(tmp_path / 'checkpoint.pt')
     trainer = Trainer(category.train, textures, recipe.replace(steps=12), torch.device('cpu'))
     trainer.load_state_dict(state)
@@ -208,21 +223,26 @@ def test_losses_csv_has_the_learning_rates_that_the_optimiser_used(category, tex
 def test_the_linear_schedule_reaches_every_optimiser(category, textures):
     trainer = Trainer(category.train, textures, demo().replace(**{**TINY, 'steps': 4}), torch.device('cpu'))
     for step in range(4):
-        assert [group['lr'] for o in trainer.optimizers for group in o.param_groups] == [3e-3 * (1 - step / 4), 0.05 * (1 - step / 4)]
+        assert [group['lr'] for o in trainer.optimizers for group in o.param_groups] == [3e-3 * (1 - step / 4),
+                                                                                         0.05 * (1 - step / 4)]
         trainer.step()
 
 
 def test_training_aids_leave_no_trace_in_the_finished_checkpoint(category, textures):
-    trainer, released = Trainer(category.train, textures, demo().replace(**{**TINY, 'steps': 3}), torch.device('cpu')), set(Draem(4, 4).state_dict())
+    trainer, released = (Trainer(category.train, textures, demo().replace(**{**TINY, 'steps': 3}), torch.device('cpu')),
+                         set(Draem(4, 4).state_dict()))
     trainer.step()
-    assert {'heads', 'optimizers', 'schedulers'} <= set(trainer.state_dict()) and set(trainer.state_dict()['net']) == released
+    assert ({'heads', 'optimizers', 'schedulers'} <= set(trainer.state_dict())
+            and set(trainer.state_dict()['net']) == released)
     while trainer.done < 3: trainer.step()
-    assert not {'heads', 'optimizers', 'schedulers'} & set(trainer.state_dict()) and set(trainer.state_dict()['net']) == released
+    assert (not {'heads', 'optimizers', 'schedulers'} & set(trainer.state_dict())
+            and set(trainer.state_dict()['net']) == released)
 
 
 def test_side_heads_hear_the_clean_image_and_fade(category, textures, monkeypatch):
     seen, weights = [], []
-    monkeypatch.setattr(SideHeads, 'loss', lambda self, target: seen.append(target.clone()) or sum(h.weight.sum() for h in self.heads))
+    monkeypatch.setattr(SideHeads, 'loss', lambda self, target: seen.append(target.clone())
+                        or sum(h.weight.sum() for h in self.heads))
     trainer = Trainer(category.train, textures, demo().replace(**{**TINY, 'steps': 10}), torch.device('cpu'))
     for _ in range(10):
         before = [h.weight.clone() for h in trainer.heads.heads]
@@ -240,16 +260,20 @@ def test_without_a_reconstructive_net_there_are_no_heads(category, textures):
 
 def small(**fields):
     "A trainer on ten random images of 32 px."
-    drawn = lambda seed: torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return Trainer(drawn(0), drawn(1), official().replace(size=32, base_width=2, base_channels=2, batch=2, precision='float32', **fields), torch.device('cpu'))
+    drawn = lambda seed: torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8,
+                                       generator=torch.Generator().manual_seed(seed))
+    return Trainer(drawn(0), drawn(1), official().replace(size=32, base_width=2, base_channels=2, batch=2,
+                                                          precision='float32', **fields), torch.device('cpu'))
 
 
 def test_the_published_optimiser():
-    "Adam at 1e-4 without weight decay, betas and epsilon as PyTorch has them, one group of all weights; times 0.2 at 80 % and 90 %."
+    """Adam at 1e-4 without weight decay, betas and epsilon as PyTorch has them, one group of all weights;
+    times 0.2 at 80 % and 90 %."""
     trainer = small(epochs=10)
     optimizer, = trainer.optimizers
     group, = optimizer.param_groups
-    assert type(optimizer) is torch.optim.Adam and (group['lr'], group['betas'], group['eps'], group['weight_decay'], group['amsgrad']) == (1e-4, (0.9, 0.999), 1e-8, 0, False)
+    assert type(optimizer) is torch.optim.Adam and (group['lr'], group['betas'], group['eps'], group['weight_decay'],
+                                                    group['amsgrad']) == (1e-4, (0.9, 0.999), 1e-8, 0, False)
     assert len(group['params']) == len(list(trainer.net.parameters()))
     while trainer.done < trainer.total: trainer.step()
     assert trainer.total == 50 and trainer.rates.tolist() == pytest.approx([1e-4] * 40 + [2e-5] * 5 + [4e-6] * 5)
@@ -270,7 +294,8 @@ def test_every_random_choice_follows_the_seed():
 
 def test_channel_order_of_what_is_trained_on():
     rgb, bgr = small(), small(color='bgr')
-    assert torch.equal(rgb.images, bgr.images.flip(1)) and torch.equal(rgb.simulator.textures, bgr.simulator.textures.flip(1))
+    assert (torch.equal(rgb.images, bgr.images.flip(1))
+            and torch.equal(rgb.simulator.textures, bgr.simulator.textures.flip(1)))
 
 
 def test_a_snapshot_has_the_weights_after_its_step(category, textures, tmp_path):
@@ -285,7 +310,8 @@ def test_a_snapshot_has_the_weights_after_its_step(category, textures, tmp_path)
 
 def test_a_step_with_side_heads_in_half_precision(category, textures):
     "The networks run in bfloat16 under autocast, the side heads outside it."
-    trainer = Trainer(category.train, textures, demo().replace(**TINY | dict(precision='bfloat16', deep_supervision=1.)), torch.device('cpu'))
+    trainer = Trainer(category.train, textures,
+                      demo().replace(**TINY | dict(precision='bfloat16', deep_supervision=1.)), torch.device('cpu'))
     trainer.step()
     assert trainer.history[0].isfinite().all()
 
@@ -314,14 +340,16 @@ def test_batches_made_ahead_are_the_same_wherever_a_run_is_stopped(category, tex
     train(category, textures, recipe, tmp_path / 'plain', 'cpu')
     for at in (1, 4):
         monkeypatch.setattr(training, 'Trainer', type('Stopped', (StoppedAt,), dict(at=at)))
-        with pytest.raises(KeyboardInterrupt, match=f'stopped at step {at} of 6'): train(category, textures, recipe, tmp_path / str(at), 'cpu')
+        with pytest.raises(KeyboardInterrupt, match=f'stopped at step {at} of 6'):
+            train(category, textures, recipe, tmp_path / str(at), 'cpu')
         assert not threads_ahead()
         train(category, textures, recipe, tmp_path / str(at), 'cpu')
         assert torch.equal(weights(tmp_path / 'plain'), weights(tmp_path / str(at))) and not threads_ahead()
 
 
 def test_crops_made_ahead_are_the_same(root, tmp_path, monkeypatch):
-    recipe, category = demo().replace(**{**TINY, 'steps': 4, 'image_size': (96, 128)}), load_category(root, 'brick', (96, 128))
+    recipe, category = (demo().replace(**{**TINY, 'steps': 4, 'image_size': (96, 128)}),
+                        load_category(root, 'brick', (96, 128)))
     textures = load_textures(size=64)
     train(category, textures, recipe, tmp_path / 'plain', 'cpu')
     monkeypatch.setattr(training, 'Trainer', Ahead)

@@ -30,7 +30,8 @@ class Scripts(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         if tag in ('script', 'iframe', 'object', 'embed'): self.found.append(tag)
-        self.found += [f'{tag} {name}' for name, value in attributes if name.startswith('on') or 'javascript:' in (value or '').lower()]
+        self.found += [f'{tag} {name}' for name, value in attributes if name.startswith('on')
+                       or 'javascript:' in (value or '').lower()]
 
 
 def scripts(page: str) -> list[str]:
@@ -54,7 +55,8 @@ def trained(tmp_path_factory) -> Path:
     return run
 
 
-NAMES = ('$x_$.png', 'a"b\'c.png', 'line\nbreak.png', '가나다.png', '🔩 bolt.png', '=cmd|calc.png', ATTACKS[1].replace('/', '') + '.png', 'n' * 251 + '.png',
+NAMES = ('$x_$.png', 'a"b\'c.png', 'line\nbreak.png', '가나다.png', '🔩 bolt.png', '=cmd|calc.png',
+         ATTACKS[1].replace('/', '') + '.png', 'n' * 251 + '.png',
          os.fsdecode(b'caf\xe9.png'))
 
 
@@ -65,17 +67,22 @@ def test_one_name_or_one_file_does_not_end_an_inspection(trained, tmp_path, capf
     for name in NAMES: shutil.copy(image, photos / name)
     (photos / 'broken.jpg').write_bytes(image.read_bytes()[:500])
     for name in ('IMG_0001.HEIC', 'b.heic'): shutil.copy(image, photos / name)
-    assert main(['inspect', '--run-dir', str(trained), '--images', str(photos), '--out-dir', str(tmp_path / 'seen')]) == 3
+    assert main(['inspect', '--run-dir', str(trained), '--images', str(photos), '--out-dir',
+                 str(tmp_path / 'seen')]) == 3
     said = capfd.readouterr().out
-    assert '2 files not looked at: IMG_0001.HEIC, b.heic; save pictures as png or jpg.' in said and 'unreadable: ' in said and 'broken.jpg' in said
+    assert ('2 files not looked at: IMG_0001.HEIC, b.heic; save pictures as png or jpg.' in said
+            and 'unreadable: ' in said and 'broken.jpg' in said)
     rows = list(csv.DictReader(io.StringIO((tmp_path / 'seen' / 'verdicts.csv').read_text(encoding='utf-8'))))
-    assert len(rows) == len(NAMES) + 1 and rows[0]['verdict'].startswith('unreadable: ') and rows[0]['file'] == str(photos / 'broken.jpg')
+    assert (len(rows) == len(NAMES) + 1 and rows[0]['verdict'].startswith('unreadable: ')
+            and rows[0]['file'] == str(photos / 'broken.jpg'))
     assert {row['file'] for row in rows[1:]} == {shown(photos / name) for name in NAMES}
-    assert all(row['verdict'] in ('normal', 'anomalous') and float(row['margin']) == pytest.approx(float(row['score']) - float(row['threshold']), abs=2e-6) for row in rows[1:])
+    assert all(row['verdict'] in ('normal', 'anomalous') and float(row['margin'])
+               == pytest.approx(float(row['score']) - float(row['threshold']), abs=2e-6) for row in rows[1:])
     metrics = json.loads((tmp_path / 'seen' / 'metrics.json').read_text())
     assert (metrics['images'], metrics['unreadable'], metrics['not_looked_at']) == (len(NAMES) + 1, 1, 2)
     page = (tmp_path / 'seen' / 'report.html').read_text()
-    assert '가나다.png' in page and '🔩 bolt.png' in page and r'line\nbreak.png' in page and r'caf\xe9.png' in page and '2 files not looked at' in page
+    assert ('가나다.png' in page and '🔩 bolt.png' in page and r'line\nbreak.png' in page and r'caf\xe9.png' in page
+            and '2 files not looked at' in page)
     assert len(list((tmp_path / 'seen' / 'overlays').iterdir())) == len(NAMES) and scripts(page) == ['script']
 
 
@@ -93,16 +100,20 @@ def test_nothing_from_the_data_is_executed(tmp_path):
         shutil.copytree(source / 'test' / kind, target / 'test' / name)
         shutil.copytree(source / 'ground_truth' / kind, target / 'ground_truth' / name)
     (target / 'train' / 'good' / (names[0] + '.heic')).touch()
-    tiny = dict(size=32, base_width=4, base_channels=4, steps=2, batch=2, score_window=5, perlin_scales=[0, 2], precision='float32')
+    tiny = dict(size=32, base_width=4, base_channels=4, steps=2, batch=2, score_window=5, perlin_scales=[0, 2],
+                precision='float32')
     for method, overrides in (('draem', tiny), ('cutpaste', dict(steps=3, width=4, batch=2, stride=8))):
-        page = run_report('category', dict(category=names[2], method=method, data_root=str(tmp_path), overrides=overrides), tmp_path / method).report.read_text()
+        page = run_report('category', dict(category=names[2], method=method, data_root=str(tmp_path),
+                                           overrides=overrides), tmp_path / method).report.read_text()
         assert scripts(page) == ['script'] and '<svg' not in page and '&lt;svg onload' in page
-        assert re.search('<meta (content="default-src \'none\'[^>]*http-equiv="Content-Security-Policy"|http-equiv="Content-Security-Policy"[^>]*default-src \'none\')', page)
+        policy, refused = 'http-equiv="Content-Security-Policy"', "default-src 'none'"
+        assert re.search(f'<meta (content="{refused}[^>]*{policy}|{policy}[^>]*{refused})', page)
     assert '1 file not looked at' in page
 
 
 def test_names_are_shown_as_one_line_of_text():
-    assert shown(os.fsdecode(b'caf\xe9')) == r'caf\xe9' and shown('a\nb\u202eb') == r'a\nb\u202eb' and shown('가 🔩 é') == '가 🔩 é'
+    assert (shown(os.fsdecode(b'caf\xe9')) == r'caf\xe9' and shown('a\nb\u202eb') == r'a\nb\u202eb'
+            and shown('가 🔩 é') == '가 🔩 é')
     from nbconvert.filters.markdown_mistune import markdown2html_mistune
     for text in (*ATTACKS, '$x_$', '**a** `b` _c_ https://example.org', 'a|b~c~'):
         page = markdown2html_mistune(f'**{as_markdown(text)}**')
@@ -110,7 +121,8 @@ def test_names_are_shown_as_one_line_of_text():
 
 
 def test_options_that_do_not_parse_are_named(capsys):
-    for option, given in (('--kinds', '["crack"'), ('--kinds', 'spot'), ('--overrides', '[1'), ('--overrides', '[1]'), ('--seed', 'null')):
+    for option, given in (('--kinds', '["crack"'), ('--kinds', 'spot'), ('--overrides', '[1'), ('--overrides', '[1]'),
+                          ('--seed', 'null')):
         with pytest.raises(SystemExit) as caught: main(['category', option, given])
         assert caught.value.code == 2 and f'{option[2:]} must be a value like' in capsys.readouterr().err
     assert cli._parser().parse_args(['category', '--data-root', '[mvtec]/x']).data_root == '[mvtec]/x'
@@ -121,25 +133,29 @@ def test_a_folder_whose_name_is_no_text_is_refused(tmp_path, capsys):
     folder = tmp_path / os.fsdecode(b'caf\xe9')
     folder.mkdir()
     assert main(['category', '--data-root', str(folder), '--run-dir', str(tmp_path / 'run')]) == 1
-    assert r'caf\xe9, which is no UTF-8; rename that folder' in capsys.readouterr().err and not (tmp_path / 'run').exists()
+    assert (r'caf\xe9, which is no UTF-8; rename that folder' in capsys.readouterr().err
+            and not (tmp_path / 'run').exists())
 
 
 def test_only_regular_files_are_read_and_each_folder_once(tmp_path):
     from PIL import Image
     photos = tmp_path / 'photos'
     (photos / 'a' / 'b').mkdir(parents=True)
-    for name in ('1.png', 'a/2.webp', 'a/b/3.jfif', 'a/4.avif'): Image.new('L', (8, 8)).save(photos / name, format={'.jfif': 'jpeg'}.get(Path(name).suffix))
+    for name in ('1.png', 'a/2.webp', 'a/b/3.jfif', 'a/4.avif'):
+        Image.new('L', (8, 8)).save(photos / name, format={'.jfif': 'jpeg'}.get(Path(name).suffix))
     os.mkfifo(photos / 'pipe.png')
     os.symlink('/dev/zero', photos / 'zero.png')
     os.symlink('nowhere', photos / 'broken.png')
     for i, target in enumerate(('.', '.', '..', '../..')): os.symlink(target, photos / 'a' / f'0-link{i}')
     found = find_files(photos)
     assert [p.relative_to(photos).as_posix() for p in found.images] == ['1.png', 'a/2.webp', 'a/4.avif', 'a/b/3.jfif']
-    assert {p.name: reason for p, reason in found.skipped.items()} == dict.fromkeys(('pipe.png', 'zero.png', 'broken.png'), 'not a regular file')
+    assert ({p.name: reason for p, reason in found.skipped.items()}
+            == dict.fromkeys(('pipe.png', 'zero.png', 'broken.png'), 'not a regular file'))
     from draem_nb.data import load_images, read_image
     assert len(load_images(found.images, 8)) == 4
     for name in ('pipe.png', 'zero.png'):
-        with pytest.raises(ValueError, match=f'cannot read the image .*{name}: it is not a regular file'): read_image(photos / name)
+        with pytest.raises(ValueError, match=f'cannot read the image .*{name}: it is not a regular file'):
+            read_image(photos / name)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -151,8 +167,10 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         if Path(path).name == 'locked': raise PermissionError(13, 'Permission denied', str(path))
         return scan(path)
     monkeypatch.setattr(os, 'scandir', refuse)
-    with pytest.raises(PermissionError, match='locked: the folder cannot be read: Permission denied; allow it'): list_files(tmp_path, 'nut')
-    assert list(find_files(tmp_path).locked) == [tmp_path / 'nut' / 'train' / 'good' / 'locked'] and len(find_files(tmp_path).images) == 1
+    with pytest.raises(PermissionError, match='locked: the folder cannot be read: Permission denied; allow it'):
+        list_files(tmp_path, 'nut')
+    assert (list(find_files(tmp_path).locked) == [tmp_path / 'nut' / 'train' / 'good' / 'locked']
+            and len(find_files(tmp_path).images) == 1)
 
 
 def test_only_a_few_formats_are_opened_and_no_huge_image(tmp_path, monkeypatch):
@@ -163,9 +181,11 @@ def test_only_a_few_formats_are_opened_and_no_huge_image(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='a.png: no known image format'): read_image(tmp_path / 'a.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1 << 28)
     Image.new('1', (20000, 10000)).save(tmp_path / 'large.png')
-    with pytest.raises(ValueError, match='20000 x 10000 pixels are more than 134217728; set DRAEM_NB_MAX_PIXELS'): read_image(tmp_path / 'large.png')
+    with pytest.raises(ValueError, match='20000 x 10000 pixels are more than 134217728; set DRAEM_NB_MAX_PIXELS'):
+        read_image(tmp_path / 'large.png')
     Image.new('1', (200, 100)).save(tmp_path / 'small.png')
-    with pytest.raises(ValueError, match='200 x 100 pixels are more than 19999'): read_image(tmp_path / 'small.png', 19999)
+    with pytest.raises(ValueError, match='200 x 100 pixels are more than 19999'):
+        read_image(tmp_path / 'small.png', 19999)
     assert read_image(tmp_path / 'small.png', 20000).size == (200, 100)
     monkeypatch.setenv('DRAEM_NB_MAX_PIXELS', '5000')
     with pytest.raises(ValueError, match='more than 5000'): read_image(tmp_path / 'small.png')
@@ -178,27 +198,37 @@ def test_files_that_are_not_looked_at_are_named_in_training_and_check(tmp_path):
     said = '4 files not looked at: IMG_0.HEIC, IMG_1.HEIC, IMG_2.HEIC, ...; save pictures as png or jpg.'
     assert said in list_files(tmp_path, 'nut').notes
     found = check(tmp_path, 'nut')
-    assert list(found.problem) == ['not looked at'] * 4 and found.file[0].endswith('IMG_0.HEIC') and 'not a format that is read' in found.detail[0]
+    assert (list(found.problem) == ['not looked at'] * 4 and found.file[0].endswith('IMG_0.HEIC')
+            and 'not a format that is read' in found.detail[0])
 
 
-@pytest.mark.parametrize('row, says', [('nut,test,anomaly,nut/a.png,/etc/passwd', "a row that is none of VisA's"), ('nut,test,anomaly,nut/a.png,nut/../../x.png', "a row that is none of VisA's"),
-                                       ('nut,test,anomaly,other/a.png,nut/m.png', "a row that is none of VisA's"), ('nut,test', 'line 3: fewer values than columns'),
-                                       ('nut,test,normal,nut/a.png,,more', 'line 3: more values than columns'), ('nut,test,normal,nut/caf\udce9.png,', 'not a table of comma-separated values in UTF-8')])
+@pytest.mark.parametrize('row, says', [('nut,test,anomaly,nut/a.png,/etc/passwd', "a row that is none of VisA's"),
+                                       ('nut,test,anomaly,nut/a.png,nut/../../x.png', "a row that is none of VisA's"),
+                                       ('nut,test,anomaly,other/a.png,nut/m.png', "a row that is none of VisA's"),
+                                       ('nut,test', 'line 3: fewer values than columns'),
+                                       ('nut,test,normal,nut/a.png,,more', 'line 3: more values than columns'),
+                                       ('nut,test,normal,nut/caf\udce9.png,',
+                                        'not a table of comma-separated values in UTF-8')])
 def test_rows_of_visa_that_are_none(tmp_path, row, says):
     (tmp_path / 'nut').mkdir()
     (tmp_path / 'split_csv').mkdir()
-    (tmp_path / 'split_csv' / '1cls.csv').write_bytes(f'object,split,label,image,mask\nnut,train,normal,nut/0.png,\n{row}\n'.encode('utf-8', 'surrogateescape'))
+    (tmp_path / 'split_csv' / '1cls.csv').write_bytes(
+        f'object,split,label,image,mask\nnut,train,normal,nut/0.png,\n{row}\n'.encode('utf-8', 'surrogateescape'))
     with pytest.raises(ValueError, match=re.escape(says)): list_files(tmp_path, 'nut')
 
 
 def test_latex_of_the_summary_holds_no_command(tmp_path):
-    conditions = dict(category='bottle', recipe=r'\input{/etc/passwd} $x~^{', size=[64, 64], base_width=8, base_channels=4, steps=20, batch=4, seed=0, mask_rule='half')
+    conditions = dict(category='bottle', recipe=r'\input{/etc/passwd} $x~^{', size=[64, 64], base_width=8,
+                      base_channels=4, steps=20, batch=4, seed=0, mask_rule='half')
     (tmp_path / '=run').mkdir()
     (tmp_path / '=run' / 'run.json').write_text('{"device": "=cmd|calc"}')
-    (tmp_path / '=run' / 'metrics.json').write_text(json.dumps(dict(image=dict(auroc=.9, f1_max=.9), pixel=dict(auroc=.9, ap=.5, f1_max=.6, aupro=.7), conditions=conditions)))
+    (tmp_path / '=run' / 'metrics.json').write_text(json.dumps(dict(image=dict(auroc=.9, f1_max=.9),
+                                                                    pixel=dict(auroc=.9, ap=.5, f1_max=.6, aupro=.7),
+                                                                    conditions=conditions)))
     run_report('summary', dict(runs_dir=str(tmp_path)), tmp_path / 'summary')
     tex = (tmp_path / 'summary' / 'detection.tex').read_text()
-    assert r'\input' not in tex and r'\textbackslash{}input\{/etc/passwd\} \$x\textasciitilde{}\textasciicircum{}\{' in tex
+    assert (r'\input' not in tex and r'\textbackslash{}input\{/etc/passwd\} \$x\textasciitilde{}\textasciicircum{}\{'
+            in tex)
     assert "'=cmd|calc" in (tmp_path / 'summary' / 'runs.csv').read_text()
 
 
@@ -206,7 +236,8 @@ def run_of(folder: Path, **held: object) -> Path:
     "A made-up complete run of the class nut."
     folder.mkdir(parents=True)
     asked = reports._asked('category', dict(category='nut', **held))[1]
-    for name, value in dict(parameters=asked, metrics=dict(image=dict(auroc=.9)), timing=dict(seconds=125.), run=dict(recipe={})).items():
+    for name, value in dict(parameters=asked, metrics=dict(image=dict(auroc=.9)), timing=dict(seconds=125.),
+                            run=dict(recipe={})).items():
         (folder / f'{name}.json').write_text(json.dumps(value))
     (folder / 'report.html').touch()
     return folder
@@ -224,17 +255,21 @@ def nut(tmp_path) -> Path:
 
 
 def test_a_complete_run_says_so_and_refuses_other_images(nut, tmp_path, capsys):
-    command = ['category', '--category', 'nut', '--data-root', str(nut.parent), '--run-dir', str(run := tmp_path / 'run')]
+    command = ['category', '--category', 'nut', '--data-root', str(nut.parent), '--run-dir',
+               str(run := tmp_path / 'run')]
     run_of(run, data_root=str(nut.parent))
-    reports.write_json(reports._noted(reports._files_read(reports._asked('category', dict(category='nut', data_root=str(nut.parent)))[1]), {}), run / 'inputs.json')
+    reports.write_json(reports._noted(reports._files_read(
+        reports._asked('category', dict(category='nut', data_root=str(nut.parent)))[1]), {}), run / 'inputs.json')
     for path in nut.rglob('*.png'): os.utime(path, (1e9, 1e9))           # copied: another time, the same content
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert 'complete since ' in said and f'nothing was run; to run anew, remove {run} or name another folder with --run-dir' in said and '125 s' not in said
+    assert ('complete since ' in said and f'nothing was run; to run anew, remove {run} or name another folder with '
+            '--run-dir' in said and '125 s' not in said)
     (nut / 'train' / 'good' / '0.png').rename(nut / 'train' / 'good' / '9.png')
     shutil.copy(nut / 'train' / 'good' / '1.png', nut / 'train' / 'good' / '2.png')
     assert main(command) == 1
-    assert ('files have changed since: train/good/9.png is new, train/good/0.png is gone, train/good/2.png is another; choose another folder'
+    assert ('files have changed since: train/good/9.png is new, train/good/0.png is gone, train/good/2.png is another; '
+            'choose another folder'
             in capsys.readouterr().err)
     shutil.rmtree(nut)                                                  # gone altogether: nothing can be said of it
     assert main(command) == 0
@@ -242,7 +277,8 @@ def test_a_complete_run_says_so_and_refuses_other_images(nut, tmp_path, capsys):
 
 def test_inspections_have_folders_of_their_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('time.strftime', lambda how, *at: '20261127-081500')
-    ask = lambda day: reports.default_folder('inspect', dict(run_dir=str(tmp_path), images=str(tmp_path / day / 'photos')))
+    ask = lambda day: reports.default_folder('inspect',
+                                             dict(run_dir=str(tmp_path), images=str(tmp_path / day / 'photos')))
     first = ask('day1')
     assert first == tmp_path / 'inspect-photos-20261127-081500'
     first.mkdir()
@@ -252,7 +288,9 @@ def test_inspections_have_folders_of_their_own(tmp_path, monkeypatch, capsys):
     assert 'holds a report already' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('content, says', [(b'', 'is no JSON'), (b'[1, 2]', 'holds list instead of an object'), (b'\xff\xfe', 'is no JSON'), (b'null', 'holds NoneType'), (b'[' * 100_000, 'is no JSON')])
+@pytest.mark.parametrize('content, says', [(b'', 'is no JSON'), (b'[1, 2]', 'holds list instead of an object'),
+                                           (b'\xff\xfe', 'is no JSON'), (b'null', 'holds NoneType'),
+                                           (b'[' * 100_000, 'is no JSON')])
 @pytest.mark.parametrize('name', ('run', 'parameters', 'metrics'))
 def test_damaged_files_of_a_run_are_named(tmp_path, capsys, name, content, says):
     from draem_nb.evaluation import read_runs
@@ -275,7 +313,8 @@ def test_damaged_files_of_a_run_are_named(tmp_path, capsys, name, content, says)
 def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
     from draem_nb.data import remove_leftovers, replacing, temporary_folder
     code = (f"import os, signal; from draem_nb.data import replacing, temporary_folder\n"
-            f"with temporary_folder({str(tmp_path)!r}, 'sockets'), replacing({str(tmp_path / 'checkpoint.pt')!r}) as to: to.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)")
+            f"with temporary_folder({str(tmp_path)!r}, 'sockets'), replacing({str(tmp_path / 'checkpoint.pt')!r}) as "
+            "to: to.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)")
     assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2
     (tmp_path / '.mine.tmp').touch()                                    # of somebody else
@@ -292,10 +331,12 @@ def test_a_full_disk_says_so_and_where(tmp_path, monkeypatch):
     from draem_nb import data
     def fails(error: Exception) -> None:
         with data.replacing(tmp_path / 'checkpoint.pt'): raise error
-    with pytest.raises(OSError, match=f'^the disk is full at {tmp_path}; make room there'): fails(OSError(errno.ENOSPC, 'No space left on device'))
+    with pytest.raises(OSError, match=f'^the disk is full at {tmp_path}; make room there'):
+        fails(OSError(errno.ENOSPC, 'No space left on device'))
     with pytest.raises(RuntimeError, match='^something else$'): fails(RuntimeError('something else'))
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(data.DiskFull): fails(RuntimeError('unexpected pos 3040896 vs 3040784'))     # as torch.save says it
+    with pytest.raises(data.DiskFull):
+        fails(RuntimeError('unexpected pos 3040896 vs 3040784'))     # as torch.save says it
     assert not list(tmp_path.iterdir())
     assert reports._reason(OSError(errno.ENOSPC, 'No space left on device', '/runs/a')) == 'the disk is full: /runs/a'
 
@@ -313,13 +354,15 @@ def test_archives_and_addresses_that_are_not_what_they_should_be(tmp_path, monke
         monkeypatch.setattr(data, '_DTD_SHA256', hashlib.sha256(content).hexdigest())
         return data.download_dtd(tmp_path)
     for cut in (whole[:len(whole) // 2], b'', b'no archive'):
-        with pytest.raises(ValueError, match='dtd-r1.0.1.tar.gz cannot be unpacked, it is cut short or no archive'): unpack(cut)
+        with pytest.raises(ValueError, match='dtd-r1.0.1.tar.gz cannot be unpacked, it is cut short or no archive'):
+            unpack(cut)
     monkeypatch.setattr(data, '_UNPACKED', 1 << 17)
     with pytest.raises(ValueError, match='is not safe to unpack: it holds more than'): unpack(whole)
     assert [p.name for p in tmp_path.iterdir()] == ['dtd-r1.0.1.tar.gz']
     (tmp_path / 'dtd-r1.0.1.tar.gz').unlink()
     for url in ('file:///etc/passwd', 'ftp://example.org/x', 'dtd.tar.gz'):
-        with pytest.raises(ValueError, match='is no address of a server; it must begin with https'): data.download_dtd(tmp_path, url)
+        with pytest.raises(ValueError, match='is no address of a server; it must begin with https'):
+            data.download_dtd(tmp_path, url)
 
 
 def test_the_list_names_classes_and_runs_and_what_is_damaged(nut, tmp_path, capsys):
@@ -328,8 +371,10 @@ def test_the_list_names_classes_and_runs_and_what_is_damaged(nut, tmp_path, caps
     run_of(tmp_path / 'runs' / 'nut-demo-seed2').joinpath('metrics.json').write_text('[]')
     assert main(['list', '--data-root', str(nut.parent), '--runs-dir', str(tmp_path / 'runs')]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == [f'1 classes in {nut.parent}', '  nut (mvtec)'] and said[3] == '  nut-demo-seed0: complete, image AUROC 0.900'
-    assert said[4] == '  nut-demo-seed1: not complete; the same command goes on' and 'metrics.json is damaged: it holds list' in said[5]
+    assert (said[:2] == [f'1 classes in {nut.parent}', '  nut (mvtec)'] and said[3] == '  nut-demo-seed0: complete, '
+            'image AUROC 0.900')
+    assert (said[4] == '  nut-demo-seed1: not complete; the same command goes on'
+            and 'metrics.json is damaged: it holds list' in said[5])
     assert main(['list', '--runs-dir', str(tmp_path / 'none')]) == 0 and 'brick (built in)' in capsys.readouterr().out
 
 
@@ -351,5 +396,6 @@ def test_a_server_that_sends_nonsense(tmp_path):
     try:
         data._fetch(f'{address}/abc', tmp_path / 'part', tmp_path / 'archive')
         assert (tmp_path / 'part').read_bytes() == b'content'
-        with pytest.raises(ConnectionError, match='cannot download .*416'): data._fetch(f'{address}/416', tmp_path / 'none', tmp_path / 'archive')
+        with pytest.raises(ConnectionError, match='cannot download .*416'):
+            data._fetch(f'{address}/416', tmp_path / 'none', tmp_path / 'archive')
     finally: server.shutdown()
