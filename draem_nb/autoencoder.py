@@ -138,8 +138,7 @@ def fit(
     category: CategoryData,                         # its normal training images are used, nothing else
     recipe: AutoencoderRecipe | None = None,        # None: the defaults
     device: str | torch.device | None = None,       # None: a GPU where there is one
-# with thresholds from the held-out images, unless recipe.holdout is 0
-) -> AutoencoderDetector:
+) -> AutoencoderDetector:                           # with thresholds, unless recipe.holdout is 0
     """Train an autoencoder on a class and set its thresholds (Bergmann et al., 2018).
 
     The same seed gives the same bits on a CPU."""

@@ -418,8 +418,7 @@ def fit(
     device: str | torch.device | None = None,       # None: a GPU where there is one
     textures: Tensor | None = None,                 # not used: the pasted pieces are the class's own
     run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
-# with thresholds from the held-out images, unless recipe.holdout is 0
-) -> CutPasteDetector:
+) -> CutPasteDetector:                              # with thresholds, unless recipe.holdout is 0
     """Train both networks, fit both Gaussians and set the thresholds (Li et al., 2021).
 
     The same seed gives the same bits on a CPU."""

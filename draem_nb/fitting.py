@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from .data import CategoryData, check_size, large_part, replacing, write_json
 from .detector import AnomalyDetector
-from .training import fingerprint, interrupt_noted, load_checkpoint, pick_device, split_held_out, versions
+from .training import (fingerprint, interrupt_noted, load_checkpoint, pick_device, recent_losses,
+                               split_held_out, versions)
 
 # %% auto #0
 __all__ = ['MethodRecipe', 'NetworkRecipe', 'describe_run', 'refuse_another', 'is_there', 'keep_run', 'load_state', 'Training',
@@ -172,17 +173,10 @@ def _read_checkpoint(training: Training, about: dict, losses: Tensor, path: Path
     return state['step']
 
 # %% ../nbs/40b_fitting.ipynb #83364f67
-def _recent_losses(training: Training, losses: Tensor, done: int, lr: float) -> str:
-    """The mean losses of the last steps, in words; `FloatingPointError` names the first step
-    with one that is not finite."""
-    first = max(0, done - _LOOK_EVERY)
-    recent = losses[first:done].cpu()
-    if not recent.isfinite().all():
-        step = first + int((~recent.isfinite()).any(1).nonzero()[0]) + 1
-        raise FloatingPointError(f'the loss is not finite at step {step}; a smaller recipe field lr (now '
-                                 f'{lr:g}) usually '
-                                 'helps; the last checkpoint is from before and is kept')
-    return ', '.join(f'{name} {value:.4g}' for name, value in zip(training.names, recent.mean(0).tolist()))
+def _progress(training: Training, losses: Tensor, done: int, lr: float) -> str:
+    "The mean losses of the last steps, in words; `FloatingPointError` where one is not finite."
+    recent = recent_losses(losses, done, _LOOK_EVERY, f'a smaller recipe field lr (now {lr:g})')
+    return ', '.join(f'{name} {value:.4g}' for name, value in zip(training.names, recent))
 
 # %% ../nbs/40b_fitting.ipynb #7e252047
 def train_in_steps(
@@ -204,7 +198,7 @@ def train_in_steps(
             bar.update()
             save = done % recipe['checkpoint_every'] == 0 or done == training.steps or bool(interrupted)
             if save or done % _LOOK_EVERY == 0:
-                bar.set_postfix_str(_recent_losses(training, losses, done, recipe['lr']), refresh=False)
+                bar.set_postfix_str(_progress(training, losses, done, recipe['lr']), refresh=False)
             if save: _write_checkpoint(training, about, losses, done, run_dir)
     if interrupted:
         raise KeyboardInterrupt(f'stopped at step {done} of {training.steps}; {checkpoint} is written, '

@@ -47,8 +47,8 @@ class _Draem:
     wants_textures, train_with_snapshots, ablations = True, staticmethod(train), staticmethod(recipes.ablations)
     by_name, load = staticmethod(recipes.by_name), staticmethod(tiling.load_detector)
 
-    def fit(self, category: CategoryData, recipe: recipes.Recipe | None = None, device: str | torch.device
-            | None = None,
+    def fit(self, category: CategoryData, recipe: recipes.Recipe | None = None,
+            device: str | torch.device | None = None,
             textures: Tensor | None = None, run_dir: str | Path | None = None) -> AnomalyDetector:
         recipe = recipe or recipes.demo()
         if textures is None: textures = load_textures(None, recipe.size, recipe.antialias)
@@ -79,8 +79,8 @@ class _Autoencoder:
         if name != 'demo': raise ValueError(f'unknown recipe {name!r}; an autoencoder has: demo')
         return AutoencoderRecipe()
 
-    def fit(self, category: CategoryData, recipe: AutoencoderRecipe | None = None, device: str | torch.device
-            | None = None,
+    def fit(self, category: CategoryData, recipe: AutoencoderRecipe | None = None,
+            device: str | torch.device | None = None,
             textures: Tensor | None = None, run_dir: str | Path | None = None) -> AutoencoderDetector:
         recipe, device = recipe or AutoencoderRecipe(), pick_device(device)
         about = describe_run('autoencoder', category, recipe, device)

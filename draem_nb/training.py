@@ -38,7 +38,8 @@ from .supervision import SideHeads, supervision_weight
 
 # %% auto #0
 __all__ = ['HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'BatchesAhead',
-           'Trainer', 'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint']
+           'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer', 'versions',
+           'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint']
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 class HoldsOut(Protocol):
@@ -85,16 +86,12 @@ def memory_format_of(recipe: Recipe) -> torch.memory_format:
 # %% ../nbs/07_training.ipynb #8004a3c3
 class RandomCrops:
     "Normal images (N, 3, H, W) uint8 of which each step sees crops of the recipe's `size`."
-    def __init__(self, images: Tensor, recipe: Recipe, indices: Tensor | None = None):
+    def __init__(self, images: Tensor, recipe: Recipe, indices: Tensor | None = None, flipped: bool = False):
         self.images, self.recipe, self.size = images, recipe, check_size(recipe.size)
-        self.indices, self.flipped = torch.arange(len(images)) if indices is None else indices, False
+        self.indices = torch.arange(len(images)) if indices is None else indices
+        self.flipped = flipped          # the channels of the crops: RGB as BGR, BGR as RGB
 
     def __len__(self) -> int: return len(self.indices)
-
-    def flip(self, _: int) -> RandomCrops:
-        "The other channel order (RGB, BGR) from now on; what `flip(1)` does to a tensor."
-        self.flipped = not self.flipped
-        return self
 
     def draw(self, plan: Plan, step: int) -> tuple[Tensor, Plan]:
         "The crops of a step, (B, 3, h, w), and its plan, which now counts them."
@@ -105,6 +102,13 @@ class RandomCrops:
                              for i, (y, x) in zip(self.indices[plan.image].tolist(), corners)])
         return crops.flip(1) if self.flipped else crops, dataclasses.replace(
             plan, image=torch.arange(len(crops)), own_image=plan.own_image % len(crops))
+
+# %% ../nbs/07_training.ipynb #c85752e6
+def _wait_on_device(batch: Simulated, copied: torch.cuda.Event, device: torch.device) -> None:
+    "Make the GPU, not the host, wait for the copy of a batch; its memory is free after the step."
+    computing = torch.cuda.current_stream(device)
+    computing.wait_event(copied)
+    for t in vars(batch).values(): t.record_stream(computing)
 
 # %% ../nbs/07_training.ipynb #a4eadba7
 class BatchesAhead:
@@ -125,28 +129,46 @@ class BatchesAhead:
         steps = range(step, min(step + self.ahead + 1, self.total))
         self.waiting = {s: self.waiting.get(s) or self.thread.submit(self._copied, s) for s in steps}
         batch, copied = self.waiting.pop(step).result()
-        if copied is not None:
-            computing = torch.cuda.current_stream(self.device)
-            computing.wait_event(copied)                        # the GPU waits for the copy, not the host
-            for t in vars(batch).values(): t.record_stream(computing)      # its memory is free after the step
+        if copied is not None: _wait_on_device(batch, copied, self.device)
         return batch
 
     def close(self) -> None:
         "End the thread; what it has not begun is dropped."
         self.thread.shutdown(cancel_futures=True)
 
-
 # %% ../nbs/07_training.ipynb #7b0b6186
-class Trainer:
-    "The state of a run: networks, optimiser, schedule, and the losses of all steps so far."
-    def __init__(self, images: Tensor | RandomCrops, textures: Tensor, recipe: Recipe, device: torch.device):
-        self.recipe, self.device, self.done, self.batch = recipe, device, 0, None
-        self.total = recipe.total_steps(len(images))
-        # the input is RGB, everywhere
-        if recipe.color == 'bgr': images, textures = images.flip(1), textures.flip(1)
-        self.images = images            # on the host, as the simulator
-        self.simulator = AnomalySimulator(textures, recipe, getattr(images, 'images', images))
+class SimulatedBatches:
+    "The batches of a run: each follows from seed and step alone. For a GPU they are made ahead."
+    def __init__(self, images: Tensor, textures: Tensor, recipe: Recipe, device: torch.device,
+                 indices: Tensor | None = None):
+        self.recipe, self.device, self.done = recipe, device, 0
+        self.batch: Simulated | None = None             # of the last step
+        bgr, large = recipe.color == 'bgr', recipe.image_size is not None
+        if bgr: textures = textures.flip(1)             # the input is RGB, everywhere
+        self.crops = RandomCrops(images, recipe, indices, bgr) if large else None
+        if not large and indices is not None: images = images[indices]
+        self.images = images.flip(1) if bgr and not large else images           # on the host, as the simulator
+        self.n_images = len(images if self.crops is None else self.crops)
+        self.total = recipe.total_steps(self.n_images)
+        self.simulator = AnomalySimulator(textures, recipe, self.images)
         self.ahead = BatchesAhead(self.host_batch, device, self.total) if device.type != 'cpu' else None
+
+    def host_batch(self, step: int, out: Simulated | None = None) -> Simulated:
+        "The batch of a step, on the host; it follows from seed and step alone. `out`: a batch to be overwritten."
+        plan, images = self.simulator.plan(self.n_images, self.recipe.batch, self.recipe.seed, step), self.images
+        if self.crops is not None: images, plan = self.crops.draw(plan, step)
+        return self.simulator(images, plan, out, self.device.type == 'cuda')
+
+    def close(self) -> None:
+        "End the thread that makes batches ahead, if there is one."
+        if self.ahead: self.ahead.close()
+
+# %% ../nbs/07_training.ipynb #ea129923
+class LearningNetworks(SimulatedBatches):
+    "What learns in a run: networks, side heads, optimisers, schedules; and the losses of all steps so far."
+    def __init__(self, images: Tensor, textures: Tensor, recipe: Recipe, device: torch.device,
+                 indices: Tensor | None = None):
+        super().__init__(images, textures, recipe, device, indices)
         self.dtype, self.memory_format = pick_precision(recipe, device), memory_format_of(recipe)
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
         self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior,
@@ -158,23 +180,56 @@ class Trainer:
         self.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.history = torch.zeros(self.total, 3, device=device)            # SSIM, L2 and focal loss of every step
-        self.rates = torch.zeros(self.total, dtype=torch.float64)  # the optimiser's learning rate in it; on the host
+        self.rates = torch.zeros(self.total, dtype=torch.float64)           # the learning rate in it; on the host
 
     def side_heads(self) -> SideHeads:
         "Side heads that listen to the reconstructive net (05b_supervision), on its device."
         generator = torch.Generator().manual_seed(self.recipe.seed)
         return SideHeads(self.net.reconstructive, self.recipe.base_width, generator).to(self.device)
 
-    def host_batch(self, step: int, out: Simulated | None = None) -> Simulated:
-        "The batch of a step, on the host; it follows from seed and step alone. `out`: a batch to be overwritten."
-        plan, images = self.simulator.plan(len(self.images), self.recipe.batch, self.recipe.seed, step), self.images
-        if isinstance(images, RandomCrops): images, plan = images.draw(plan, step)
-        return self.simulator(images, plan, out, self.device.type == 'cuda')
+# %% ../nbs/07_training.ipynb #2d78e519
+class ResumableRun(LearningNetworks):
+    "A run that can be written down after any step and taken up again."
+    def aids(self) -> dict[str, list]:
+        "What a run needs on its way and leaves behind at its end."
+        return dict(optimizers=self.optimizers, schedulers=self.schedulers, heads=[self.heads] if self.heads else [])
 
-    def close(self) -> None:
-        "End the thread that makes batches ahead, if there is one."
-        if self.ahead: self.ahead.close()
+    def state_dict(self) -> dict:
+        "Everything that the next step depends on, and what tells what it is."
+        parts = dict(net=self.net.state_dict(), scaler=self.scaler.state_dict())
+        if self.done < self.total:
+            parts |= {name: [part.state_dict() for part in parts_of] for name, parts_of in self.aids().items()}
+        return dict(parts, step=self.done, history=self.history[:self.done].cpu(), rates=self.rates[:self.done].clone(),
+                    recipe=dataclasses.asdict(self.recipe), versions=versions())
 
+    def load_state_dict(self, state: dict) -> None:
+        "Go on from what `state_dict` gave."
+        self.net.load_state_dict(state['net'])
+        self.scaler.load_state_dict(state['scaler'])
+        for name, parts in self.aids().items():
+            for part, kept in zip(parts, state.get(name, ())): part.load_state_dict(kept)
+        self.done = state['step']
+        self.history[:self.done], self.rates[:self.done] = state['history'].to(self.device), state['rates'].cpu()
+
+# %% ../nbs/07_training.ipynb #528c4851
+def recent_losses(losses: Tensor, done: int, n: int, remedy: str) -> list[float]:
+    """Means of the last n of `done` rows of losses (steps, K); waits for the device.
+
+    `FloatingPointError` names the first step with a loss that is not finite, and the remedy."""
+    first = max(0, done - n)
+    recent = losses[first:done].cpu()
+    if not recent.isfinite().all():
+        step = first + int((~recent.isfinite()).any(1).nonzero()[0]) + 1
+        raise FloatingPointError(f'the loss is not finite at step {step}; {remedy} usually helps; the last checkpoint '
+                                 'is from before and is kept')
+    return recent.mean(0).tolist()
+
+# %% ../nbs/07_training.ipynb #a5e18a57
+class Trainer(ResumableRun):
+    """The state of a run, and its steps.
+
+    `images` (N, 3, H, W) and `textures` (M, 3, H, W) are uint8 on the host; `indices`: the images to train on, None
+    for all."""
     def step(self) -> None:
         "One optimiser step on one simulated batch; no device-to-host copy."
         batch = self.batch = self.ahead(self.done) if self.ahead else self.host_batch(self.done, self.batch)
@@ -193,36 +248,9 @@ class Trainer:
         self.done += 1
 
     def recent_losses(self, n: int) -> list[float]:
-        """Mean SSIM, L2 and focal loss of the last n steps; `FloatingPointError` if any is not finite.
-
-        Waits for the device."""
-        losses = self.history[max(0, self.done - n):self.done].cpu()
-        if not losses.isfinite().all():
-            step = self.done - len(losses) + int((~losses.isfinite()).any(1).nonzero()[0]) + 1
-            raise FloatingPointError(f'the loss is not finite at step {step}; a smaller recipe field lr (now '
-                                     f"{self.recipe.lr:g}) or precision='float32' usually helps; the last checkpoint "
-                                     'is from before and is kept')
-        return losses.mean(0).tolist()
-
-    def aids(self) -> dict[str, list]:
-        "What a run needs on its way and leaves behind at its end."
-        return dict(optimizers=self.optimizers, schedulers=self.schedulers, heads=[self.heads] if self.heads else [])
-
-    def state_dict(self) -> dict:
-        "Everything that the next step depends on, and what tells what it is."
-        parts = dict(net=self.net.state_dict(), scaler=self.scaler.state_dict())
-        if self.done < self.total:              # what helps to train, and nobody needs afterwards
-            parts |= {name: [part.state_dict() for part in parts_of] for name, parts_of in self.aids().items()}
-        return dict(parts, step=self.done, history=self.history[:self.done].cpu(), rates=self.rates[:self.done].clone(),
-                    recipe=dataclasses.asdict(self.recipe), versions=versions())
-
-    def load_state_dict(self, state: dict) -> None:
-        "Go on from what `state_dict` gave."
-        self.net.load_state_dict(state['net']); self.scaler.load_state_dict(state['scaler'])
-        for name, parts in self.aids().items():
-            for part, kept in zip(parts, state.get(name, ())): part.load_state_dict(kept)
-        self.done = state['step']
-        self.history[:self.done], self.rates[:self.done] = state['history'].to(self.device), state['rates'].cpu()
+        "Mean SSIM, L2 and focal loss of the last n steps; see `recent_losses`."
+        remedy = f"a smaller recipe field lr (now {self.recipe.lr:g}) or precision='float32'"
+        return recent_losses(self.history, self.done, n, remedy)
 
 # %% ../nbs/07_training.ipynb #70fd3cc1
 def versions() -> dict[str, str]:
@@ -350,8 +378,7 @@ def train(
     device, run_dir = pick_device(device), Path(run_dir)
     fit, held_out = split_held_out(len(category.train), recipe)
     _check_fits(category, recipe)
-    trainer = Trainer(category.train[fit] if recipe.image_size is None else RandomCrops(category.train, recipe, fit),
-                      textures, recipe, device)
+    trainer = Trainer(category.train, textures, recipe, device, fit)
     checkpoint = run_dir / 'checkpoint.pt'
     _claim(run_dir, _describe(category, textures, trainer, held_out), resume)
     if checkpoint.exists(): trainer.load_state_dict(load_checkpoint(checkpoint, device))
@@ -392,7 +419,7 @@ def _describe(category: CategoryData, textures: Tensor, trainer: Trainer, held_o
                 steps=trainer.total,
                 fingerprint=category.fingerprint, textures_fingerprint=fingerprint(textures),
                 n_textures=len(trainer.simulator.textures),
-                n_train=len(trainer.images), held_out=[category.train_paths[i].name for i in held_out.tolist()],
+                n_train=trainer.n_images, held_out=[category.train_paths[i].name for i in held_out.tolist()],
                 device=f'{trainer.device.type}: {device}', threads=torch.get_num_threads(),
                 precision=str(trainer.dtype).removeprefix('torch.'),
                 memory_format=str(trainer.memory_format).removeprefix('torch.'), versions=versions())

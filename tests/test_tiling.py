@@ -106,9 +106,9 @@ def test_training_on_crops_same_bits_and_resumed(root, tmp_path):
     weights.append(torch.load(train(category, textures, recipe, tmp_path / 'c', 'cpu'))['net'])
     assert all(torch.equal(v, other[k]) for other in weights[1:] for k, v in weights[0].items())
     turned = dataclasses.replace(category, train=category.train.flip(1))
-    crops = [RandomCrops(c.train, recipe) for c in (category, turned)]
-    plan = Trainer(crops[0], textures, recipe, torch.device('cpu')).simulator.plan(80, 4, 0, 0)
-    assert torch.equal(crops[0].draw(plan, 0)[0], crops[1].flip(1).draw(plan, 0)[0])
+    plan = Trainer(category.train, textures, recipe, torch.device('cpu')).simulator.plan(80, 4, 0, 0)
+    assert torch.equal(RandomCrops(category.train, recipe).draw(plan, 0)[0],
+                       RandomCrops(turned.train, recipe, flipped=True).draw(plan, 0)[0])
     with pytest.raises(ValueError, match='image_size is 96, but the class was loaded at .32, 32.; load it at '
                        'the image_size'):
         train(load_category(root, 'gravel', 32), textures, recipe, tmp_path / 'd', 'cpu')
@@ -133,7 +133,7 @@ from draem_nb.networks import Draem, initialise
 from draem_nb.recipes import demo
 from draem_nb.reports import peak_memory_mib
 from draem_nb.tiling import TiledDetector
-from draem_nb.training import RandomCrops, Trainer
+from draem_nb.training import Trainer
 recipe = demo().replace(size=256, image_size=4096, base_width=2, base_channels=2, steps=4, batch=2,
                         precision='float32', match_gray=True)
 detector = Detector(initialise(Draem(2, 2), torch.Generator().manual_seed(0)).eval(), recipe, 'cpu')
@@ -144,7 +144,7 @@ peak = lambda: int(peak_memory_mib())
 marks = [peak()]
 images = load_images([sys.argv[1]] * 3, 4096, cache=True)      # three images of 48 MiB, mapped
 marks.append(peak())
-trainer = Trainer(RandomCrops(images, recipe), small, recipe, torch.device('cpu'))
+trainer = Trainer(images, small, recipe, torch.device('cpu'))
 trainer.step()
 marks.append(peak())
 found = TiledDetector(detector, 4096, overlap=0.125).predict(images[:1])
