@@ -419,7 +419,7 @@ def run_report(
     run_dir = Path(run_dir)
     folder = folder_parameter(name)
     if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)
-    if folder == 'out_dir' and (run_dir / 'metrics.json').exists():
+    if 'images' in asked and (run_dir / 'metrics.json').exists():       # the verdicts of an inspection stay
         raise ValueError(f'{run_dir} holds a report already; choose another folder, or leave out_dir out')
     inputs = _noted(_files_read(asked), {})             # what is wrong with them is said before there is a folder
     with locked(run_dir, wait=wait):
