@@ -103,7 +103,8 @@ class AutoencoderDetector(AnomalyDetector):
         self.net, self.recipe, self.losses = net.eval(), recipe, losses         # losses: (steps,), of the training
         self.device, self.size, self.quantile = next(net.parameters()).device, check_size(recipe.size), recipe.quantile
 
-    def _look(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: the reconstruction in 0..1, its error (B, 1, H, W), the scores (B,)."
         x = batch.float().div_(255)
         reconstruction = self.net(x)
         maps = _error_map(x, reconstruction, self.recipe.loss)

@@ -357,7 +357,8 @@ class CutPasteDetector(AnomalyDetector):
         self.size, self.quantile, self.device = (check_size(recipe.size), recipe.quantile,
                                                  gaussians['images'].mean.device)
 
-    def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: no reconstruction; distances of the patches (B, 1, H, W) in 0..1, of the images (B,)."
         x = batch.float().div_(255).contiguous(memory_format=torch.channels_last)
         scores = self.gaussians['images'].distance(self.nets['images'].features(x))
         patches = patch_features(self.nets['patches'], x, self.recipe.patch, self.recipe.stride)

@@ -162,7 +162,8 @@ class DaganDetector(NetworkDetector):
         "Adversarial training on (N, 3, S, S) uint8 normal images."
         return DaganTraining(self.nets, images, self.recipe)
 
-    def _look(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: the reconstruction in 0..1, maps (B, 1, H, W), scores (B,)."
         x = batch.float().div_(127.5).sub_(1)
         again = self.nets['generator'](x)
         if self.recipe.score == 'both': again = self.nets['discriminator'](again)

@@ -163,7 +163,8 @@ def image_statistics(images: Tensor) -> np.ndarray:
 
 # %% ../nbs/08_detector.ipynb #f66978be
 class AnomalyDetector:
-    "What all methods share: a method has `size`, `device`, `quantile` and `_look`, and gets `predict` and `calibrate`."
+    """What all methods share: a method has `size`, `device`, `quantile` and `maps_and_scores`, and
+    gets `predict` and `calibrate`."""
     size: tuple[int, int]               # (H, W) of what it looks at, in pixels
     device: torch.device
     color: str = 'rgb'                  # channel order of what it looks at
@@ -182,7 +183,7 @@ class AnomalyDetector:
         "How many normal images the thresholds come from."
         return len(self.held_out_scores)
 
-    def _look(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """(B, 3, H, W) uint8 on the device -> reconstruction (B, 3, H, W) in 0..1 or None, maps (B, 1, H, W), scores
         (B,)."""
         raise NotImplementedError
@@ -196,7 +197,7 @@ class AnomalyDetector:
         maps, scores, reconstructed = [torch.zeros(0, *self.size)], [torch.zeros(0)], []
         for part in tqdm(images.split(batch) if len(images) else (), 'predicting', unit='batch', mininterval=0.5,
                          delay=2):
-            reconstruction, part_maps, part_scores = self._look(part.to(self.device))
+            reconstruction, part_maps, part_scores = self.maps_and_scores(part.to(self.device))
             _check_finite(part_maps, part_scores, names[sum(map(len, scores)):])
             maps.append(part_maps[:, 0].cpu()); scores.append(part_scores.cpu())
             if reconstructions and reconstruction is not None:
@@ -290,7 +291,8 @@ class Detector(AnomalyDetector):
         "The network that looks: on a CPU with fewer multiplications in its wide layers (see 04_networks)."
         return winograd(self.net, self.size) if self.device.type == 'cpu' else self.net
 
-    def _look(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: the reconstruction or None, probabilities (B, 1, H, W), scores (B,)."
         x = batch.float().div_(255).contiguous(memory_format=self.memory_format)
         reconstruction, maps = _reconstruction_and_map(self.fast_net, x, self.recipe.reconstruction_map)
         return reconstruction, maps, image_score(maps, self.recipe.score_window)

@@ -238,7 +238,8 @@ class FeatureDraemDetector(NetworkDetector):
         "The training on (N, 3, H, W) uint8 normal images."
         return FeatureDraemTraining(self.nets, self._backbone, images, textures, self.recipe)
 
-    def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: no reconstruction; probabilities (B, 1, H, W), scores (B,)."
         levels = levels_of(self._backbone, batch, self.recipe.levels)
         logits = reconstruct_and_segment(self.nets, levels)[2]
         maps = torch.sigmoid(_resized(logits[:, 1:] - logits[:, :1], batch.shape[2:]))     # softmax of two, class 1

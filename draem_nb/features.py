@@ -230,7 +230,8 @@ class FeatureDetector(KeptDetector):
         "What tables call its network."
         return BACKBONES[self.recipe.backbone].title
 
-    def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: no reconstruction; distances (B, 1, H, W) in 0..1, scores (B,)."
         maps, scores = self.distances(batch)
         return None, 1 / (1 + (self.farthest / maps).square()), scores
 

@@ -233,7 +233,8 @@ class KeptDetector(AnomalyDetector):
 
 # %% ../nbs/40b_fitting.ipynb #46107f34
 class NetworkDetector(KeptDetector):
-    """What detectors with networks of their own share. A method adds, besides `method`, `recipe_type` and `_look`,
+    """What detectors with networks of their own share. A method adds, besides `method`,
+    `recipe_type` and `maps_and_scores`,
 
     `networks(recipe)`: what it is made of, an `nn.ModuleDict` whose first weights follow from `recipe.seed`;
     `training(images, textures)`: the `Training` of these networks on (N, 3, H, W) uint8 normal images on the device."""

@@ -93,7 +93,7 @@ class FusionDetector(Witnesses):
     "Both witnesses as one detector. `fit` makes it, `save` keeps it, `load` brings it back."
     def log_odds(self, batch: Tensor) -> Tensor:
         "(B, 3, H, W) uint8 on the device -> (B, 2, H, W): log odds of `feature_draem` and of `memory`."
-        maps = [part._look(batch)[1] for part in self.parts.values()]
+        maps = [part.maps_and_scores(batch)[1] for part in self.parts.values()]
         return torch.cat(maps, 1).clamp(_EDGE, 1 - _EDGE).logit()
 
     def evidence(self, batch: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ class FusionDetector(Witnesses):
         mean, std = (of.to(log_odds.device)[:, None, None] for of in (self.mean, self.std))
         return ((log_odds - mean) / std).mean(1, keepdim=True)
 
-    def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: no reconstruction; the joint evidence (B, 1, H, W) in 0..1, scores (B,)."
         z = self.evidence(batch)
         return None, (z - self.highest).sigmoid(), image_score(z, self.recipe.score_window)
 

@@ -184,7 +184,8 @@ class GanomalyDetector(NetworkDetector):
         "Adversarial training on (N, 3, S, S) uint8 normal images."
         return GanomalyTraining(self.nets, images, self.recipe)
 
-    def _look(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: the reconstruction in 0..1, its error (B, 1, H, W), scores (B,) from the codes."
         x = batch.float().div_(127.5).sub_(1)
         again, z, z_again = self.nets['generator'](x)
         return (again + 1) / 2, (again - x).abs().mean(1, keepdim=True) / 2, (z - z_again).square().mean((1, 2, 3))

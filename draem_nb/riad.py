@@ -175,7 +175,8 @@ class RiadDetector(NetworkDetector):
         draw = lambda k: disjoint_masks(self.size, k, self.recipe.sets, generator_of(self.recipe.seed, 12, k))
         return [draw(k).to(self.device) for k in self.recipe.cells]
 
-    def _look(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: the reconstruction in 0..1, its error (B, 1, H, W), scores (B,)."
         reconstructions, maps = [], []
         for x in batch.float().div_(255).split(_AT_ONCE):
             parts = [inpaint(self.nets['unet'], x, masks) for masks in self.masks]

@@ -291,7 +291,8 @@ class StudentsDetector(NetworkDetector):
         "The training of these networks; see `fitting.Training`."
         return StudentsTraining(self.nets, images, textures, self.recipe)
 
-    def _look(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+    def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
+        "Of (B, 3, H, W) uint8: no reconstruction; disagreement (B, 1, H, W) in 0..1, scores (B,)."
         maps = torch.cat([map_of(self.nets, x) for part in batch.split(1) for x in few_at_a_time(part)])
         return None, 1 / (1 + (self.nets.farthest / maps).square()), maps.amax((1, 2, 3))
 

@@ -64,7 +64,7 @@ def _blended(tiled: TiledDetector, image: Tensor, batch: int, reconstructions: b
     for first in range(0, len(places), batch):
         part = places[first:first + batch]
         tiles = torch.stack([image[:, y:y + h, x:x + w] for y, x, _ in part]).to(tiled.device)
-        tile_reconstructions, maps, _ = tiled.detector._look(tiles if color == 'rgb' else tiles.flip(1))
+        tile_reconstructions, maps, _ = tiled.detector.maps_and_scores(tiles if color == 'rgb' else tiles.flip(1))
         if tile_reconstructions is None: reconstructed = None
         for i, (y, x, weight) in enumerate(part):
             score_map[y:y + h, x:x + w] += weight * maps[i, 0]

@@ -25,7 +25,7 @@ from draem_nb.watch import watch
 class Brightness(AnomalyDetector):
     size, device = (8, 8), torch.device('cpu')
 
-    def _look(self, batch):
+    def maps_and_scores(self, batch):
         maps = batch.float().mean(1, keepdim=True) / 255
         return None, maps, maps.mean((1, 2, 3))
 

@@ -93,7 +93,7 @@ class Red(AnomalyDetector):
     "The map is the first channel that it looks at; the score its maximum."
     size, device = (32, 32), torch.device('cpu')
     def __init__(self, **fields): self.__dict__.update(fields)
-    def _look(self, batch): return batch / 255, batch[:, :1] / 255, batch[:, 0].amax((1, 2)) / 255
+    def maps_and_scores(self, batch): return batch / 255, batch[:, :1] / 255, batch[:, 0].amax((1, 2)) / 255
 
 
 def images(*reds):
@@ -136,7 +136,7 @@ def test_nonsense_is_refused(detector):
 
 class Broken(Red):
     "Nothing that it says of a red image is a number."
-    def _look(self, batch):
+    def maps_and_scores(self, batch):
         return None, torch.where(batch[:, :1] > 0, torch.nan,
                                  0.), torch.where(batch[:, 0].amax((1, 2)) > 0, torch.inf, 0.)
 

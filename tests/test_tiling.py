@@ -31,7 +31,7 @@ def net(size=32, color='rgb', **recipe):
 class Bright(AnomalyDetector):
     "The map is the red channel: what a tiled detector makes of it is known."
     size, device, quantile, color = (32, 64), torch.device('cpu'), 0.9, 'rgb'
-    def _look(self, batch):
+    def maps_and_scores(self, batch):
         x = batch.float() / 255
         return x, x[:, :1], x.amax((1, 2, 3))
 
@@ -183,7 +183,8 @@ from draem_nb.tiling import TiledDetector
 data._IN_MEMORY = detector._PART = metrics._PART = evaluation._LOOKED_AT = 1 << 20
 class Bright(detector.AnomalyDetector):
     size, device, quantile = (512, 512), torch.device('cpu'), 0.995
-    def _look(self, batch): return batch.float() / 255, batch[:, :1].float() / 255, batch.amax((1, 2, 3)).float()
+    def maps_and_scores(self, batch):
+        return batch.float() / 255, batch[:, :1].float() / 255, batch.amax((1, 2, 3)).float()
 now = lambda: int(next(line for line in open('/proc/self/status') if line.startswith('RssAnon')).split()[1]) / 1024
 def peak_of(n):
     images, masks = large_zeros((n, 3, 1024, 1024), torch.uint8), large_zeros((n, 1, 1024, 1024), torch.bool)
