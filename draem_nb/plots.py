@@ -39,7 +39,7 @@ DASHES = (0, (3, 2))                      # the prediction's outline is dashed, 
 IMAGES, PIXELS = '#009E73', '#CC79A7'     # what is counted: green for whole images, purple for pixels
 MUTED = '#767676'                         # words and lines that stand back
 HEAT = 'inferno'                          # black, purple, orange, yellow: its lightness grows evenly
-# of maps in units of the alarm limit, 0..2: cold up to 1, hot above it
+# of maps in units of the pixel threshold, 0..2: cold up to 1, hot above it
 ALARM = ListedColormap(np.concatenate([LinearSegmentedColormap.from_list('', ends)(np.linspace(0, 1, 128))
                                        for ends in (('black', '#3F6E9E'), ('#D00000', '#FFE94D'))]), 'alarm')
 OTHERS = '#000000', '#8C8C8C', '#6A51A3', '#8C6D31'     # lines that are none of these: black, gray, violet, brown
@@ -107,7 +107,7 @@ def in_limits(
     map: torch.Tensor,      # (H, W), the higher the more anomalous
     limit: float | None,    # the pixel threshold of the detector; None: the map is a probability, 0..1
 ) -> np.ndarray:            # (H, W) float32, not clipped
-    "A map in units of its alarm limit: above 1 is called defect. Without a limit, the map as it is."
+    "A map in units of its pixel threshold: above 1 is called defect. Without a limit, the map as it is."
     values = _plane(map).astype(np.float32)
     if limit is None: return values
     return values / np.float32(limit) if limit > 0 else np.where(values > limit, 2, 0).astype(np.float32)
@@ -116,7 +116,7 @@ def heatmap(
     map: torch.Tensor,          # (H, W), from 0 (normal) to 1 (defect), or any scores with their limit
     limit: float | None = None, # the pixel threshold of the detector; None: the colours go from 0 to 1
 ) -> np.ndarray:                # (H, W, 3) uint8
-    "A score map as a picture, always on the same scale of colours: probabilities, or units of the alarm limit, 0 to 2."
+    "A score map as a picture, on one scale of colours: probabilities, or units of the pixel threshold, 0 to 2."
     values, colours = in_limits(map, limit), plt.get_cmap(HEAT)
     if limit is not None:       # a value of exactly 1 is no alarm
         values, colours = np.where(values > 1, np.maximum(values, 1.0001), np.minimum(values, 0.9999)) / 2, ALARM
@@ -252,7 +252,7 @@ def method_picture(
     fig.text((x0 + x1) / 2, below / 2.6 - .02, 'the input itself', ha='center', va='top', fontsize=9)
     if ground_truth is not None:
         _draw_outline(axes[0, 3], ground_truth, GROUND_TRUTH)
-        axes[0, 3].set_xlabel('blue line: ground truth', fontsize=9)
+        axes[0, 3].set_xlabel('sky blue: ground truth', fontsize=9)
     return fig
 
 # %% ../nbs/11_plots.ipynb #e7f7406e
@@ -301,7 +301,8 @@ def _data_words(name: str, n_train: int, n_good: int, n_defect: int) -> str:
 # %% ../nbs/11_plots.ipynb #3708ce7c
 def _show_samples(axes: np.ndarray, samples: list[tuple[str, torch.Tensor, torch.Tensor | None]]) -> None:
     "The samples into the frames, each with its name and the outline of its mask."
-    letters = max(8, int(12 * axes[0, 0].get_window_extent().width / 100))  # so many fit above a picture
+    inches = axes[0, 0].get_window_extent().width / axes[0, 0].figure.dpi
+    letters = max(8, int(12 * inches))  # so many fit above a picture
     for ax in axes.flat[len(samples):]: ax.set_axis_off()
     for ax, (name, image, mask) in zip(axes.flat, samples):
         _show(ax, image)
@@ -364,8 +365,8 @@ def _drops(losses: pd.DataFrame) -> list[tuple[float, float]]:
 def _loss_panel(ax: Axes, step: pd.Series, loss: pd.Series) -> None:
     "One loss: raw, smoothed, on the scale that it needs, its last value in words."
     smooth = loss.rolling(max(1, len(loss) // 40), center=True, min_periods=1).mean()
-    ax.plot(step, loss, color=NORMAL, alpha=.25, linewidth=1)
-    ax.plot(step, smooth, color=NORMAL, marker='o' if len(loss) == 1 else None)
+    ax.plot(step, loss, color='black', alpha=.25, linewidth=1)
+    ax.plot(step, smooth, color='black', marker='o' if len(loss) == 1 else None)
     if loss.min() > 0 and smooth.max() > 10 * smooth.min():
         ax.set_yscale('log')
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -680,7 +681,7 @@ def _agreement(ax: Axes, table: pd.DataFrame, low: float) -> None:
     "Ours against the published value, with the diagonal."
     short = table['ours'] < table['published']
     ax.plot((low, 100), (low, 100), color=MUTED, linewidth=1)
-    for which, colour, marker in ((~short, IMAGES, 'o'), (short, DEFECT, 'v')):
+    for which, colour, marker in ((~short, IMAGES, 'o'), (short, MUTED, 'v')):
         ax.scatter(table.loc[which, 'published'], table.loc[which, 'ours'], s=40, color=colour, marker=marker,
                    alpha=.85, clip_on=False, zorder=3)
     ax.set(xlim=(low, 100), ylim=(low, 100), xlabel='published AUROC, %', ylabel='our AUROC, %', aspect='equal',
@@ -692,7 +693,7 @@ def _agreement(ax: Axes, table: pd.DataFrame, low: float) -> None:
 def _by_name(ax: Axes, table: pd.DataFrame, low: float) -> None:
     "A line a class from the published value (hollow) to ours (filled), with the difference."
     for y, (_, row) in enumerate(table.iterrows()):
-        colour, marker = (DEFECT, 'v') if row.ours < row.published else (IMAGES, 'o')
+        colour, marker = (MUTED, 'v') if row.ours < row.published else (IMAGES, 'o')
         ax.plot((row.published, row.ours), (y, y), color=colour, linewidth=2, alpha=.5)
         ax.scatter(row.published, y, s=40, facecolor='white', edgecolor=MUTED, clip_on=False, zorder=3)
         ax.scatter(row.ours, y, s=40, color=colour, marker=marker, clip_on=False, zorder=4)
@@ -730,7 +731,7 @@ def class_differences(
     ax.axvline(0, color='black', linewidth=1)
     for y, row in enumerate(table.itertuples()):
         sure = row.low > 0 or row.high < 0
-        colour, marker = (DEFECT, 'v') if row.difference < 0 else (IMAGES, 'o')
+        colour, marker = (MUTED, 'v') if row.difference < 0 else (IMAGES, 'o')
         ax.plot((row.low, row.high), (y, y), color=colour, linewidth=3, alpha=.35, solid_capstyle='butt')
         if len(row.seeds) > 1: ax.scatter(row.seeds, [y] * len(row.seeds), s=12, color='black', zorder=4)
         ax.scatter(row.difference, y, s=44, color=colour, marker=marker, zorder=3)
@@ -782,7 +783,7 @@ def learning_curve(
     for ax, metric in zip(axes.flat, metrics):
         ax.set_title(metric)
         if table[metric].isna().all(): _say(ax, 'not defined on these images'); continue
-        _curve(ax, table, metric, NORMAL if 'simulated' in metric else IMAGES if metric.startswith('image') else PIXELS)
+        _curve(ax, table, metric, IMAGES if metric.startswith('image') else PIXELS)
         for step in drops: ax.axvline(step, color=MUTED, linestyle='--', linewidth=1)
         _step_ticks(ax, sorted(table.step.unique()))
         ax.set_xlabel('steps' + (', dashed: the rate falls' if len(drops) else ''))
