@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .data import CategoryData, check_size
 from .detector import AnomalyDetector, image_score
 from .losses import reconstruction_error, ssim_loss
+from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, Weight, as_recipe
 from .training import pick_device, split_held_out
 
 # %% auto #0
@@ -30,35 +31,26 @@ def _error_map(image: Tensor, reconstruction: Tensor, loss: str) -> Tensor:
             == 'l2' else reconstruction_error(image, reconstruction, 'ssim'))
 
 # %% ../nbs/20_autoencoder.ipynb #20160f9c
-@dataclass(frozen=True)
-class AutoencoderRecipe:
+@as_recipe
+class AutoencoderRecipe(BaseRecipe):
     "All choices of one autoencoder. Impossible values are refused with a `ValueError`."
-    size: int | tuple[int, int] = 128   # network input, S or (H, W) in pixels; multiples of 32
-    bottleneck: int = 100               # d: an image becomes so many numbers
-    loss: str = 'l2'                    # 'l2' or 'ssim': of the training and of the map
-    steps: int = 2000                   # optimiser steps
-    batch: int = 8                      # images a step, drawn with replacement
+    size: Size = 128                    # network input, S or (H, W) in pixels; multiples of 32
+    bottleneck: Count = 100             # d: an image becomes so many numbers
+    loss: Literal['l2', 'ssim'] = 'l2'  # of the training and of the map
+    steps: Count = 2000                 # optimiser steps
+    batch: Count = 8                    # images a step, drawn with replacement
     flips: bool = False                 # mirror them at random, where up and left do not matter
-    lr: float = 2e-4                    # Adam
-    weight_decay: float = 1e-5
-    seed: int = 0                       # every random choice follows from it
-    score_window: int = 11              # side of the mean filter before the maximum, odd, in pixels
-    holdout: float = 0.1                # share of the normal images kept from training for the threshold
-    quantile: float = 0.995             # of the held-out normal scores: the threshold
+    lr: Positive = 2e-4                 # Adam
+    weight_decay: Weight = 1e-5
+    seed: Seed = 0                      # every random choice follows from it
+    score_window: Count = 11            # side of the mean filter before the maximum, odd, in pixels
+    holdout: BelowOne = 0.1              # share of the normal images kept from training for the threshold
+    quantile: Share = 0.995             # of the held-out normal scores: the threshold
     name: str = 'demo'                  # what the report calls it
 
     def __post_init__(self) -> None:
         check_size(self.size)
-        def need(ok: bool, field: str, rule: str) -> None:
-            if not ok: raise ValueError(f'recipe field {field} is {getattr(self, field)!r}; it must be {rule}')
-        need(self.loss in _LOSSES, 'loss', "'l2' or 'ssim'")
-        for field in ('bottleneck', 'steps', 'batch', 'score_window'):
-            need(isinstance(getattr(self, field), int) and getattr(self, field) >= 1, field,
-                 'a whole number of at least 1')
-        need(self.score_window % 2 == 1, 'score_window', 'odd, so that it has a centre')
-        need(self.lr > 0, 'lr', 'greater than 0')
-        need(0 <= self.holdout < 1, 'holdout', 'at least 0 and less than 1, so that images are left to train on')
-        need(0 <= self.quantile <= 1, 'quantile', 'between 0 and 1')
+        self.need(self.score_window % 2 == 1, 'score_window', 'odd, so that it has a centre')
 
 # %% ../nbs/20_autoencoder.ipynb #523c477d
 # channels, kernel, stride

@@ -9,11 +9,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from .data import CategoryData, check_size, replacing
 from .detector import AnomalyDetector
 from .fitting import describe_run, is_there, keep_run
+from .recipes import BaseRecipe, BelowOne, Count, Degrees, Positive, Seed, Share, Size, Weight, as_recipe
 from .simulator import generator_of, uniform
 from .training import load_checkpoint, pick_device, split_held_out
 
@@ -30,81 +33,59 @@ __all__ = ['load', 'CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw
            'CutPasteDetector', 'fit']
 
 # %% ../nbs/22_cutpaste.ipynb #0900ca95
-@dataclass(frozen=True)
-class CutPasteRecipe:
+_Range = tuple[Positive, Positive]      # (low, high)
+
+@as_recipe
+class CutPasteRecipe(BaseRecipe):
     "All choices of one run; the defaults are the paper's. Impossible values are refused with a `ValueError`."
     name: str = 'paper'                             # what the report calls it
-    # normal against 'cutpaste', against 'scar', or '3way': all three apart
-    task: str = '3way'
-    size: int | tuple[int, int] = 256               # network input, S or (H, W) in pixels; multiples of 32
-    # channels of ResNet-18's first block; the feature has 8 times as many numbers
-    width: int = 64
+    task: Literal['cutpaste', 'scar', '3way'] = '3way'  # normal against 'cutpaste', 'scar', or '3way': all three apart
+    size: Size = 256                                # network input, S or (H, W) in pixels; multiples of 32
+    width: Count = 64                               # channels of ResNet-18's first block; the feature has eight times
     # --- pastes
-    area: tuple[float, float] = (0.02, 0.15)        # of a patch, as a share of what it is pasted into
-    # height by width of a patch: one of these ranges, then uniform in it
-    aspect: tuple[tuple[float, float], ...] = ((0.3, 1.), (1., 3.3))
-    scar_width: tuple[float, float] = (2., 16.)     # pixels at 256 pixels, scaled with the size
-    scar_length: tuple[float, float] = (10., 25.)   # the same
-    scar_degrees: float = 45.                       # a scar turns by U(-d, d)
-    # colour jitter of what is pasted: brightness, contrast, saturation +-10 %, hue +-0.1 turns
-    jitter: float = 0.1
+    area: _Range = (0.02, 0.15)                     # of a patch, as a share of what it is pasted into
+    aspect: tuple[_Range, ...] = ((0.3, 1.), (1., 3.3))     # height by width of a patch: one of these, uniform in it
+    scar_width: _Range = (2., 16.)                  # pixels at 256 pixels, scaled with the size
+    scar_length: _Range = (10., 25.)                # the same
+    scar_degrees: Degrees = 45.                     # a scar turns by U(-d, d)
+    jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # of brightness, contrast, saturation; hue in turns
     # --- optimisation, of each of the two networks
-    steps: int = 256 * 256                          # optimiser steps: 256 epochs of 256; 0 leaves the networks random
-    batch: int = 32                                 # normal images a step; each comes once more with each kind of paste
-    lr: float = 0.03                                # SGD; falls to 0 along one cosine
-    momentum: float = 0.9
-    weight_decay: float = 3e-5
-    seed: int = 0                                   # every random choice follows from it
+    steps: Annotated[int, Field(ge=0)] = 256 * 256  # optimiser steps: 256 epochs of 256; 0 leaves the networks random
+    batch: Count = 32                               # normal images a step; each comes once more with each kind of paste
+    lr: Positive = 0.03                             # SGD; falls to 0 along one cosine
+    momentum: BelowOne = 0.9
+    weight_decay: Weight = 3e-5
+    seed: Seed = 0                                  # every random choice follows from it
     # --- localisation
-    patch: int = 32                                 # side of the patches, pixels
-    stride: int = 4                                 # between patches, pixels
+    patch: Count = 32                               # side of the patches, pixels
+    stride: Count = 4                               # between patches, pixels
     # --- operating point
-    holdout: float = 0.1                            # share of the normal images kept from training for the threshold
-    quantile: float = 0.995                         # of the held-out normal scores: the threshold
+    holdout: BelowOne = 0.1                         # share of the normal images kept from training for the threshold
+    quantile: Share = 0.995                         # of the held-out normal scores: the threshold
 
-    def __post_init__(self) -> None:
-        # JSON and papermill turn tuples into lists: accept them, so that a recipe survives the round trip.
-        for field in ('size', 'area', 'scar_width', 'scar_length'):
-            if isinstance(getattr(self, field), list): object.__setattr__(self, field, tuple(getattr(self, field)))
-        object.__setattr__(self, 'aspect', tuple(map(tuple, self.aspect)))
-        _check_ranges(self)
+    def __post_init__(self) -> None: _check_ranges(self)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         "The kinds of paste, in the order of the classes after 'normal'."
         return ('cutpaste', 'scar') if self.task == '3way' else (self.task,)
 
-    def replace(self, **fields: object) -> CutPasteRecipe:
-        "A copy with other values; an unknown field name raises `ValueError` that lists the names there are."
-        names = [f.name for f in dataclasses.fields(self)]
-        if unknown := sorted(set(fields) - set(names)):
-            raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(names)}")
-        return dataclasses.replace(self, **fields)
-
 # %% ../nbs/22_cutpaste.ipynb #a0245550
 def _check_ranges(r: CutPasteRecipe) -> None:
-    def need(ok: bool, field: str, rule: str) -> None:
-        if not ok: raise ValueError(f'recipe field {field} is {getattr(r, field)!r}; it must be {rule}')
     size = check_size(r.size)
-    need(r.task in ('cutpaste', 'scar', '3way'), 'task', "'cutpaste', 'scar' or '3way'")
-    for field in ('width', 'batch', 'patch', 'stride'):
-        need(isinstance(getattr(r, field), int) and getattr(r, field) >= 1, field, 'a whole number of at least 1')
-    need(isinstance(r.steps, int) and r.steps >= 0, 'steps', 'a whole number of at least 0')
-    for field in ('area', 'scar_width', 'scar_length'):
-        low, high = getattr(r, field)
-        need(0 < low <= high, field, 'a pair (low, high) with 0 < low <= high')
-    need(r.area[1] * max(max(range_) for range_ in r.aspect) <= 1
-         and r.area[1] / min(min(range_) for range_ in r.aspect) <= 1, 'area',
-         'so small that the longest patch fits into the image')
-    need(0 <= r.jitter <= 0.5, 'jitter', 'between 0 and 0.5')
-    need(r.lr > 0, 'lr', 'greater than 0')
-    need(0 <= r.holdout < 1, 'holdout', 'at least 0 and less than 1, so that images are left to train on')
-    need(0 <= r.quantile <= 1, 'quantile', 'between 0 and 1')
+    pairs = dict(area=[r.area], scar_width=[r.scar_width], scar_length=[r.scar_length], aspect=r.aspect)
+    for field, ranges in pairs.items():
+        r.need(all(low <= high for low, high in ranges), field, 'a pair (low, high) with 0 < low <= high')
+    r.need(bool(r.aspect), 'aspect', 'at least one pair')
+    widest, narrowest = max(map(max, r.aspect)), min(map(min, r.aspect))
+    r.need(r.area[1] * widest <= 1 and r.area[1] / narrowest <= 1, 'area',
+           'so small that the longest patch fits into the image')
     scar = math.hypot(r.scar_width[1], r.scar_length[1]) * min(size) / 256
-    need(math.ceil(scar) <= r.patch <= min(size), 'patch', f'at least {math.ceil(scar)}, as long as the largest scar, '
-         f'and at most {min(size)}')
-    need(all((side - r.patch) % r.stride == 0 for side in size), 'stride', 'a divisor of '
-         f'{" and ".join(str(side - r.patch) for side in sorted(set(size)))}, so that the patches reach every edge')
+    r.need(math.ceil(scar) <= r.patch <= min(size), 'patch',
+           f'at least {math.ceil(scar)}, as long as the largest scar, and at most {min(size)}')
+    divided = ' and '.join(str(side - r.patch) for side in sorted(set(size)))
+    r.need(all((side - r.patch) % r.stride == 0 for side in size), 'stride',
+           f'a divisor of {divided}, so that the patches reach every edge')
 
 # %% ../nbs/22_cutpaste.ipynb #d1335081
 def paper() -> CutPasteRecipe:

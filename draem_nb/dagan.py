@@ -5,10 +5,11 @@
 # %% ../nbs/49_dagan.ipynb #eaac7630
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +17,7 @@ from .data import CategoryData
 from .fitting import NetworkDetector, NetworkRecipe, fit_networks
 from .ganomaly import batch_of, check_square, initialise_dcgan
 from .networks import BatchNorm2d
+from .recipes import BelowOne, Count, Positive, Weight, as_recipe
 from .simulator import generator_of
 
 # %% auto #0
@@ -23,36 +25,30 @@ __all__ = ['load', 'DaganRecipe', 'published', 'demo', 'by_name', 'SkipAutoencod
            'fit']
 
 # %% ../nbs/49_dagan.ipynb #2b899c96
-@dataclass(frozen=True)
+@as_recipe
 class DaganRecipe(NetworkRecipe):
     """After DAGAN: all choices, of which the publication gives few; the reasons are in 49_dagan.
 
     Impossible values are refused with a `ValueError`."""
     name: str = 'after DAGAN'
-    epochs: float = 15.                 # passes over the training images
-    batch: int = 64                     # images a step
-    lr: float = 2e-4                    # Adam, of both networks
-    beta1: float = 0.5                  # Adam's first decay rate
-    latent: int = 100                   # numbers in a code
-    width: int = 64                     # channels of the first layer; they double with each halving of the side ...
-    widest: int = 8                     # ... up to so many times the width
+    epochs: Positive = 15.              # passes over the training images
+    batch: Count = 64                   # images a step
+    lr: Positive = 2e-4                 # Adam, of both networks
+    beta1: BelowOne = 0.5               # Adam's first decay rate
+    latent: Count = 100                 # numbers in a code
+    width: Count = 64                   # channels of the first layer; they double with each halving of the side ...
+    widest: Count = 8                   # ... up to so many times the width
     skips: bool = True                  # connections across in the generator
     discriminator_skips: bool = False   # and in the discriminator
-    adversarial_weight: float = 1.
-    contextual_weight: float = 50.
-    gamma: float = 1.                   # wanted ratio of the discriminator's errors on reconstructions and on images
-    balance_rate: float = 0.001         # how fast the discriminator's weight of reconstructions follows that
-    score: str = 'both'                 # error of the image after 'both' auto-encoders, or after the 'generator' alone
+    adversarial_weight: Weight = 1.
+    contextual_weight: Weight = 50.
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.     # wanted ratio of the discriminator's errors, reconstructions to images
+    balance_rate: Weight = 0.001        # how fast the discriminator's weight of reconstructions follows that
+    score: Literal['both', 'generator'] = 'both'    # error of the image after both auto-encoders, or after the first
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_square(self)
-        self.need_counts('latent', 'width', 'widest')
-        self.need(0 <= self.beta1 < 1, 'beta1', 'at least 0 and less than 1')
-        for field in ('adversarial_weight', 'contextual_weight', 'balance_rate'):
-            self.need(getattr(self, field) >= 0, field, 'at least 0')
-        self.need(0 < self.gamma <= 1, 'gamma', 'greater than 0 and at most 1')
-        self.need(self.score in ('both', 'generator'), 'score', "'both' or 'generator'")
 
 # %% ../nbs/49_dagan.ipynb #6545f38c
 def published() -> DaganRecipe:

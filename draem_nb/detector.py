@@ -26,7 +26,7 @@ from .losses import reconstruction_error
 from .networks import Draem, fold_batchnorm, winograd
 from .recipes import Recipe, demo, official
 from .textures import load_textures
-from .training import load_checkpoint, memory_format_of, pick_device, split_held_out, train
+from .training import damage_named, load_checkpoint, memory_format_of, pick_device, split_held_out, train
 
 # %% auto #0
 __all__ = ['STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'image_statistics',
@@ -260,9 +260,10 @@ class Detector(AnomalyDetector):
         path = Path(path)
         checkpoint = path / 'checkpoint.pt' if path.is_dir() else path
         state = load_checkpoint(checkpoint)
-        # older checkpoints do not say it: all were antialiased
-        recipe = Recipe(**{'antialias': True} | state['recipe'])
-        detector = cls(_filled(recipe, state['net']), recipe, device)
+        with damage_named(checkpoint):
+            # older checkpoints do not say it: all were antialiased
+            recipe = Recipe(**{'antialias': True} | state['recipe'])
+            detector = cls(_filled(recipe, state['net']), recipe, pick_device(device))
         detector.load_calibration(checkpoint.parent)
         return detector
 

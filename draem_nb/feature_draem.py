@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from .features import BACKBONES, Trunk, levels_of, load_network
 from .fitting import NetworkDetector, NetworkRecipe, fit_networks
 from .losses import focal_loss
 from .networks import BatchNorm2d
-from .recipes import Recipe
+from .recipes import Count, Positive, Recipe, Share, Size, as_recipe
 from .simulator import AnomalySimulator, Simulated, generator_of
 from .textures import load_textures
 
@@ -32,32 +31,30 @@ __all__ = ['wants_textures', 'load', 'FeatureDraemRecipe', 'simulation', 'demo',
            'FeatureDraemTraining', 'feature_losses', 'FeatureDraemDetector', 'fit']
 
 # %% ../nbs/45_feature_draem.ipynb #24f0de71
-@dataclass(frozen=True)
+@as_recipe
 class FeatureDraemRecipe(NetworkRecipe):
     "All choices of one run. Impossible values are refused with a `ValueError`."
-    size: int | tuple[int, int] = 192       # network input, S or (H, W) in pixels; multiples of 32
-    steps: int | None = 500                 # optimiser steps; None: as many as `epochs` say
-    batch: int = 4                          # normal images a step; each is seen as it is and painted
-    lr: float = 1e-3                        # highest learning rate of AdamW; falls to 0 along a cosine
-    checkpoint_every: int = 100             # steps
+    size: Size = 192                        # network input, S or (H, W) in pixels; multiples of 32
+    steps: Count | None = 500               # optimiser steps; None: as many as `epochs` say
+    batch: Count = 4                        # normal images a step; each is seen as it is and painted
+    lr: Positive = 1e-3                     # highest learning rate of AdamW; falls to 0 along a cosine
+    checkpoint_every: Count = 100           # steps
     backbone: str = 'efficientnet_lite0'    # a key of `BACKBONES`
-    levels: tuple[int, ...] = (4, 8, 16)    # whose outputs are the features, by stride, rising
+    levels: tuple[Count, ...] = (4, 8, 16)  # whose outputs are the features, by stride, rising
     reconstructive: bool = True             # False: no reconstruction, the segmentation sees the features alone
-    width: int = 96                         # channels inside the reconstructive net, and of the other's first layer
-    focal_weight: float = 5.                # of the segmentation's loss beside the reconstruction's
-    own_share: float = 0.5                  # share of anomalies filled with another normal image (03_simulator)
-    opacity: tuple[float, float] = (0.2, 1.)    # weight of the texture under the mask, uniform
-    soft_share: float = 0.5                 # share of anomalies that fade in from the edge of their mask
-    score_window: int = 9                   # side of the mean filter before the maximum, odd, in pixels of the map
+    width: Count = 96                       # channels inside the reconstructive net, and of the other's first layer
+    focal_weight: Positive = 5.             # of the segmentation's loss beside the reconstruction's
+    own_share: Share = 0.5                  # share of anomalies filled with another normal image (03_simulator)
+    opacity: tuple[Share, Share] = (0.2, 1.)    # weight of the texture under the mask, uniform
+    soft_share: Share = 0.5                 # share of anomalies that fade in from the edge of their mask
+    score_window: Count = 9                 # side of the mean filter before the maximum, odd, in pixels of the map
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.need_counts('width', 'score_window')
         self.need(self.backbone in BACKBONES, 'backbone', f'one of {", ".join(BACKBONES)}')
         known = BACKBONES[self.backbone].channels
         rising = bool(self.levels) and list(self.levels) == sorted(set(self.levels))
         self.need(rising and set(self.levels) <= set(known), 'levels', f'some of {", ".join(map(str, known))}, rising')
-        self.need(self.focal_weight > 0, 'focal_weight', 'greater than 0')
         simulation(self)            # which looks at its own fields
 
 # %% ../nbs/45_feature_draem.ipynb #e19d2a8e

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .data import CategoryData, check_size, large_part
 from .fitting import KeptDetector, MethodRecipe, describe_run, is_there, keep_run
 from .networks import fold_batchnorm
+from .recipes import Count, Positive, as_recipe
 from .training import load_checkpoint, pick_device, split_held_out
 
 # %% auto #0
@@ -198,12 +199,12 @@ def as_maps(distances: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     return (ys.T @ distances @ xs)[:, None]
 
 # %% ../nbs/42_features.ipynb #471cdb90
-@dataclass(frozen=True)
+@as_recipe
 class FeatureRecipe(MethodRecipe):
     "What every recipe on pretrained features has. Impossible values are refused with a `ValueError`."
     backbone: str = 'efficientnet_lite0'    # a key of `BACKBONES`
-    levels: tuple[int, ...] = (8, 16)       # whose outputs are the features, by stride, rising
-    sigma: float = 4.                       # of the Gaussian that smooths the map, pixels
+    levels: tuple[Count, ...] = (8, 16)     # whose outputs are the features, by stride, rising
+    sigma: Positive = 4.                      # of the Gaussian that smooths the map, pixels
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,7 +212,6 @@ class FeatureRecipe(MethodRecipe):
         self.need(self.backbone in BACKBONES, 'backbone', f"one of {', '.join(BACKBONES)}")
         known = BACKBONES[self.backbone].channels
         self.need(rising and set(self.levels) <= set(known), 'levels', f"some of {', '.join(map(str, known))}, rising")
-        self.need(self.sigma > 0, 'sigma', 'greater than 0')
 
 # %% ../nbs/42_features.ipynb #5760e3c7
 class FeatureDetector(KeptDetector):

@@ -13,7 +13,6 @@ import math
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from .data import CategoryData, check_size, large_part, replacing, write_json
 from .detector import AnomalyDetector
+from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, as_recipe
 from .training import (fingerprint, interrupt_noted, load_checkpoint, pick_device, recent_losses,
                                split_held_out, versions)
 
@@ -31,55 +31,26 @@ __all__ = ['MethodRecipe', 'NetworkRecipe', 'describe_run', 'refuse_another', 'i
            'train_in_steps', 'KeptDetector', 'NetworkDetector', 'fit_networks']
 
 # %% ../nbs/40b_fitting.ipynb #a12b6beb
-@dataclass(frozen=True)
-class MethodRecipe:
+@as_recipe
+class MethodRecipe(BaseRecipe):
     "What every method's recipe has. Impossible values are refused with a `ValueError`."
-    name: str = 'demo'                      # what the report calls it
-    size: int | tuple[int, int] = 256       # network input, S or (H, W) in pixels; multiples of 32
-    seed: int = 0                           # every random choice follows from it
-    holdout: float = 0.1                    # share of the normal images kept apart for the threshold
-    quantile: float = 0.995                 # of the held-out normal scores: the threshold
+    name: str = 'demo'          # what the report calls it
+    size: Size = 256            # network input, S or (H, W) in pixels; multiples of 32
+    seed: Seed = 0              # every random choice follows from it
+    holdout: BelowOne = 0.1      # share of the normal images kept apart for the threshold
+    quantile: Share = 0.995     # of the held-out normal scores: the threshold
 
-    def __post_init__(self) -> None:
-        # JSON and papermill turn tuples into lists: accept them, so that a recipe survives the round trip.
-        for field in dataclasses.fields(self):
-            if isinstance(value := getattr(self, field.name), list): object.__setattr__(self, field.name, tuple(value))
-        check_size(self.size)
-        self.need(0 <= self.holdout < 1, 'holdout', 'at least 0 and less than 1, so that images are left to learn from')
-        self.need(0 <= self.quantile <= 1, 'quantile', 'between 0 and 1')
-
-    def need(self, ok: bool, field: str, rule: str) -> None:
-        "`ValueError` that names the field, unless it is `ok`."
-        if not ok: raise ValueError(f'recipe field {field} is {getattr(self, field)!r}; it must be {rule}')
-
-    def replace(self, **fields: object) -> MethodRecipe:
-        "A copy with other values; an unknown field name raises `ValueError` that lists the names there are."
-        names = [f.name for f in dataclasses.fields(self)]
-        if unknown := sorted(set(fields) - set(names)):
-            raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(names)}")
-        return dataclasses.replace(self, **fields)
+    def __post_init__(self) -> None: check_size(self.size)
 
 # %% ../nbs/40b_fitting.ipynb #9f96c674
-@dataclass(frozen=True)
+@as_recipe
 class NetworkRecipe(MethodRecipe):
     "What the recipe of a method has whose networks learn in steps."
-    epochs: float = 100.                    # passes over the training images
-    steps: int | None = None                # optimiser steps; overrides `epochs`
-    batch: int = 8                          # images a step
-    lr: float = 1e-4                        # learning rate of Adam
-    checkpoint_every: int = 500             # steps
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.need_counts('batch', 'checkpoint_every')
-        if self.steps is not None: self.need_counts('steps')
-        for field in ('epochs', 'lr'): self.need(getattr(self, field) > 0, field, 'greater than 0')
-
-    def need_counts(self, *fields: str) -> None:
-        "`ValueError` that names the first of the fields that is no whole number of at least 1."
-        for field in fields:
-            value = getattr(self, field)
-            self.need(isinstance(value, int) and value >= 1, field, 'a whole number of at least 1')
+    epochs: Positive = 100.         # passes over the training images
+    steps: Count | None = None      # optimiser steps; overrides `epochs`
+    batch: Count = 8                # images a step
+    lr: Positive = 1e-4             # learning rate of Adam
+    checkpoint_every: Count = 500   # steps
 
     def total_steps(self, n_images: int) -> int:
         "Optimiser steps of the whole run on `n_images` training images; the last batch of an epoch is filled up."

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from .features import BACKBONES
 from .feature_draem import FeatureDraemDetector, FeatureDraemRecipe
 from .fitting import KeptDetector, describe_run, is_there, keep_run
 from .memory import MemoryDetector, MemoryRecipe
+from .recipes import Count, as_recipe
 from .textures import load_textures
 from .training import pick_device, split_held_out
 
@@ -30,11 +30,11 @@ __all__ = ['wants_textures', 'examples', 'load', 'FusionRecipe', 'memory_recipe'
            'Witnesses', 'FusionDetector', 'fit']
 
 # %% ../nbs/45b_fusion.ipynb #a297e6a2
-@dataclass(frozen=True)
+@as_recipe
 class FusionRecipe(FeatureDraemRecipe):
     "All choices of one run: those of `feature_draem`, and what is remembered. `ValueError` for impossible values."
-    pieces: int = 3000                      # features of normal images that are remembered
-    candidates: int = 100_000               # from which they are chosen
+    pieces: Count = 3000                    # features of normal images that are remembered
+    candidates: Count = 100_000             # from which they are chosen
 
     def __post_init__(self) -> None:
         super().__post_init__()

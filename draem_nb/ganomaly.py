@@ -5,7 +5,6 @@
 # %% ../nbs/41_ganomaly.ipynb #93b7dd5e
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from .data import CategoryData
 from .fitting import NetworkDetector, NetworkRecipe, fit_networks
 from .networks import BatchNorm2d
+from .recipes import BelowOne, Count, Positive, Size, Weight, as_recipe
 from .simulator import generator_of, image_indices
 
 # %% auto #0
@@ -22,28 +22,24 @@ __all__ = ['load', 'GanomalyRecipe', 'check_square', 'published', 'demo', 'by_na
            'Discriminator', 'initialise_dcgan', 'GanomalyTraining', 'batch_of', 'GanomalyDetector', 'fit']
 
 # %% ../nbs/41_ganomaly.ipynb #5bce15ad
-@dataclass(frozen=True)
+@as_recipe
 class GanomalyRecipe(NetworkRecipe):
     "All choices of GANomaly; the defaults are the authors' code's. Impossible values are refused with a `ValueError`."
     name: str = 'published'
-    size: int | tuple[int, int] = 32    # side of the square input, pixels: 32, 64, 128, 256 ...
-    epochs: float = 15.                 # passes over the training images
-    batch: int = 64                     # images a step
-    lr: float = 2e-4                    # Adam, of both sides
-    beta1: float = 0.5                  # Adam's first decay rate
-    latent: int = 100                   # numbers in a code
-    width: int = 64                     # channels of the first layer; they double with each halving of the side
-    adversarial_weight: float = 1.
-    contextual_weight: float = 50.
-    latent_weight: float = 1.
+    size: Size = 32                     # side of the square input, pixels: 32, 64, 128, 256 ...
+    epochs: Positive = 15.              # passes over the training images
+    batch: Count = 64                   # images a step
+    lr: Positive = 2e-4                 # Adam, of both sides
+    beta1: BelowOne = 0.5               # Adam's first decay rate
+    latent: Count = 100                 # numbers in a code
+    width: Count = 64                   # channels of the first layer; they double with each halving of the side
+    adversarial_weight: Weight = 1.
+    contextual_weight: Weight = 50.
+    latent_weight: Weight = 1.
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_square(self)
-        self.need_counts('latent', 'width')
-        self.need(0 <= self.beta1 < 1, 'beta1', 'at least 0 and less than 1')
-        for field in ('adversarial_weight', 'contextual_weight', 'latent_weight'):
-            self.need(getattr(self, field) >= 0, field, 'at least 0')
 
 # %% ../nbs/41_ganomaly.ipynb #071d1e10
 def check_square(recipe: NetworkRecipe) -> None:

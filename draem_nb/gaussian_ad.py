@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,15 +14,16 @@ from torch import Tensor
 from .data import CategoryData
 from .features import FeatureDetector, FeatureRecipe, as_maps, few_at_a_time, fit_detector
 from .padim import Sums
+from .recipes import Count, as_recipe
 
 # %% auto #0
 __all__ = ['load', 'GaussianRecipe', 'published', 'demo', 'by_name', 'gaussian', 'GaussianDetector', 'fit']
 
 # %% ../nbs/46_gaussian_ad.ipynb #66c3f3d5
-@dataclass(frozen=True)
+@as_recipe
 class GaussianRecipe(FeatureRecipe):
     "All choices of one run. Impossible values are refused with a `ValueError`."
-    levels: tuple[int, ...] = (16,)         # of the map, one; the score always takes the outputs of all parts
+    levels: tuple[Count, ...] = (16,)       # of the map, one; the score always takes the outputs of all parts
 
     def __post_init__(self) -> None:
         super().__post_init__()

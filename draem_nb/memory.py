@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,25 +15,23 @@ from tqdm import tqdm
 
 from .data import CategoryData
 from .features import FeatureDetector, FeatureRecipe, Trunk, as_maps, fit_detector, levels_of
+from .recipes import Count, as_recipe
 from .simulator import generator_of
 
 # %% auto #0
 __all__ = ['load', 'MemoryRecipe', 'demo', 'by_name', 'pieces_of', 'coreset', 'MemoryDetector', 'weighed', 'fit']
 
 # %% ../nbs/43_memory.ipynb #7c6849e1
-@dataclass(frozen=True)
+@as_recipe
 class MemoryRecipe(FeatureRecipe):
     "All choices of one run. Impossible values are refused with a `ValueError`."
-    pieces: int = 3000                      # that are remembered
-    candidates: int = 250_000               # from which they are chosen: about so many, as many from each image
-    projection: int = 128                   # dimensions in which they are chosen
-    neighbours: int = 9                     # of a remembered piece, that weigh the score; 1: no weight
+    pieces: Count = 3000                    # that are remembered
+    candidates: Count = 250_000             # from which they are chosen: about so many, as many from each image
+    projection: Count = 128                 # dimensions in which they are chosen
+    neighbours: Count = 9                   # of a remembered piece, that weigh the score; 1: no weight
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ('pieces', 'candidates', 'projection', 'neighbours'):
-            whole = isinstance(getattr(self, field), int) and getattr(self, field) >= 1
-            self.need(whole, field, 'a whole number of at least 1')
         self.need(self.pieces <= self.candidates, 'pieces', f'at most the {self.candidates} candidates')
 
 def demo() -> MemoryRecipe:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,25 +16,24 @@ from tqdm import tqdm
 
 from .data import CategoryData
 from .features import BACKBONES, FeatureDetector, FeatureRecipe, as_maps, fit_detector, levels_of
+from .recipes import Count, Positive, as_recipe
 from .simulator import generator_of
 
 # %% auto #0
 __all__ = ['load', 'PadimRecipe', 'paper', 'demo', 'by_name', 'channels_of', 'embedding', 'Sums', 'PadimDetector', 'fit']
 
 # %% ../nbs/44_padim.ipynb #9a9c96e7
-@dataclass(frozen=True)
+@as_recipe
 class PadimRecipe(FeatureRecipe):
     "All choices of one run. Impossible values are refused with a `ValueError`."
-    levels: tuple[int, ...] = (4, 8, 16)    # whose outputs are the features, by stride
-    channels: int = 100                     # of all of them, drawn once
-    regulariser: float = 0.01               # on the diagonal of every covariance
+    levels: tuple[Count, ...] = (4, 8, 16)  # whose outputs are the features, by stride
+    channels: Count = 100                   # of all of them, drawn once
+    regulariser: Positive = 0.01            # on the diagonal of every covariance
 
     def __post_init__(self) -> None:
         super().__post_init__()
         most = sum(BACKBONES[self.backbone].channels[stride] for stride in self.levels)
-        whole = isinstance(self.channels, int) and 1 <= self.channels <= most
-        self.need(whole, 'channels', f'a whole number from 1 to {most}, what the levels have')
-        self.need(self.regulariser > 0, 'regulariser', 'greater than 0, or covariances of few images have no inverse')
+        self.need(self.channels <= most, 'channels', f'at most {most}, what the levels have')
 
 def paper() -> PadimRecipe:
     """As published with WideResNet-50, but without the crop: 224 px, 550 channels.

@@ -8,110 +8,128 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 # %% auto #0
-__all__ = ['Recipe', 'official', 'paper', 'demo', 'compact', 'by_name', 'ablations']
+__all__ = ['Count', 'Share', 'Inside', 'BelowOne', 'Weight', 'Positive', 'Seed', 'Degrees', 'Size', 'as_recipe', 'BaseRecipe',
+           'Recipe', 'official', 'paper', 'demo', 'compact', 'by_name', 'ablations']
 
 # %% ../nbs/06_recipes.ipynb #8351510f
-# JSON and papermill turn tuples into lists: accept them, so that a recipe survives the round trip.
-_listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-_Count = Annotated[int, Field(ge=1)]
-_Share = Annotated[float, Field(ge=0, le=1)]
-_Weight = Annotated[float, Field(ge=0)]
-_Positive = Annotated[float, Field(gt=0)]
-_Inside = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Inside = Annotated[float, Field(gt=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
+Degrees = Annotated[float, Field(ge=0, le=180)]
 _Exponent = Annotated[int, Field(ge=0, le=8)]
 _Side = Annotated[int, Field(ge=1, le=65536)]
-_Size = _Side | Annotated[tuple[_Side, _Side], _listed]
+Size = _Side | tuple[_Side, _Side]
 _T = TypeVar('_T')
 
-def _in_one_sentence(cls: type[_T]) -> type[_T]:
-    "The class, with the first fault that pydantic finds as one sentence with the field, the value and the rule."
-    checked = cls.__init__
+@dataclass_transform(frozen_default=True)
+def as_recipe(cls: type[_T]) -> type[_T]:
+    """The class as a frozen dataclass whose values pydantic checks by their types and bounds, strictly; the first fault
+    is a `ValueError` of one sentence with the field, the value and the rule."""
+    record = dataclass(cls, frozen=True, config=ConfigDict(strict=True, extra='forbid', allow_inf_nan=False))
+    checked = record.__init__  # type: ignore[misc]
 
     @functools.wraps(checked)
-    def init(self, *args: Any, **fields: Any) -> None:
-        try: checked(self, *args, **fields)
-        except ValidationError as e: raise ValueError(_sentence(e, cls, fields)) from None
-    cls.__init__ = init  # type: ignore[method-assign, assignment]
-    return cls
+    def init(self: Any, *args: Any, **fields: Any) -> None:
+        try: checked(self, *map(_plain, args), **{name: _plain(value) for name, value in fields.items()})
+        except ValidationError as e: raise ValueError(_sentence(e, record, fields)) from None
+    record.__init__ = init  # type: ignore[misc, method-assign, assignment]
+    return record  # type: ignore[return-value]
 
-# %% ../nbs/06_recipes.ipynb #bd544327
-@_in_one_sentence
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra='forbid', allow_inf_nan=False))
-class Recipe:
-    "All choices of one run. Unknown names and impossible values are refused with a `ValueError`."
-    name: str = 'official'  # what the report calls it
-    # --- input
-    size: _Size = 256  # network input, S or (H, W) in pixels; multiples of 32
-    image_size: _Size | None = None  # of images trained on in crops and tested in tiles; None: `size`
-    antialias: bool = False  # how larger images and textures are shrunk; False: each pixel from the nearest four alone
-    color: Literal['rgb', 'bgr'] = 'rgb'  # channel order of the network input; the authors' checkpoints want 'bgr'
-    # --- networks
-    base_width: _Count = 128  # channels of the reconstructive net's first block
-    base_channels: _Count = 64  # channels of the discriminative net's first block
-    reconstructive: bool = True  # False: discriminative net on the image alone (ablation 'Disc. only')
-    init_std: _Positive = 0.02  # standard deviation of the convolution weights at the start (04_networks)
-    anomaly_prior: _Inside | None = None  # probability every pixel starts at (04_networks); None: as released, 1/2
-    discriminative: bool = True  # False: map from the reconstruction error (ablations 'Recon.-AE')
-    reconstruction_map: Literal['ssim', 'msgms'] = 'ssim'  # that error; msgms: multi-scale gradient similarity
-    # --- simulation: normal images
-    rotation_degrees: float = 90.  # normal images turn by U(-r, r) ...
-    rotation_probability: _Share = 0.3  # ... this often
-    # --- simulation: masks
-    clean_share: _Share = 0.5  # share of samples that stay normal
-    mask_shape: Literal['perlin', 'rectangle'] = 'perlin'  # 'rectangle': ablation
-    perlin_scales: Annotated[tuple[_Exponent, _Exponent], _listed] = (0, 5)  # k of 2^k cells per axis, ends included
-    perlin_rotation: float = 90.  # the noise turns by U(-r, r) degrees
-    perlin_threshold: float = 0.5  # mask = noise > threshold
-    # --- simulation: what fills the mask
-    texture_source: Literal['images', 'color'] = 'images'  # 'color': one random colour per sample (ablation)
-    n_textures: _Count | None = None  # use only the first n source textures (ablation); None: all
-    augmentation: Literal['official', 'paper', 'none'] = 'official'  # set of texture augmentations
-    n_augmentations: Annotated[int, Field(ge=1, le=10)] = 3  # different ones per sample; the paper's set has 7
-    own_share: _Share = 0.  # share of anomalies filled with another normal image (03_simulator; not in the paper)
-    soft_share: _Share = 0.  # share of anomalies that fade in from their edge (03_simulator; not in the paper)
-    match_gray: bool = False  # where no normal image has colour, anomalies get none (not in the paper)
-    opacity: Annotated[tuple[_Share, _Share], _listed] = (0.2, 1.0)  # weight of the texture; (1, 1): opaque
-    # --- losses
-    ssim_weight: _Weight = 1.
-    l2_weight: _Weight = 1.
-    focal_weight: _Weight = 1.
-    focal_gamma: _Weight = 2.
-    # --- optimisation
-    epochs: _Positive = 700.  # one epoch: as many steps as it takes to see as many samples as training images
-    steps: _Count | None = None  # optimiser steps; overrides `epochs`
-    replacement: bool = True  # draw images with replacement; False: each epoch is one shuffled pass
-    batch: _Count = 8
-    lr: _Positive = 1e-4  # Adam's
-    kernel_lr: _Positive | None = None  # Muon's, which then trains the inner kernels (06b_optimizers); None: Adam alone
-    deep_supervision: _Weight = 0.  # weight of the side heads at the start (05b_supervision); 0: no heads
-    schedule: Literal['milestones', 'linear'] = 'milestones'  # of the learning rates; linear: down to zero
-    lr_milestones: Annotated[tuple[_Inside, ...], _listed] = (0.8, 0.9)  # fractions of the run after which ...
-    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.2  # ... the learning rate is multiplied by this
-    seed: Annotated[int, Field(ge=0)] = 0  # every random choice of the run follows from it
-    # --- score and operating point
-    score_window: _Count = 21  # side of the mean filter before the maximum, odd, in pixels of the map
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the normal images kept for the threshold
-    quantile: _Share = 0.995  # of the held-out normal scores: the threshold
-    # --- machine
-    precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast type; auto: the device's fast one
-    memory_format: Literal['channels_last', 'contiguous'] = 'channels_last'  # of images and weights
-    compile: bool = False  # torch.compile the networks (pays on GPUs, for long runs)
-    checkpoint_every: _Count = 500  # steps
+def _plain(value: object) -> object:
+    "Lists, which JSON and papermill make of tuples, as tuples; a number of NumPy as one of Python."
+    if isinstance(value, (list, tuple)): return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
-    def __post_init__(self) -> None: _check_together(self)
+# %% ../nbs/06_recipes.ipynb #5d0c36a1
+@as_recipe
+class BaseRecipe:
+    "What the recipes of all methods can do."
+    def need(self, ok: bool, field: str, rule: str) -> None:
+        "`ValueError` that names the field, unless it is `ok`."
+        if not ok: raise ValueError(f'recipe field {field} is {getattr(self, field)!r}; it must be {rule}')
 
-    def replace(self, **fields: Any) -> Recipe:
+    def replace(self, **fields: Any) -> Self:
         "A copy with other values; an unknown field name raises `ValueError` that lists the names there are."
         names = [f.name for f in dataclasses.fields(self)]
         if unknown := sorted(set(fields) - set(names)):
             raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(names)}")
         return dataclasses.replace(self, **fields)
+
+# %% ../nbs/06_recipes.ipynb #bd544327
+@as_recipe
+class Recipe(BaseRecipe):
+    "All choices of one run. Unknown names and impossible values are refused with a `ValueError`."
+    name: str = 'official'  # what the report calls it
+    # --- input
+    size: Size = 256  # network input, S or (H, W) in pixels; multiples of 32
+    image_size: Size | None = None  # of images trained on in crops and tested in tiles; None: `size`
+    antialias: bool = False  # how larger images and textures are shrunk; False: each pixel from the nearest four alone
+    color: Literal['rgb', 'bgr'] = 'rgb'  # channel order of the network input; the authors' checkpoints want 'bgr'
+    # --- networks
+    base_width: Count = 128  # channels of the reconstructive net's first block
+    base_channels: Count = 64  # channels of the discriminative net's first block
+    reconstructive: bool = True  # False: discriminative net on the image alone (ablation 'Disc. only')
+    init_std: Positive = 0.02  # standard deviation of the convolution weights at the start (04_networks)
+    anomaly_prior: Inside | None = None  # probability every pixel starts at (04_networks); None: as released, 1/2
+    discriminative: bool = True  # False: map from the reconstruction error (ablations 'Recon.-AE')
+    reconstruction_map: Literal['ssim', 'msgms'] = 'ssim'  # that error; msgms: multi-scale gradient similarity
+    # --- simulation: normal images
+    rotation_degrees: Degrees = 90.  # normal images turn by U(-r, r) ...
+    rotation_probability: Share = 0.3  # ... this often
+    # --- simulation: masks
+    clean_share: Share = 0.5  # share of samples that stay normal
+    mask_shape: Literal['perlin', 'rectangle'] = 'perlin'  # 'rectangle': ablation
+    perlin_scales: tuple[_Exponent, _Exponent] = (0, 5)  # k of 2^k cells per axis, ends included
+    perlin_rotation: Degrees = 90.  # the noise turns by U(-r, r) degrees
+    perlin_threshold: Annotated[float, Field(ge=-2, le=2)] = 0.5  # mask = noise > threshold
+    # --- simulation: what fills the mask
+    texture_source: Literal['images', 'color'] = 'images'  # 'color': one random colour per sample (ablation)
+    n_textures: Count | None = None  # use only the first n source textures (ablation); None: all
+    augmentation: Literal['official', 'paper', 'none'] = 'official'  # set of texture augmentations
+    n_augmentations: Annotated[int, Field(ge=1, le=10)] = 3  # different ones per sample; the paper's set has 7
+    own_share: Share = 0.  # share of anomalies filled with another normal image (03_simulator; not in the paper)
+    soft_share: Share = 0.  # share of anomalies that fade in from their edge (03_simulator; not in the paper)
+    match_gray: bool = False  # where no normal image has colour, anomalies get none (not in the paper)
+    opacity: tuple[Share, Share] = (0.2, 1.0)  # weight of the texture; (1, 1): opaque
+    # --- losses
+    ssim_weight: Weight = 1.
+    l2_weight: Weight = 1.
+    focal_weight: Weight = 1.
+    focal_gamma: Weight = 2.
+    # --- optimisation
+    epochs: Positive = 700.  # one epoch: as many steps as it takes to see as many samples as training images
+    steps: Count | None = None  # optimiser steps; overrides `epochs`
+    replacement: bool = True  # draw images with replacement; False: each epoch is one shuffled pass
+    batch: Count = 8
+    lr: Positive = 1e-4  # Adam's
+    kernel_lr: Positive | None = None  # Muon's, which then trains the inner kernels (06b_optimizers); None: Adam alone
+    deep_supervision: Weight = 0.  # weight of the side heads at the start (05b_supervision); 0: no heads
+    schedule: Literal['milestones', 'linear'] = 'milestones'  # of the learning rates; linear: down to zero
+    lr_milestones: tuple[Inside, ...] = (0.8, 0.9)  # fractions of the run after which ...
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.2  # ... the learning rate is multiplied by this
+    seed: Seed = 0  # every random choice of the run follows from it
+    # --- score and operating point
+    score_window: Count = 21  # side of the mean filter before the maximum, odd, in pixels of the map
+    holdout: BelowOne = 0.1  # share of the normal images kept for the threshold
+    quantile: Share = 0.995  # of the held-out normal scores: the threshold
+    # --- machine
+    precision: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # autocast type; auto: the device's fast one
+    memory_format: Literal['channels_last', 'contiguous'] = 'channels_last'  # of images and weights
+    compile: bool = False  # torch.compile the networks (pays on GPUs, for long runs)
+    checkpoint_every: Count = 500  # steps
+
+    def __post_init__(self) -> None: _check_together(self)
 
     def total_steps(self, n_images: int) -> int:
         "Optimiser steps of the whole run on `n_images` training images."
@@ -131,16 +149,14 @@ def _sentence(e: ValidationError, cls: type, given: dict[str, Any]) -> str:
     return f"recipe field {field} is {given.get(field, first['input'])!r}; it must be {' or '.join(rules)}"
 
 def _check_together(r: Recipe) -> None:
-    def need(ok: bool, field: str, rule: str) -> None:
-        if not ok: raise ValueError(f"recipe field {field} is {getattr(r, field)!r}; it must be {rule}")
     for field in ('opacity', 'perlin_scales'):
-        need(getattr(r, field)[0] <= getattr(r, field)[1], field, 'a pair (low, high) with low <= high')
+        r.need(getattr(r, field)[0] <= getattr(r, field)[1], field, 'a pair (low, high) with low <= high')
     both = lambda size: size if isinstance(size, tuple) else (size, size)
-    need(r.image_size is None or all(big >= small for big, small in zip(both(r.image_size), both(r.size))),
-         'image_size', 'None, or at least `size` on both sides')
-    need(r.score_window % 2 == 1, 'score_window', 'odd, so that it has a centre')
-    need(r.reconstructive or r.discriminative, 'discriminative',
-         'True where reconstructive is False: a method needs one of the two nets')
+    r.need(r.image_size is None or all(big >= small for big, small in zip(both(r.image_size), both(r.size))),
+           'image_size', 'None, or at least `size` on both sides')
+    r.need(r.score_window % 2 == 1, 'score_window', 'odd, so that it has a centre')
+    r.need(r.reconstructive or r.discriminative, 'discriminative',
+           'True where reconstructive is False: a method needs one of the two nets')
 
 # %% ../nbs/06_recipes.ipynb #ae7f07e7
 def official() -> Recipe:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from .detector import mean_filter
 from .fitting import NetworkDetector, NetworkRecipe, fit_networks
 from .losses import reconstruction_error, ssim_loss
 from .networks import BatchNorm2d
+from .recipes import Count, Inside, Positive, Weight, as_recipe
 from .simulator import generator_of, image_indices
 
 # %% auto #0
@@ -26,33 +28,27 @@ __all__ = ['load', 'RiadRecipe', 'published', 'demo', 'by_name', 'disjoint_masks
            'RiadTraining', 'RiadDetector', 'fit']
 
 # %% ../nbs/48_riad.ipynb #6ef80533
-@dataclass(frozen=True)
+@as_recipe
 class RiadRecipe(NetworkRecipe):
     "All choices of RIAD; the defaults are the published ones. Impossible values are refused with a `ValueError`."
     name: str = 'published'
-    epochs: float = 300.                        # passes over the training images
-    batch: int = 4                              # images a step
-    width: int = 64                             # channels of the U-Net's first level
-    cells: tuple[int, ...] = (2, 4, 8, 16)      # k: sides of the squares, pixels; divisors of the image's sides
-    sets: int = 3                               # n: an image is inpainted in so many parts
-    msgms_weight: float = 1.
-    ssim_weight: float = 1.
-    l2_weight: float = 1.
-    lr_milestone: float = 250 / 300             # share of the run after which ...
-    lr_decay: float = 0.1                       # ... the learning rate is multiplied by this
-    score_window: int = 21                      # side of the mean filter on the map, odd, pixels
+    epochs: Positive = 300.                     # passes over the training images
+    batch: Count = 4                            # images a step
+    width: Count = 64                           # channels of the U-Net's first level
+    cells: tuple[Count, ...] = (2, 4, 8, 16)    # k: sides of the squares, pixels; divisors of the image's sides
+    sets: Annotated[int, Field(ge=2)] = 3       # n: an image is inpainted in so many parts
+    msgms_weight: Weight = 1.
+    ssim_weight: Weight = 1.
+    l2_weight: Weight = 1.
+    lr_milestone: Inside = 250 / 300            # share of the run after which ...
+    lr_decay: Positive = 0.1                    # ... the learning rate is multiplied by this
+    score_window: Count = 21                    # side of the mean filter on the map, odd, pixels
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.need_counts('width', 'score_window')
         self.need(self.score_window % 2 == 1, 'score_window', 'odd, so that it has a centre')
-        self.need(isinstance(self.sets, int) and self.sets >= 2, 'sets', 'a whole number of at least 2')
-        fits = [isinstance(k, int) and k >= 1 and 32 % k == 0 for k in self.cells]
-        self.need(bool(fits) and all(fits), 'cells', 'some of 1, 2, 4, 8, 16, 32, which divide the sides')
-        for field in ('msgms_weight', 'ssim_weight', 'l2_weight'):
-            self.need(getattr(self, field) >= 0, field, 'at least 0')
-        self.need(0 < self.lr_milestone < 1, 'lr_milestone', 'between 0 and 1')
-        self.need(self.lr_decay > 0, 'lr_decay', 'greater than 0')
+        fits = bool(self.cells) and all(32 % k == 0 for k in self.cells)
+        self.need(fits, 'cells', 'some of 1, 2, 4, 8, 16, 32, which divide the sides')
 
 # %% ../nbs/48_riad.ipynb #f2e03ada
 def published() -> RiadRecipe:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from .data import CategoryData
 from .features import BACKBONES, few_at_a_time, load_network
 from .fitting import NetworkDetector, NetworkRecipe, fit_networks
+from .recipes import Count, Inside, Positive, Weight, as_recipe
 from .simulator import generator_of, image_indices
 from .textures import load_textures
 
@@ -31,24 +31,24 @@ __all__ = ['wants_textures', 'load', 'StudentsRecipe', 'published', 'demo', 'by_
 wants_textures = True       # the teacher learns on them
 
 # %% ../nbs/47_students.ipynb #2b65dc30
-@dataclass(frozen=True)
+@as_recipe
 class StudentsRecipe(NetworkRecipe):
     "All choices of one run; the defaults are the published ones. Impossible values are refused with a `ValueError`."
     name: str = 'published'
     backbone: str = 'resnet18'              # that the teacher is distilled from, a key of `features.BACKBONES`
-    receptive: tuple[int, ...] = (17, 33, 65)   # fields of the networks, pixels, rising
-    width: int = 128                        # channels of the narrow layers; the wide ones have twice as many
-    descriptor: int = 128                   # numbers that describe a patch
-    students: int = 3                       # for each receptive field
-    patches: int = 50_000                   # of textures, drawn once for each receptive field
-    teacher_steps: int = 50_000             # of 64 patches
-    teacher_lr: float = 2e-4                # Adam
-    compactness: float = 1.                 # weight of the correlations among the numbers of a descriptor
-    epochs: float = 100.                    # of the students
-    batch: int = 1                          # images a step of the students
-    crop: int = 248                         # side of the part of each image that a step looks at; less than the image's
-    weight_decay: float = 1e-5              # of all networks
-    validation: float = 0.1                 # share of the training images that e and v are scaled by
+    receptive: tuple[Count, ...] = (17, 33, 65)     # fields of the networks, pixels, rising
+    width: Count = 128                      # channels of the narrow layers; the wide ones have twice as many
+    descriptor: Count = 128                 # numbers that describe a patch
+    students: Count = 3                     # for each receptive field
+    patches: Count = 50_000                 # of textures, drawn once for each receptive field
+    teacher_steps: Count = 50_000           # of 64 patches
+    teacher_lr: Positive = 2e-4             # Adam
+    compactness: Weight = 1.                # weight of the correlations among the numbers of a descriptor
+    epochs: Positive = 100.                 # of the students
+    batch: Count = 1                        # images a step of the students
+    crop: Count = 248                       # side of the part of each image that a step looks at; less than the image's
+    weight_decay: Weight = 1e-5             # of all networks
+    validation: Inside = 0.1                # share of the training images that e and v are scaled by
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,12 +56,8 @@ class StudentsRecipe(NetworkRecipe):
         rising = bool(self.receptive) and list(self.receptive) == sorted(set(self.receptive))
         self.need(rising and set(self.receptive) <= set(_LAYERS), 'receptive',
                   f"some of {', '.join(map(str, _LAYERS))}, rising")
-        self.need_counts('width', 'descriptor', 'students', 'patches', 'teacher_steps', 'crop')
         side = self.size if isinstance(self.size, int) else min(self.size)
         self.need(self.crop <= side - 8, 'crop', f'at most {side - 8}, 8 less than the image')
-        self.need(self.teacher_lr > 0, 'teacher_lr', 'greater than 0')
-        for field in ('compactness', 'weight_decay'): self.need(getattr(self, field) >= 0, field, 'at least 0')
-        self.need(0 < self.validation < 1, 'validation', 'between 0 and 1')
 
 # %% ../nbs/47_students.ipynb #651a3d11
 def published() -> StudentsRecipe:

@@ -39,7 +39,7 @@ from .supervision import SideHeads, supervision_weight
 # %% auto #0
 __all__ = ['HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'BatchesAhead',
            'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer', 'versions',
-           'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint']
+           'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 class HoldsOut(Protocol):
@@ -203,7 +203,9 @@ class ResumableRun(LearningNetworks):
                     recipe=dataclasses.asdict(self.recipe), versions=versions())
 
     def load_state_dict(self, state: dict) -> None:
-        "Go on from what `state_dict` gave."
+        "Go on from what `state_dict` gave; `ValueError` where that cannot be of this run."
+        if not 0 <= state['step'] == len(state['history']) == len(state['rates']) <= self.total:
+            raise ValueError(f"step {state['step']} of {self.total}")
         self.net.load_state_dict(state['net'])
         self.scaler.load_state_dict(state['scaler'])
         for name, parts in self.aids().items():
@@ -381,7 +383,8 @@ def train(
     trainer = Trainer(category.train, textures, recipe, device, fit)
     checkpoint = run_dir / 'checkpoint.pt'
     _claim(run_dir, _describe(category, textures, trainer, held_out), resume)
-    if checkpoint.exists(): trainer.load_state_dict(load_checkpoint(checkpoint, device))
+    if checkpoint.exists():
+        with damage_named(checkpoint): trainer.load_state_dict(load_checkpoint(checkpoint, device))
     _check_snapshots(trainer, snapshots, run_dir)
     if _train_on(trainer, run_dir, category.name, snapshots):
         raise KeyboardInterrupt(f'stopped at step {trainer.done} of {trainer.total}; {checkpoint} is written, run '
@@ -406,9 +409,20 @@ def load_checkpoint(path: str | Path, device: str | torch.device = 'cpu',
     except FileNotFoundError: raise FileNotFoundError(f'there is no checkpoint {path}; train first') from None
     except Exception as e:
         raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}); {remedy}') from None
+    if not isinstance(state, dict): raise ValueError(f'{path} is no checkpoint: it holds {type(state).__name__}; {remedy}')
     if damaged: raise ValueError(f'{path} is damaged: {damaged} in it does not have its checksum; {remedy}')
     if name := _not_finite(state): raise ValueError(f'{path} is damaged: a value of {name} is not finite; {remedy}')
     return state
+
+@contextlib.contextmanager
+def damage_named(path: str | Path) -> Iterator[None]:
+    "Within, the content of a checkpoint is taken up: what is missing or does not fit is a `ValueError` that names it."
+    try: yield
+    except FileNotFoundError: raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        if str(path) in str(e): raise           # it is named
+        what = str(e).strip().splitlines()[-1].strip() if str(e).strip() else type(e).__name__
+        raise ValueError(f'{path} is damaged; delete it and fit again ({what})') from None
 
 # %% ../nbs/07_training.ipynb #51c3dd25
 def _describe(category: CategoryData, textures: Tensor, trainer: Trainer, held_out: Tensor) -> dict:

@@ -475,9 +475,9 @@ def test_students_learn_from_textures_are_kept_and_resumed(demo, tmp_path, monke
 
 @pytest.mark.parametrize('fields, says', [
     (dict(receptive=[33, 17]), 'some of 17, 33, 65, rising'), (dict(receptive=[]), 'rising'),
-    (dict(width=0), 'a whole number'), (dict(crop=57), 'at most 56'),
-    (dict(teacher_lr=0.), 'greater than 0'), (dict(compactness=-1.), 'at least 0'),
-    (dict(validation=1.), 'between 0 and 1'), (dict(backbone='vgg'), 'one of efficientnet_lite0')])
+    (dict(width=0), 'it must be greater'), (dict(crop=57), 'at most 56'),
+    (dict(teacher_lr=0.), 'greater than 0'), (dict(compactness=-1.), 'equal to 0'),
+    (dict(validation=1.), 'less than 1'), (dict(backbone='vgg'), 'one of efficientnet_lite0')])
 def test_impossible_choices_of_students_are_refused(fields, says):
     with pytest.raises(ValueError, match=f'recipe field {next(iter(fields))} .*{says}'):
         methods.recipe_of('students', **TINY_STUDENTS | fields)

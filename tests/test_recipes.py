@@ -4,8 +4,10 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
+from draem_nb.methods import METHODS, recipe_of
 from draem_nb.recipes import Recipe, ablations, demo, official, paper
 
 
@@ -67,3 +69,24 @@ def test_a_recipe_is_a_frozen_dataclass_and_survives_json():
     with pytest.raises(dataclasses.FrozenInstanceError): demo().seed = 1
     with pytest.raises(ValueError, match=re.escape('unknown recipe field learning_rate; there are: name, size')):
         Recipe(learning_rate=1)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_the_recipes_of_all_methods_are_as_strict(name):
+    "No field takes what is no number, and each takes what JSON and NumPy make of its own value."
+    recipe = recipe_of(name)
+    assert recipe.replace(seed=np.int64(3), quantile=np.float32(0.5)) == recipe.replace(seed=3, quantile=0.5)
+    assert type(recipe.replace(seed=np.int64(3)).seed) is int
+    assert type(recipe)(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe == copy.deepcopy(recipe)
+    for field, value in dataclasses.asdict(recipe).items():
+        for wrong in ('x', {}, float('nan'), float('inf'), [], -1e30, [[None]]):
+            if (field, wrong) in (('name', 'x'), ('lr_milestones', [])): continue
+            with pytest.raises(ValueError, match=f'^recipe field {field} is ') as caught:
+                recipe.replace(**{field: wrong})
+            assert '\n' not in str(caught.value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            with pytest.raises(ValueError, match=f'^recipe field {field} is True; it must be'):
+                recipe.replace(**{field: True})
+        if isinstance(value, bool):
+            with pytest.raises(ValueError, match=f'^recipe field {field} is 1; it must be'):
+                recipe.replace(**{field: 1})
