@@ -25,7 +25,7 @@ from .detector import AnomalyDetector
 from .fitting import describe_run, is_there, keep_run
 from .recipes import BaseRecipe, BelowOne, Count, Degrees, Positive, Seed, Share, Size, Weight, as_recipe
 from .simulator import generator_of, uniform
-from .training import load_checkpoint, pick_device, split_held_out
+from .training import damage_named, load_checkpoint, pick_device, split_held_out
 
 # %% auto #0
 __all__ = ['load', 'CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw_patches', 'draw_scars', 'paste', 'CutPastePlan',
@@ -364,12 +364,14 @@ class CutPasteDetector(AnomalyDetector):
         device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
         state = load_checkpoint(path, device)
         if 'gaussians' not in state: raise ValueError(f'{path} is not the checkpoint of a CutPaste run')
-        recipe, nets = CutPasteRecipe(**state['recipe']), {}
-        for k, weights in state['nets'].items():
-            nets[k] = ResNet18(recipe.width, 1 + len(recipe.kinds)).to(device, memory_format=torch.channels_last).eval()
-            nets[k].load_state_dict(weights)
-        detector = cls(recipe, nets, {k: Gaussian(**g) for k, g in state['gaussians'].items()}, state['farthest'],
-                       state['losses'])
+        with damage_named(path):
+            recipe, nets = CutPasteRecipe(**state['recipe']), {}
+            for k, weights in state['nets'].items():
+                net = ResNet18(recipe.width, 1 + len(recipe.kinds)).to(device, memory_format=torch.channels_last)
+                net.load_state_dict(weights)
+                nets[k] = net.eval()
+            detector = cls(recipe, nets, {k: Gaussian(**g) for k, g in state['gaussians'].items()}, state['farthest'],
+                           state['losses'])
         detector.load_calibration(run_dir)
         return detector
 

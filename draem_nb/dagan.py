@@ -42,7 +42,7 @@ class DaganRecipe(NetworkRecipe):
     discriminator_skips: bool = False   # and in the discriminator
     adversarial_weight: Weight = 1.
     contextual_weight: Weight = 50.
-    gamma: Annotated[float, Field(gt=0, le=1)] = 1.     # wanted ratio of the discriminator's errors, reconstructions to images
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.  # wanted ratio of the discriminator's errors, reconstructed to real
     balance_rate: Weight = 0.001        # how fast the discriminator's weight of reconstructions follows that
     score: Literal['both', 'generator'] = 'both'    # error of the image after both auto-encoders, or after the first
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .data import CategoryData, check_size, large_part, replacing, write_json
 from .detector import AnomalyDetector
 from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, as_recipe
-from .training import (fingerprint, interrupt_noted, load_checkpoint, pick_device, recent_losses,
+from .training import (damage_named, fingerprint, interrupt_noted, load_checkpoint, pick_device, recent_losses,
                                split_held_out, versions)
 
 # %% auto #0
@@ -135,13 +135,17 @@ def _write_checkpoint(training: Training, about: dict, losses: Tensor, done: int
 def _read_checkpoint(training: Training, about: dict, losses: Tensor, path: Path) -> int:
     "Take up what `_write_checkpoint` wrote; gives the number of steps that are done."
     state = load_state(path, about['method'], losses.device)
-    if state['recipe'] != about['recipe']:
+    if state.get('recipe') != about['recipe']:
         raise ValueError(f'{path} is of another recipe than run.json; choose another run_dir or delete it')
-    training.nets.load_state_dict(state['nets'])
-    for name, aid in training.aids.items():
-        if name in state.get('aids', {}): aid.load_state_dict(state['aids'][name])
-    losses[:state['step']] = torch.stack([state['losses'][name] for name in training.names], 1)
-    return state['step']
+    with damage_named(path):
+        known = torch.stack([state['losses'][name] for name in training.names], 1)
+        if not 0 <= state['step'] == len(known) <= training.steps:
+            raise ValueError(f'step {state["step"]} of {training.steps}')
+        training.nets.load_state_dict(state['nets'])
+        for name, aid in training.aids.items():
+            if name in state.get('aids', {}): aid.load_state_dict(state['aids'][name])
+    losses[:len(known)] = known
+    return len(known)
 
 # %% ../nbs/40b_fitting.ipynb #83364f67
 def _progress(training: Training, losses: Tensor, done: int, lr: float) -> str:
@@ -196,9 +200,9 @@ class KeptDetector(AnomalyDetector):
         "What `save` or a finished run wrote, thresholds and all; `ValueError` names the checkpoint of another method."
         device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
         state = load_state(path, cls.method, device)
-        try: (detector := cls(cls.recipe_type(**state['recipe']), device)).take(state, path)
-        except (KeyError, TypeError, RuntimeError):
-            raise ValueError(f'{path} is damaged; delete it and fit again') from None
+        with damage_named(path): recipe = cls.recipe_type(**state['recipe'])
+        detector = cls(recipe, device)
+        with damage_named(path): detector.take(state, path)
         detector.load_calibration(run_dir)
         return detector
 

@@ -24,7 +24,7 @@ from .detector import AnomalyDetector
 from .fitting import describe_run, is_there, keep_run
 from .simulator import AnomalySimulator
 from .textures import load_textures
-from .training import RandomCrops, load_checkpoint, pick_device, split_held_out, train
+from .training import RandomCrops, damage_named, load_checkpoint, pick_device, split_held_out, train
 
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'method', 'recipe_of', 'published', 'textures_of', 'examples', 'fit', 'load']
@@ -93,12 +93,12 @@ class _Autoencoder:
     def load(self, run_dir: str | Path, device: str | torch.device | None = None) -> AutoencoderDetector:
         device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
         state = load_checkpoint(path, device)
-        if 'bottleneck' not in state.get('recipe', {}):
-            raise ValueError(f'{path} is not the checkpoint of an autoencoder')
-        recipe = AutoencoderRecipe(**state['recipe'])
-        net = Autoencoder(check_size(recipe.size), recipe.bottleneck).to(device)
-        net.load_state_dict(state['net'])
-        found = AutoencoderDetector(net, recipe, state['losses'])
+        with damage_named(path):
+            if 'bottleneck' not in state['recipe']: raise ValueError(f'{path} is not the checkpoint of an autoencoder')
+            recipe = AutoencoderRecipe(**state['recipe'])
+            net = Autoencoder(check_size(recipe.size), recipe.bottleneck).to(device)
+            net.load_state_dict(state['net'])
+            found = AutoencoderDetector(net, recipe, state['losses'])
         found.load_calibration(run_dir)
         return found
 

@@ -409,11 +409,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = 'cpu',
     except FileNotFoundError: raise FileNotFoundError(f'there is no checkpoint {path}; train first') from None
     except Exception as e:
         raise ValueError(f'{path} is not a readable checkpoint ({type(e).__name__}); {remedy}') from None
-    if not isinstance(state, dict): raise ValueError(f'{path} is no checkpoint: it holds {type(state).__name__}; {remedy}')
+    if not isinstance(state, dict):
+        raise ValueError(f'{path} is no checkpoint: it holds {type(state).__name__}; {remedy}')
     if damaged: raise ValueError(f'{path} is damaged: {damaged} in it does not have its checksum; {remedy}')
     if name := _not_finite(state): raise ValueError(f'{path} is damaged: a value of {name} is not finite; {remedy}')
     return state
 
+# %% ../nbs/07_training.ipynb #8be1d2c4
 @contextlib.contextmanager
 def damage_named(path: str | Path) -> Iterator[None]:
     "Within, the content of a checkpoint is taken up: what is missing or does not fit is a `ValueError` that names it."

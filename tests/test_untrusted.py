@@ -399,3 +399,38 @@ def test_a_server_that_sends_nonsense(tmp_path):
         with pytest.raises(ConnectionError, match='cannot download .*416'):
             data._fetch(f'{address}/416', tmp_path / 'none', tmp_path / 'archive')
     finally: server.shutdown()
+
+
+DAMAGED = {
+    'a list': lambda state: [1, 2], 'a tensor': lambda state: state['history'], 'empty': lambda state: {},
+    'no recipe': lambda state: {k: v for k, v in state.items() if k != 'recipe'},
+    'a recipe that is none': lambda state: state | dict(recipe=[1]),
+    'a recipe of tomorrow': lambda state: state | dict(recipe=state['recipe'] | dict(magic=1)),
+    'a recipe with a wrong value': lambda state: state | dict(recipe=state['recipe'] | dict(lr='x')),
+    'no networks': lambda state: {k: v for k, v in state.items() if k != 'net'},
+    'networks that are none': lambda state: state | dict(net=[1]),
+    'another width': lambda state: state | dict(recipe=state['recipe'] | dict(base_width=8))}
+STEPS = {'a step far away': lambda state: state | dict(step=10**6), 'a negative step': lambda state: state | dict(step=-1),
+         'a step that is none': lambda state: state | dict(step='x'),
+         'no losses': lambda state: {k: v for k, v in state.items() if k != 'history'}}
+
+
+@pytest.mark.parametrize('damage', [*DAMAGED, *STEPS])
+def test_a_checkpoint_with_wrong_content_is_named(trained, tmp_path, damage):
+    import torch
+
+    from draem_nb.data import demo_category, load_category
+    from draem_nb.recipes import Recipe
+    from draem_nb.textures import load_textures
+    from draem_nb.tiling import load_detector
+    from draem_nb.training import train
+    for name in ('checkpoint.pt', 'run.json', 'threshold.json'): shutil.copy(trained / name, tmp_path)
+    state = torch.load(tmp_path / 'checkpoint.pt', weights_only=True)
+    recipe = Recipe(**state['recipe'])
+    torch.save((DAMAGED | STEPS)[damage](state), tmp_path / 'checkpoint.pt')
+    named = f'{re.escape(str(tmp_path))}/checkpoint.pt is (damaged|no checkpoint)'
+    if damage in DAMAGED:
+        with pytest.raises(ValueError, match=named): load_detector(tmp_path, 'cpu')
+    if damage in STEPS:         # it is trained on from there
+        data = load_category(demo_category('brick').parent, 'brick', 64)
+        with pytest.raises(ValueError, match=named): train(data, load_textures(size=64), recipe, tmp_path, 'cpu')
