@@ -410,7 +410,8 @@ DAMAGED = {
     'no networks': lambda state: {k: v for k, v in state.items() if k != 'net'},
     'networks that are none': lambda state: state | dict(net=[1]),
     'another width': lambda state: state | dict(recipe=state['recipe'] | dict(base_width=8))}
-STEPS = {'a step far away': lambda state: state | dict(step=10**6), 'a negative step': lambda state: state | dict(step=-1),
+STEPS = {'a step far away': lambda state: state | dict(step=10**6),
+         'a negative step': lambda state: state | dict(step=-1),
          'a step that is none': lambda state: state | dict(step='x'),
          'no losses': lambda state: {k: v for k, v in state.items() if k != 'history'}}
 
