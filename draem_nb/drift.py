@@ -67,7 +67,7 @@ def picture(held_out: pd.DataFrame, new: pd.DataFrame, table: pd.DataFrame) -> F
     "A panel for each quantity: the held-out images and the new ones, a dot each; `table` as `changes` gives it."
     fig, axes = plt.subplots(1, len(table), figsize=(plots.WIDTH, 2.2), sharey=True, layout='constrained')
     for ax, (name, row) in zip(axes, table.iterrows()):
-        for y, (of, colour) in enumerate(((held_out[name], plots.NORMAL), (new[name], plots.PREDICTION))):
+        for y, (of, colour) in enumerate(((held_out[name], plots.NORMAL), (new[name], plots.OTHERS[2]))):
             ax.plot(of, y + (np.arange(len(of)) * 0.618 % 1 - 0.5) * 0.5, 'o', ms=4, alpha=0.6, mew=0, color=colour)
             ax.plot([of.median()] * 2, [y - 0.35, y + 0.35], color='black', lw=1.5)
         title, colour = (f'{name}: changed', plots.DEFECT) if row.changed else (name, 'black')
