@@ -9,6 +9,9 @@
 # make lint      ruff and mypy on the library
 # make site      the notebooks with their outputs, the API reference and a gallery of reports as a website in _docs/html
 # make mutants   plants faults in a copy of the library, one at a time, and says which of them no test notices
+# make torture   kills commands at random moments until 200 kills are done, loads them, and compares bits; more than an hour
+# make hashes    requirements-hashed.txt: every package with the sha256 of its files
+# make sbom      sbom.json: the same as a software bill of materials
 # make readme    README.md from nbs/index.ipynb, and the links at the end of every notebook
 # Each makes .venv first, if it is missing or older than what it is made from.
 
@@ -45,7 +48,7 @@ site_made := .venv/site_made
 # $(call option,--name,value): the option where there is a value, else nothing
 option = $(if $(2),$(1) '$(2)')
 
-.PHONY: help report inspect table summary bench gpu test test-gpu lint site mutants readme
+.PHONY: help report inspect table summary bench gpu test test-gpu lint site mutants torture hashes sbom readme
 help:
 	@sed -n '/^#/!q; s/^# //p' '$(firstword $(MAKEFILE_LIST))'
 
@@ -90,6 +93,12 @@ site: $(site_made)
 
 mutants: $(made)
 	$(bin)/python tests/mutants.py
+
+torture: $(made)
+	$(bin)/python tests/torture.py
+
+hashes sbom: $(made)
+	$(bin)/python tests/lock.py $@
 
 readme: $(made)
 	$(bin)/python nbs/make_links.py

@@ -84,6 +84,20 @@ def test_constraints_hold_every_requirement():
     assert needed <= pinned, needed - pinned
 
 
+def test_every_pinned_package_has_hashes_and_no_index_is_named():
+    text = (ROOT / 'requirements-hashed.txt').read_text()
+    hashed = dict(re.findall(r'(?m)^([\w.-]+)==(\S+?)(?: ;[^\\]*)? \\\n    --hash=sha256:[0-9a-f]{64}', text))
+    assert len(hashed) == len(re.findall('(?m)^[^ #]', text))
+    assert not re.search('://|--(extra-)?index|--find-links', text)
+    pinned = {re.sub('[-_.]+', '-', name).lower(): version for name, version in
+              (line.split('==') for line in (ROOT / 'constraints.txt').read_text().splitlines() if '==' in line)}
+    assert {name: version for name, version in hashed.items() if name in pinned} == {
+        name: pinned[name] for name in hashed if name in pinned}
+    needed = {re.split('[<>=!]', r)[0].lower() for key in settings() if key.endswith('requirements')
+              for r in settings()[key].split()}
+    assert needed <= set(hashed), needed - set(hashed)
+
+
 def test_conda_environment_installs_what_settings_say():
     text = (ROOT / 'environment.yml').read_text()
     assert f'python>={settings()["min_python"]}' in text and '-e .[dev]' in text and '-c constraints.txt' in text

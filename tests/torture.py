@@ -1,0 +1,295 @@
+"""Kills, load, and the same bits: `make torture`, or `python tests/torture.py [kills] [load] [same] [--seed N]`.
+
+- kills: `category`, `inspect`, `calibrate` and `table` are ended at random moments by SIGKILL, SIGTERM or SIGINT, now
+  and then one of their processes alone, and started again until they are complete. metrics.json must be that of an
+  undisturbed run, to the byte; after ten seconds no process may be left; at the end no temporary file and no lock.
+- load: 3,000 files inspected, 2,000 single predictions, 2,000 planned runs; seconds and memory.
+- same: one class, trained with other threads, locales, time zones, folders, and stopped and resumed.
+
+Not part of `make test`, which has a few of the kills. Linux only: processes are found by a word in their environment.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from draem_nb.data import demo_category
+from draem_nb.reports import default_folder
+
+TINY = dict(size=64, base_width=4, base_channels=4, steps=40, batch=4, checkpoint_every=5, precision='float32')
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+WORD = 'DRAEM_NB_TORTURE'
+
+
+def processes(word: str) -> list[int]:
+    "All living processes that were started with this word in their environment."
+    found = []
+    for entry in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            if f'{WORD}={word}\0'.encode() in (entry / 'environ').read_bytes(): found.append(int(entry.name))
+    return found
+
+
+def gone(word: str, seconds: float = 10.) -> bool:
+    "Whether all of them are gone by then."
+    until = time.monotonic() + seconds
+    while alive := processes(word):
+        if time.monotonic() > until:
+            for pid in alive:
+                with contextlib.suppress(OSError): os.kill(pid, signal.SIGKILL)
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@dataclass
+class Job:
+    "One command in a folder of its own."
+    name: str
+    folder: Path
+    arguments: list[str]
+    metrics: list[Path]                 # there when it is complete
+    word: str = field(default_factory=lambda: os.urandom(8).hex())
+    killed: bool = False                # the last time it was started
+
+    def start(self, **more: str) -> subprocess.Popen:
+        "Temporary files go into a folder of its own, so that what is left can be seen."
+        (self.folder / 'tmp').mkdir(exist_ok=True)
+        env = os.environ | {WORD: self.word, 'TMPDIR': str(self.folder / 'tmp'), 'OMP_NUM_THREADS': '1'} | more
+        return subprocess.Popen([sys.executable, '-m', 'draem_nb', *self.arguments], env=env, text=True,
+                                errors='replace', stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+
+    def complete(self) -> bool: return all(path.exists() for path in self.metrics)
+
+    def results(self) -> list[bytes]: return [path.read_bytes() for path in self.metrics]
+
+    def leftovers(self) -> list[str]:
+        "Temporary files, temporary folders and locks below its folder."
+        return [str(p.relative_to(self.folder)) for p in self.folder.rglob('*')
+                if p.name.endswith(('.tmp', '.lock')) or '.tmp.' in p.name or p.parent == self.folder / 'tmp']
+
+
+@dataclass
+class Maker:
+    "Makes jobs; what they start from is made once."
+    root: Path
+    data: Path = field(init=False)
+    trained: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        "A class of 24 images, and a run of it."
+        source = demo_category('brick', self.root / 'demo')
+        self.data, self.trained = self.root / 'data', self.root / 'trained'
+        for path in source.rglob('*.png'):
+            if int(path.stem.split('_')[0]) >= 12: continue
+            (to := self.data / path.relative_to(source.parent)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, to)
+        job = Job('category', self.folder('first'), [], [])
+        job.arguments = self.category(self.trained)
+        if (process := job.start()).wait(): raise RuntimeError(process.stderr.read())
+
+    def folder(self, name: str) -> Path:
+        path = self.root / f'{name}-{os.urandom(3).hex()}'
+        path.mkdir()
+        return path
+
+    def category(self, run_dir: Path, **fields: object) -> list[str]:
+        return ['category', '--category', 'brick', '--data-root', str(self.data), '--overrides',
+                json.dumps(TINY | fields), '--run-dir', str(run_dir)]
+
+    def table(self, folder: Path) -> Job:
+        runs, overrides = folder / 'runs', TINY | dict(steps=20)
+        sets = [dict(category='brick', method='draem', recipe='demo', seed=seed, data_root=str(self.data),
+                     overrides=overrides) for seed in (0, 1)]
+        metrics = [default_folder('category', s, runs) / 'metrics.json' for s in sets]
+        arguments = ['table', '--categories', 'brick', '--data-root', str(self.data), '--seeds', '0,1', '--overrides',
+                     json.dumps(overrides), '--workers', '1', '--threads', '1', '--runs-dir', str(runs)]
+        return Job('table', folder, arguments, [*metrics, runs / 'summary' / 'metrics.json'])
+
+    def job(self, name: str) -> Job:
+        folder = self.folder(name)
+        if name == 'table': return self.table(folder)
+        if name == 'category':
+            return Job(name, folder, self.category(folder / 'run'), [folder / 'run' / 'metrics.json'])
+        shutil.copytree(self.trained, folder / 'run')
+        images = self.data / 'brick' / 'test' / ('good' if name == 'calibrate' else '')
+        return Job(name, folder, [name, '--run-dir', str(folder / 'run'), '--images', str(images), '--out-dir',
+                                  str(folder / 'out')], [folder / 'out' / 'metrics.json'])
+
+
+def shared_memory() -> set[str]: return {p.name for p in Path('/dev/shm').glob('*')}
+
+
+def kill(job: Job, process: subprocess.Popen, moment: float, rng: random.Random, counts: Counter) -> list[str]:
+    "Send a signal after so many seconds, to the command or, one time in seven, to one of its processes; the faults."
+    try: process.wait(moment)
+    except subprocess.TimeoutExpired: pass
+    else: return []
+    how, others = rng.choice(SIGNALS), [pid for pid in processes(job.word) if pid != process.pid]
+    alone = bool(others) and rng.random() < 1 / 7
+    with contextlib.suppress(OSError): os.kill(rng.choice(others) if alone else process.pid, how)
+    job.killed, faults, said = True, [], f'{job.name}, {how.name} after {moment:.2f} s'
+    counts[how.name + ' to one process of it' * alone] += 1
+    try: process.wait(300)
+    except subprocess.TimeoutExpired: process.kill(); faults.append(f'{said}: it did not end')
+    return faults if gone(job.word) else [*faults, f'{said}: processes were left after 10 s']
+
+
+def torment(job: Job, seconds: float, rng: random.Random, most: int, counts: Counter) -> list[str]:
+    "Kill and start a job until it is complete, at most `most` kills; what did not hold."
+    faults, before = [], counts.total()
+    while not job.complete():
+        process, job.killed, calm = job.start(), False, counts.total() - before >= most
+        if not calm: faults += kill(job, process, rng.uniform(0.2, seconds), rng, counts)
+        stderr = process.communicate()[1]
+        if 'Traceback' in stderr: faults.append(f'{job.name}: a traceback: {stderr[-1500:]}')
+        if calm and not job.complete(): return [*faults, f'{job.name}: it does not get complete: {stderr[-1500:]}']
+    return faults if gone(job.word) else [*faults, f'{job.name}: processes were left']
+
+
+def kills(maker: Maker, names: list[str], n: int, seed: int) -> list[str]:
+    "`n` kills in all; the faults found."
+    rng, faults, counts, before = random.Random(seed), [], Counter(), shared_memory()
+    undisturbed = {}
+    for name in dict.fromkeys(names):
+        job, began = maker.job(name), time.monotonic()
+        if (process := job.start()).wait() or job.leftovers():
+            faults.append(f'{name}, undisturbed: {process.stderr.read()[-500:]} {job.leftovers()}')
+        undisturbed[name] = time.monotonic() - began, job.results()
+        print(f'{name}, undisturbed: {undisturbed[name][0]:.1f} s', flush=True)
+    completed = 0
+    while (done := counts.total()) < n:
+        name = names[completed % len(names)]
+        job, (seconds, results) = maker.job(name), undisturbed[name]
+        found = torment(job, seconds, rng, min(6, n - done), counts)
+        if job.complete():
+            if job.results() != results: found.append(f'{name}: other results than undisturbed')
+            # One that was killed when it was complete is not begun again, and the next command sweeps after it.
+            if not job.killed and (left := job.leftovers()): found.append(f'{name}: left behind: {left}')
+        completed += 1
+        faults += found
+        print(f'{counts.total()} kills, {completed} commands brought to their end, {len(faults)} faults', *found,
+             sep='\n  ', flush=True)
+        shutil.rmtree(job.folder)
+    if new := sorted(shared_memory() - before): print(f'new shared memory, of this or another program: {new}')
+    print(f'seed {seed}: {counts.total()} kills ({", ".join(f"{k} {v}" for k, v in sorted(counts.items()))}), '
+         f'{completed} commands brought to their end, {len(faults)} faults', flush=True)
+    return faults
+
+
+SINGLE = """
+import re, sys, time
+from pathlib import Path
+from draem_nb.methods import load
+def resident(): return int(re.search(r'VmRSS:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+run, n, *files = sys.argv[1:]
+detector, began = load(run, 'cpu'), time.monotonic()
+for i in range(int(n)):
+    detector.predict([files[i % len(files)]])
+    if i + 1 == int(n) // 10: early = resident()
+print(early, resident(), time.monotonic() - began)"""
+
+
+def load(maker: Maker, n_files: int = 3000, n_single: int = 2000, n_runs: int = 2000) -> list[str]:
+    "A folder of many files, many predictions one by one, a plan of many runs; the faults found."
+    faults, sources = [], sorted(map(str, (maker.data / 'brick' / 'test').rglob('*.png')))
+    job, photos = maker.job('inspect'), maker.folder('photos')
+    for i in range(n_files): os.link(sources[i % len(sources)], photos / f'{i:05}.png')
+    job.arguments[job.arguments.index('--images') + 1] = str(photos)
+    if (process := job.start()).wait(): return [f'{n_files} files: {process.stderr.read()[-500:]}']
+    timing = json.loads((job.folder / 'out' / 'timing.json').read_text())
+    page = (job.folder / 'out' / 'report.html').stat().st_size / 2**20
+    print(f'{n_files} files inspected: {timing["seconds"]:.0f} s, peak memory {timing["peak_memory_mib"]} MiB, '
+          f'report.html {page:.1f} MiB', flush=True)
+    single = [sys.executable, '-c', SINGLE, str(maker.trained), str(n_single), *sources]
+    early, late, seconds = map(float, subprocess.check_output(single, text=True).split())
+    print(f'{n_single} single predictions: {seconds:.0f} s, resident memory {early:.0f} MiB after {n_single // 10}, '
+          f'{late:.0f} MiB at the end ({late / early - 1:+.1%})', flush=True)
+    if late > 1.05 * early: faults.append('single predictions leak memory')
+    began, seeds = time.monotonic(), ','.join(map(str, range(n_runs)))
+    plan = subprocess.run([sys.executable, '-m', 'draem_nb', 'table', '--dry-run', '--categories', 'brick', '--seeds',
+                           seeds, '--runs-dir', str(maker.root / 'none')], capture_output=True, text=True)
+    print(f'{n_runs} planned runs: {time.monotonic() - began:.1f} s', flush=True)
+    if f'{n_runs} to run' not in plan.stdout: faults.append(f'the plan of {n_runs} runs: {plan.stderr[-500:]}')
+    return faults
+
+
+OTHERS = dict(LANG='C', LC_ALL='C', TZ='Asia/Kathmandu', PYTHONHASHSEED='7')
+ELSEWHERE = 'ein Ördner/가 나'
+CIRCUMSTANCES = {           # environment, folder of the run, whether it is stopped and resumed
+    'as it is': ({}, 'run', False), 'LANG=C': (dict(LANG='C', LC_ALL='C'), 'run', False),
+    'TZ=Asia/Kathmandu': (dict(TZ='Asia/Kathmandu'), 'run', False),
+    'hash seed': (dict(PYTHONHASHSEED='7'), 'run', False),
+    'another folder': ({}, ELSEWHERE, False), 'stopped and resumed': ({}, 'run', True),
+    'all': (OTHERS, ELSEWHERE, True),
+    'two threads': (dict(OMP_NUM_THREADS='2'), 'run', False),
+    'two threads, all': (OTHERS | dict(OMP_NUM_THREADS='2'), ELSEWHERE, True)}
+
+
+def trained_under(maker: Maker, env: dict[str, str], folder: str, stop: bool) -> dict:
+    "What a run of the class ends with: metrics and weights as bytes, and the number of threads that run.json tells."
+    job = maker.job('category')
+    job.arguments[-1] = str(run := job.folder / folder)
+    if stop:
+        process = job.start(**env)
+        while not (run / 'checkpoint.pt').exists() and process.poll() is None: time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    if (process := job.start(**env)).wait(): raise RuntimeError(process.stderr.read()[-500:])
+    weights = torch.load(run / 'checkpoint.pt', weights_only=True)['net'].values()
+    return dict(metrics=(run / 'metrics.json').read_bytes(), weights=b''.join(w.numpy().tobytes() for w in weights),
+                threads=json.loads((run / 'run.json').read_text())['threads'])
+
+
+def same(maker: Maker) -> list[str]:
+    "The same training under other circumstances; another number of threads may give other bits, and is told."
+    found, faults = {}, []
+    for name, circumstances in CIRCUMSTANCES.items():
+        now = found[name] = trained_under(maker, *circumstances)
+        first = next(of for of in found.values() if of['threads'] == now['threads'])
+        alike = {what: now[what] == first[what] for what in ('weights', 'metrics')}
+        print(f'{name}: {now["threads"]} threads; '
+              + ', '.join(f'{what} {"the same" if yes else "OTHER"}' for what, yes in alike.items()), flush=True)
+        if not all(alike.values()): faults.append(f'{name}: other bits')
+    one, two = found['as it is'], found['two threads']
+    if one['threads'] == two['threads']: faults.append('run.json does not tell the number of threads')
+    print(f'one and two threads: {"the same" if one["weights"] == two["weights"] else "other"} weights, '
+          f'{"the same" if one["metrics"] == two["metrics"] else "other"} metrics')
+    return faults
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('parts', nargs='*', default=['kills', 'load', 'same'], help='kills, load, same (default: all)')
+    parser.add_argument('--kills', type=int, default=200, help='how many (default: 200)')
+    parser.add_argument('--commands', default='category,inspect,calibrate,table', help='which are killed')
+    parser.add_argument('--seed', type=int, default=random.SystemRandom().randrange(10**6))
+    options = parser.parse_args(argv)
+    print(f'seed {options.seed}', flush=True)
+    faults = []
+    with tempfile.TemporaryDirectory(prefix='torture-') as root:
+        maker = Maker(Path(root))
+        if 'kills' in options.parts: faults += kills(maker, options.commands.split(','), options.kills, options.seed)
+        if 'load' in options.parts: faults += load(maker)
+        if 'same' in options.parts: faults += same(maker)
+    print('all of it held' if not faults else '\n  '.join([f'{len(faults)} faults:', *faults]))
+    return int(bool(faults))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
