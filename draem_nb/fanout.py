@@ -33,7 +33,7 @@ from typing import TextIO
 import pandas as pd
 
 import draem_nb
-from . import methods, reports
+from . import reports
 from .cli import value_of
 from .data import DEMO_CATEGORIES, find_categories, read_json, temporary_folder
 from .reports import RunFailed, default_folder, locked, report_notebook, run_report
@@ -63,6 +63,7 @@ def _other_recipe(run_dir: Path, params: dict) -> str:
     if not isinstance(held, dict):
         return (f"{run_dir / 'run.json'} is damaged: it names no recipe; remove {run_dir}, or choose another "
                 "folder for the runs")
+    from draem_nb import methods          # the process of a run and a worker do without it and its second
     asked = methods.recipe_of(params.get('method', 'draem'), params['recipe'], **{'seed': params.get('seed', 0)}
                               | (params.get('overrides') or {}))
     now = json.loads(json.dumps(dataclasses.asdict(asked)))
@@ -536,6 +537,7 @@ def _param_sets(options: argparse.Namespace) -> list[dict]:
         raise ValueError(f"there is no class {', '.join(unknown)} in {root or 'the built-in ones'}; there are: "
                          f"{', '.join(there) or 'none'}")
     if not classes: raise ValueError(f'there is no class in {root}')
+    from draem_nb import methods
     for method in options.methods:                          # a mistake is one sentence, not as many as runs
         for recipe in options.recipes: methods.recipe_of(method, recipe, **options.overrides)
     shared = {key: value for key in ('data_root', 'textures_root', 'device', 'overrides')

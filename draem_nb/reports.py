@@ -23,19 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-import nbformat
 import pandas as pd
-import papermill
 from IPython.display import display
 from jinja2 import DictLoader
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from matplotlib.figure import Figure
-from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
-from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pandas.io.formats.style import Styler
-from papermill.exceptions import PapermillExecutionError
 
 from . import gallery
 from .cli import folder_parameter, report_notebook, report_parameters
@@ -206,6 +200,8 @@ _PLAIN = ('ValueError', 'UnreadableImage', 'DiskFull', 'FileNotFoundError', 'Fil
 
 def _reason(error: Exception) -> str:
     "One line for people."
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
     if isinstance(error, DeadKernelError):
         return ('the kernel died before the report was finished; most often the operating system ended it because '
                 'memory ran out')
@@ -223,16 +219,19 @@ def _last_lines(error: Exception, n: int = 12) -> str:
 logging.getLogger('papermill').addHandler(logging.NullHandler())   # what it has to say comes as an exception as well
 # Ctrl-C ends the kernel under nbclient's task, which nobody waits for any more; asyncio
 # would print the traceback of that.
-logging.getLogger('asyncio').addFilter(lambda record: not (record.exc_info
-                                                           and isinstance(record.exc_info[1], DeadKernelError)))
+logging.getLogger('asyncio').addFilter(lambda record: not (
+    record.exc_info and type(record.exc_info[1]).__name__ == 'DeadKernelError'))
 
 def _execute(notebook: Path, to: Path, params: dict) -> None:
+    import papermill
     papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False,
                                kernel_manager_class=_Kernel, start_timeout=300,
                                stdout_file=_Console(sys.stdout), stderr_file=_Console(sys.stderr))
 
 def _keep(temporary: Path, final: Path, error: str = '') -> Path:
     "Move an executed notebook to its place, its streams joined; `error` is put at its top."
+    import nbformat
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
     nb, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.read(temporary, 4), {})
     if error: nb.cells.insert(0, nbformat.v4.new_markdown_cell(f'**This report failed.** {as_markdown(error)}'))
     nb.metadata.papermill['output_path'] = str(final)
@@ -266,6 +265,8 @@ details.code > summary { color: #aaa; cursor: pointer; font: 11px sans-serif; }
 # %% ../nbs/12_reports.ipynb #dfc61633
 def to_html(notebook: str | Path, html: str | Path, title: str) -> Path:
     "One self-contained page from an executed notebook; the code folded, nothing loaded from the network."
+    import nbformat
+    from nbconvert import HTMLExporter
     exporter = HTMLExporter(extra_loaders=[DictLoader({'report.html.j2': _TEMPLATE})], template_file='report.html.j2',
                             embed_images=True,
                             exclude_input_prompt=True, exclude_output_prompt=True)

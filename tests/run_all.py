@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+N_CORES = len(os.sched_getaffinity(0))
 
 
 def contents() -> dict[Path, str]:
@@ -36,9 +37,8 @@ def run_notebooks() -> tuple[int, int]:
     expected = {p.resolve() for p in (ROOT / 'nbs').rglob('*.ipynb') if not p.name.startswith('_')
                 and '.ipynb_checkpoints' not in p.parts}
     # A notebook a core, each with one thread: their networks are too small to keep two threads busy.
-    process = subprocess.Popen([BIN / 'nbdev_test', '--do_print', '--n_workers', str(len(os.sched_getaffinity(0))),
-                                '--timing'], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    process = subprocess.Popen([BIN / 'nbdev_test', '--do_print', '--n_workers', str(N_CORES), '--timing'],
+                               cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '1'})
     completed, failed = set(), set()
     for line in process.stdout:
@@ -55,20 +55,18 @@ def run_notebooks() -> tuple[int, int]:
 
 def run_pytest() -> tuple[int, int]:
     "Passed and failed tests; errors count as failed, and no test at all is a failure."
-    # Two processes side by side, each with one thread: most of the time goes to processes
-    # that the tests start and wait for.
-    slow = ['tests/test_category.py', 'tests/test_reports.py']         # about as long as all others together
-    halves = {'slow': slow, 'others': ['tests', *(f'--ignore={path}' for path in slow)]}
+    # A worker a core, each with one thread: most of the time goes to processes that the tests start and wait for.
+    # A worker that has nothing left takes over tests of another one.
     with tempfile.TemporaryDirectory() as folder:
-        # the process writes into its file until it ends, so nothing here closes it
-        start = lambda name: subprocess.Popen([BIN / 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', '--durations=6',
-                                               f'--junitxml={folder}/{name}.xml', *halves[name]], cwd=ROOT,
-                                              stdout=open(f'{folder}/{name}.txt', 'w'),        # noqa: SIM115
-                                              stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-        processes = {name: start(name) for name in halves}
-        print(f'pytest, in {len(processes)} processes side by side; their output comes when they end', flush=True)
-        counts = [pytest_counts(process.wait(), Path(folder, name)) for name, process in processes.items()]
-    return sum(passed for passed, _ in counts), sum(failed for _, failed in counts)
+        report = Path(folder, 'report.xml')
+        command = [BIN / 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', '--durations=12', f'--junitxml={report}',
+                   '-n', str(N_CORES), '--dist', 'worksteal', 'tests']
+        status = subprocess.run(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode
+        suite = re.search(r'<testsuite [^>]*>', report.read_text()) if report.exists() else None
+    if suite is None: return 0, 1
+    count = {key: int(value) for key, value in re.findall(r'(tests|failures|errors|skipped)="(\d+)"', suite[0])}
+    failed = count['failures'] + count['errors']
+    return count['tests'] - failed - count['skipped'], max(failed, int(status != 0))
 
 
 def check_style() -> list[tuple[int, int]]:
@@ -76,17 +74,6 @@ def check_style() -> list[tuple[int, int]]:
     failed = [subprocess.run([BIN / command[0], *command[1:]], cwd=ROOT).returncode != 0
               for command in (['ruff', 'check'], ['mypy'])]
     return [(int(not bad), int(bad)) for bad in failed]
-
-
-def pytest_counts(status: int, output: Path) -> tuple[int, int]:
-    "Passed and failed tests of one process, whose output is printed."
-    print(output.with_suffix('.txt').read_text(), flush=True)
-    report = output.with_suffix('.xml')
-    suite = re.search(r'<testsuite [^>]*>', report.read_text()) if report.exists() else None
-    if suite is None: return 0, 1
-    count = {key: int(value) for key, value in re.findall(r'(tests|failures|errors|skipped)="(\d+)"', suite[0])}
-    failed = count['failures'] + count['errors']
-    return count['tests'] - failed - count['skipped'], max(failed, int(status != 0))
 
 
 def main() -> int:

@@ -31,13 +31,19 @@ def category(root: Path, run_dir: Path, overrides: dict = TINY, **options: str) 
                     cwd=root.parent)
 
 
-def test_two_runs_with_one_seed_have_the_same_metrics_to_the_byte(root, tmp_path):
-    for name in 'ab':
-        run_report('category', dict(category='gravel', data_root=str(root), overrides=TINY, seed=3), tmp_path / name)
-    assert (tmp_path / 'a' / 'metrics.json').read_bytes() == (tmp_path / 'b' / 'metrics.json').read_bytes()
-    run = json.loads((tmp_path / 'a' / 'run.json').read_text())
+@pytest.fixture(scope='module')
+def run_dir(root, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('run')
+    run_report('category', dict(category='gravel', data_root=str(root), overrides=TINY, seed=3), folder)
+    return folder
+
+
+def test_two_runs_with_one_seed_have_the_same_metrics_to_the_byte(root, run_dir, tmp_path):
+    run_report('category', dict(category='gravel', data_root=str(root), overrides=TINY, seed=3), tmp_path / 'b')
+    assert (run_dir / 'metrics.json').read_bytes() == (tmp_path / 'b' / 'metrics.json').read_bytes()
+    run = json.loads((run_dir / 'run.json').read_text())
     assert run['recipe']['seed'] == 3 and run['recipe']['steps'] == 12
-    files = {p.name for p in (tmp_path / 'a').iterdir()}
+    files = {p.name for p in run_dir.iterdir()}
     assert {'run.json', 'checkpoint.pt', 'report.ipynb', 'report.html', 'figures', 'metrics.json', 'threshold.json',
             'losses.csv'} <= files
 
@@ -92,9 +98,8 @@ def test_unknown_parameter_lists_those_that_there_are(root, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_trained_detector_looks_at_new_images(root, tmp_path):
-    run_report('category', dict(category='gravel', data_root=str(root), overrides=TINY), tmp_path / 'run')
-    done = draem_nb('inspect', '--run-dir', str(tmp_path / 'run'), '--images', str(root / 'gravel' / 'test' / 'hole'),
+def test_a_trained_detector_looks_at_new_images(root, run_dir, tmp_path):
+    done = draem_nb('inspect', '--run-dir', str(run_dir), '--images', str(root / 'gravel' / 'test' / 'hole'),
                     '--out-dir', str(tmp_path / 'seen'), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / 'seen' / 'verdicts.csv').read_text().splitlines()

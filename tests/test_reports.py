@@ -366,25 +366,45 @@ def test_compare_needs_two_runs_of_one_class(parts, tmp_path):
     with pytest.raises(ValueError, match='a comparison needs first and second'): reports.default_folder('compare', {})
 
 
-def test_ablation_rows_are_runs_of_their_own(parts, tmp_path):
-    "Every row of the paper's table that a recipe can express, and one of fewer textures, by small nets."
+def test_every_row_of_an_ablation_is_asked_for(monkeypatch, tmp_path):
+    "Every row of the paper's table that a recipe can express, and one of fewer textures."
+    from draem_nb.methods import recipe_of
     from draem_nb.recipes import ablations
-    ask = dict(category='screw', data_root=str(parts), n_textures=[2],
+    asked: list[dict] = []
+    def noted(sets: list[dict], folder: Path) -> pd.DataFrame:
+        asked.extend(sets)
+        return pd.DataFrame(dict(status=['failed'] * len(sets), error='noted'))
+    monkeypatch.setattr(reports, 'run_many', noted)
+    cells = [cell.source for cell in nbformat.read(report_notebook('ablation'), 4).cells if cell.cell_type == 'code']
+    names = dict(__name__='ablation')
+    exec(cells[0], names)
+    names |= dict(n_textures=[2], overrides=dict(size=32), run_dir=str(tmp_path))
+    exec(cells[1], names)
+    with pytest.raises(ValueError, match='DRAEM: noted'): exec(cells[2], names)
+    assert list(names['fields']) == [*ablations(), '2 source textures'] and len(ablations()) == 9
+    recipes = [recipe_of('draem', 'demo', **row['overrides']) for row in asked]
+    for recipe, fields in zip(recipes, [*ablations().values(), dict(n_textures=2)], strict=True):
+        assert recipe.size == 32 and all(getattr(recipe, field) == value for field, value in fields.items())
+    assert len(set(recipes)) == len({reports.default_folder('category', row) for row in asked}) == 10
+
+
+def test_ablation_rows_are_runs_of_their_own(parts, tmp_path):
+    from draem_nb.recipes import ablations
+    ask = dict(category='screw', data_root=str(parts), rows=['Recon.-AE (MSGMS map)', 'DRAEM'], n_textures=[2],
                overrides=dict(size=32, base_width=4, base_channels=4, steps=2, batch=2, perlin_scales=[0, 2],
                               precision='float32'))
     result = run_report('ablation', ask, tmp_path / 'ablation')
-    assert list(result.metrics['rows']) == [*ablations(), '2 source textures'] and len(ablations()) == 9
-    assert (list(result.metrics['differences']) == [name for name in result.metrics['rows'] if name != 'DRAEM']
-            and (tmp_path / 'ablation' / 'figures' / 'ablation.png').exists())
+    assert list(result.metrics['rows']) == ['Recon.-AE (MSGMS map)', 'DRAEM', '2 source textures']
+    assert list(result.metrics['differences']) == ['Recon.-AE (MSGMS map)', '2 source textures']
+    assert (tmp_path / 'ablation' / 'figures' / 'ablation.png').exists()
     for name, of in result.metrics['differences'].items():        # paired with the full method, in percentage points
         apart = result.metrics['rows'][name]['pixel']['ap'] - result.metrics['rows']['DRAEM']['pixel']['ap']
         assert (of['pixel AP']['difference'] == pytest.approx(100 * apart)
                 and of['pixel AP']['low'] <= of['pixel AP']['high'])
     ran = [json.loads(p.read_text())['recipe'] for p in (tmp_path / 'ablation').glob('*/run.json')]
-    for name, fields in ablations().items():                      # each row is a run with its fields
-        assert any(all(r[field] == (list(value) if isinstance(value, tuple) else value)
-                       for field, value in fields.items()) for r in ran), name
-    assert len(ran) == 10 and sorted(r['n_textures'] or 0 for r in ran) == [0] * 9 + [2]
+    fields = ablations()['Recon.-AE (MSGMS map)'].items()           # each row is a run with its fields
+    assert sum(all(r[field] == value for field, value in fields) for r in ran) == 1
+    assert len(ran) == 3 and sorted(r['n_textures'] or 0 for r in ran) == [0, 0, 2]
     tiles = dict(ask, rows=['opacity only', 'DRAEM'], n_textures=[], overrides=dict(ask['overrides'], image_size=64))
     # of large images too, both tables are of the same maps
     result = run_report('ablation', tiles, tmp_path / 'tiles')

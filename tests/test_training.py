@@ -27,16 +27,26 @@ from draem_nb.training import BatchesAhead, Trainer, load_checkpoint, split_held
 
 TINY = dict(size=64, base_width=4, base_channels=4, steps=600, batch=2, checkpoint_every=5, precision='float32')
 
+# Reads a run folder a line and trains there, in a child of its own: what is imported and read is so only once.
+# Its lines: the child's process id, and how the child ended.
 TRAIN = """
-import json, sys
-from draem_nb.data import demo_category, load_category
-from draem_nb.recipes import demo, official
-from draem_nb.supervision import SideHeads
+import json, os, sys
+import torch
+from draem_nb.data import load_category
+from draem_nb.recipes import demo
 from draem_nb.textures import load_textures
-from draem_nb.training import train
-root, run_dir, recipe = sys.argv[1:]
+from draem_nb.training import Trainer, train
+root, recipe = sys.argv[1:]
 recipe = demo().replace(**json.loads(recipe))
-train(load_category(root, 'brick', recipe.size), load_textures(size=recipe.size), recipe, run_dir, 'cpu')
+category, textures = load_category(root, 'brick', recipe.size), load_textures(size=recipe.size)
+Trainer(category.train, textures, recipe, torch.device('cpu')).host_batch(0)      # compiled
+for line in iter(sys.stdin.readline, ''):
+    child, status = os.fork(), 1
+    if not child:
+        try: train(category, textures, recipe, line.strip(), 'cpu'); status = 0
+        finally: os._exit(status)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
@@ -55,10 +65,19 @@ def textures():
     return load_textures(size=64)
 
 
-def start(root: Path, run_dir: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, '-c', TRAIN, str(root), str(run_dir), json.dumps(TINY)],
-                            stderr=subprocess.DEVNULL,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+class Trainings:
+    "Starts trainings one after another, each a process."
+    def __init__(self, root: Path) -> None:
+        recipe = json.dumps(TINY | dict(steps=150, checkpoint_every=3))
+        self.process = subprocess.Popen([sys.executable, '-c', TRAIN, str(root), recipe], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                        env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+    def start(self, run_dir: Path) -> int:
+        print(run_dir, file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int: return int(self.process.stdout.readline())
 
 
 def weights(run_dir: Path) -> torch.Tensor:
@@ -66,21 +85,26 @@ def weights(run_dir: Path) -> torch.Tensor:
 
 
 def test_killed_at_ten_random_moments_ends_with_the_same_bits(root, tmp_path):
-    assert start(root, tmp_path / 'whole').wait() == 0
+    trainings = Trainings(root)
+    trainings.start(tmp_path / 'whole')
+    assert trainings.wait() == 0
     killed, rng = tmp_path / 'killed', random.Random(0)
     # written at every start
     started = lambda: (killed / 'run.json').stat().st_mtime_ns if (killed / 'run.json').exists() else 0
     for kill in range(10):
-        before, process = started(), start(root, killed)
-        while process.poll() is None and started() == before: time.sleep(0.01)
+        before, child = started(), trainings.start(killed)
+        runs = Path(f'/proc/{child}').exists
+        while runs() and started() == before: time.sleep(0.01)
         if kill == 3:       # this one while a checkpoint is being written
-            while process.poll() is None and not list(killed.glob('.checkpoint.pt.*')): pass
-        else: time.sleep(rng.uniform(0, 0.6))
-        assert process.poll() is None, 'the run ended before it could be killed: give it more steps'
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+            while runs() and not list(killed.glob('.checkpoint.pt.*')): pass
+        else: time.sleep(rng.uniform(0, 0.3))
+        assert runs(), 'the run ended before it could be killed: give it more steps'
+        os.kill(child, signal.SIGKILL)
+        assert trainings.wait() == signal.SIGKILL
         if (killed / 'checkpoint.pt').exists(): load_checkpoint(killed / 'checkpoint.pt')      # never half of one
-    assert start(root, killed).wait() == 0
+    trainings.start(killed)
+    assert trainings.wait() == 0
+    trainings.process.communicate()
     assert torch.equal(weights(tmp_path / 'whole'), weights(killed))
     assert (tmp_path / 'whole' / 'losses.csv').read_bytes() == (killed / 'losses.csv').read_bytes()
 
