@@ -22,9 +22,9 @@ __all__ = ['CODES', 'Chains', 'chains_of', 'Memory', 'Work', 'Made', 'simulate']
 
 # %% ../nbs/02b_compiled.ipynb #4c12a8c5
 def _compile(function: Callable) -> Callable:
-    options = dict(nogil=True, error_model='numpy')
-    try: return njit(cache=True, **options)(function)
-    except RuntimeError: return njit(**options)(function)       # there is no folder that the result could be kept in
+    def compiled(cache: bool) -> Callable: return njit(cache=cache, nogil=True, error_model='numpy')(function)
+    try: return compiled(cache=True)
+    except RuntimeError: return compiled(cache=False)       # there is no folder that the result could be kept in
 
 _0, _32ND, _FAINT, _HALF, _1, _255 = (np.float32(x) for x in (0, 1 / 32, .2, .5, 1, 255))  # Python's: all double
 
@@ -255,9 +255,9 @@ def _through_hsv(red: int, green: int, blue: int, table: np.ndarray, hue: int, s
     chroma = value - min(red, green, blue)
     hue += _hue(red, green, blue, value, chroma)
     saturation = min(max(((chroma * _PER_VALUE[value] + 2048) >> 12) + saturation, 0), 255)
-    value = np.int64(table[value])
-    vs = float(value * saturation) / 7650
-    return int(value - vs * _FALL[0, hue]), int(value - vs * _FALL[1, hue]), int(value - vs * _FALL[2, hue])
+    level = np.int64(table[value])
+    vs = float(level * saturation) / 7650
+    return int(level - vs * _FALL[0, hue]), int(level - vs * _FALL[1, hue]), int(level - vs * _FALL[2, hue])
 
 @_compile
 def _through_hls(red: int, green: int, blue: int, table: np.ndarray) -> tuple[int, int, int]:
@@ -341,7 +341,7 @@ def _through_luv(red: int, green: int, blue: int, table: np.ndarray) -> tuple[in
 
 # %% ../nbs/02b_compiled.ipynb #da25daec
 @_compile
-def _pixel_of(image: np.ndarray, lut: np.ndarray, p: int) -> tuple[int, int, int]:
+def _pixel_of(image: np.ndarray, lut: np.ndarray, p: int) -> tuple[np.int64, np.int64, np.int64]:
     "The three channels of a pixel, through `lut`."
     return np.int64(lut[0, image[0, p]]), np.int64(lut[1, image[1, p]]), np.int64(lut[2, image[2, p]])
 

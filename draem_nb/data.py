@@ -24,7 +24,7 @@ import warnings
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,6 +33,13 @@ from numbers import Integral
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+# %% auto #0
+__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_categories', 'read_image', 'DiskFull', 'replacing',
+           'write_json', 'read_json', 'remove_leftovers', 'temporary_folder', 'content_hash', 'load_images',
+           'large_zeros', 'large_part', 'ClassTensors', 'CategoryData', 'load_category', 'demo_category', 'check',
+           'download_mvtec', 'download_dtd']
+
+# %% ../nbs/00_data.ipynb #e2780278
 import numpy as np
 import PIL
 import pandas as pd
@@ -43,16 +50,10 @@ from tqdm import tqdm
 
 from .layouts import ClassFiles, UnreadableImage, find_classes, find_images, list_files, open_image, shown
 
-# %% auto #0
-__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_categories', 'read_image', 'DiskFull', 'replacing',
-           'write_json', 'read_json', 'remove_leftovers', 'temporary_folder', 'content_hash', 'load_images',
-           'large_zeros', 'large_part', 'CategoryData', 'load_category', 'demo_category', 'check', 'download_mvtec',
-           'download_dtd']
-
 # %% ../nbs/00_data.ipynb #70255cf4
 def _size_pair(size: int | Sequence[int]) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in pair):
+    if len(pair) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0 for n in pair):
         raise ValueError(f"size is {size!r}; give a number of pixels or a pair (height, width)")
     return int(pair[0]), int(pair[1])
 
@@ -103,7 +104,8 @@ def _resized_image(path: Path, size: tuple[int, int], antialias: bool) -> np.nda
     return pixels[0].round_().byte().numpy()
 
 def _resized_images(paths: list[Path], size: tuple[int, int], antialias: bool) -> Iterator[np.ndarray]:
-    waiting, threads = deque(), os.cpu_count() or 1
+    waiting: deque[Future[np.ndarray]] = deque()
+    threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         for path in tqdm(paths, 'reading images', mininterval=0.5, delay=2):
             waiting.append(pool.submit(_resized_image, path, size, antialias))
@@ -116,7 +118,7 @@ class DiskFull(OSError):
     def __init__(self, folder: str | Path) -> None:
         super().__init__(errno.ENOSPC, f'the disk is full at {folder}; make room there, and the same command goes on')
 
-    def __str__(self) -> str: return self.strerror
+    def __str__(self) -> str: return str(self.strerror)
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:
     "Whether a full disk is behind an error; torch.save tells of it as a RuntimeError."
@@ -256,11 +258,11 @@ def load_images(
     antialias: bool = True,              # False: each pixel from the nearest four alone, as in the released code
 ) -> torch.Tensor: # (N, 3, H, W) uint8
     "Images of any supported format in one tensor. `FileNotFoundError`, `ValueError`: a missing, an unreadable file."
-    size, paths = _size_pair(size), [Path(p) for p in paths]
+    size, files = _size_pair(size), [Path(p) for p in paths]
     if color not in ('rgb', 'bgr'): raise ValueError(f"color is {color!r}; choose 'rgb' or 'bgr'")
-    for path in paths:
-        if not path.exists(): raise FileNotFoundError(f"the image {shown(path)} does not exist")
-    images = torch.from_numpy((_cached_images if cache and paths else _in_memory)(paths, size, antialias))
+    for file in files:
+        if not file.exists(): raise FileNotFoundError(f"the image {shown(file)} does not exist")
+    images = torch.from_numpy((_cached_images if cache and files else _in_memory)(files, size, antialias))
     return images if color == 'rgb' else images.flip(1)
 
 # %% ../nbs/00_data.ipynb #164a14fc
@@ -315,8 +317,8 @@ def _masks(files: ClassFiles, size: tuple[int, int]) -> tuple[torch.Tensor, torc
 
 # %% ../nbs/00_data.ipynb #7168cff3
 @dataclass(frozen=True, eq=False, repr=False)
-class CategoryData:
-    "One class in memory: N training images, all good, and M test images of H x W pixels, the network's input size."
+class ClassTensors:
+    "The fields of `CategoryData`, N training images, all good, and M test images of H x W pixels."
     name: str                     # the class, e.g. 'screw'
     root: Path                    # the folder that holds the class's folder
     size: tuple[int, int]         # (H, W)
@@ -333,6 +335,10 @@ class CategoryData:
     notes: tuple[str, ...] = ()   # what a reader of the numbers has to know
     antialias: bool = True        # how larger images were shrunk, see `load_images`
 
+# %% ../nbs/00_data.ipynb #cfab2aed
+class CategoryData(ClassTensors):
+    """One class in memory, at the networks' input size: `train` (N, 3, H, W) and `test` (M, 3, H, W) uint8, `masks`
+    (M, 1, H, W) and `labels` (M,) bool, `kinds`, `paths`; see `ClassTensors`."""
     def __repr__(self) -> str:
         test = ', '.join(f'{n} {kind}' for kind, n in sorted(Counter(self.kinds).items()))
         counts = f'{len(self.train)} train, {len(self.test)} test'
@@ -356,8 +362,8 @@ class CategoryData:
 def _fingerprint(c: CategoryData) -> str:
     names = [p.relative_to(Path(c.root) / c.name).as_posix() for p in [*c.train_paths, *c.paths]]
     digest = hashlib.sha256(json.dumps([c.name, c.size, names]).encode())
-    for tensor in (c.train, c.test, c.masks, c.masks_official): digest.update(tensor.contiguous().numpy())
-    if not c.masks_known: digest.update(b'no masks' if c.weak_masks is None else c.weak_masks.contiguous().numpy())
+    for tensor in (c.train, c.test, c.masks, c.masks_official): digest.update(tensor.contiguous().numpy().data)
+    if not c.masks_known: digest.update(b'no masks' if c.weak_masks is None else c.weak_masks.contiguous().numpy().data)
     return digest.hexdigest()
 
 def _subset(c: CategoryData, kinds: Sequence[str]) -> CategoryData:
@@ -365,9 +371,10 @@ def _subset(c: CategoryData, kinds: Sequence[str]) -> CategoryData:
         raise ValueError(f"class {c.name} has no test images of kind {', '.join(unknown)}; "
                          f"there are: {', '.join(sorted(set(c.kinds)))}")
     keep = [i for i, kind in enumerate(c.kinds) if kind in {'good', *kinds}]
-    return replace(c, kinds=[c.kinds[i] for i in keep], paths=[c.paths[i] for i in keep],
-                   weak_masks=None if c.weak_masks is None else large_part(c.weak_masks, keep),
-                   **{f: large_part(getattr(c, f), keep) for f in ('test', 'masks', 'masks_official', 'labels')})
+    test, masks, masks_official, labels = (large_part(t, keep) for t in (c.test, c.masks, c.masks_official, c.labels))
+    return replace(c, kinds=[c.kinds[i] for i in keep], paths=[c.paths[i] for i in keep], test=test, masks=masks,
+                   masks_official=masks_official, labels=labels,
+                   weak_masks=None if c.weak_masks is None else large_part(c.weak_masks, keep))
 
 # %% ../nbs/00_data.ipynb #249eeed8
 _UNKNOWN = dict(
@@ -406,7 +413,7 @@ def _crop(parts: list[np.ndarray], name: str, rng: np.random.Generator) -> np.nd
     y, x = (rng.integers(0, n - _CROP, endpoint=True) for n in photo.shape)
     crop = photo[y:y + _CROP, x:x + _CROP] * rng.uniform(0.92, 1.08)
     if rng.random() < 0.5: crop = crop[:, ::-1]
-    return crop if name == 'brick' else np.rot90(crop, rng.integers(4))
+    return crop if name == 'brick' else np.rot90(crop, int(rng.integers(4)))
 
 # %% ../nbs/00_data.ipynb #b78f652a
 def _cover_of(draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray: # cover 0..1
@@ -594,7 +601,7 @@ def _problems(files: ClassFiles) -> Iterator[tuple[str, Path | str, str]]: # pro
         seen = dict(zip(paths, facts))
         masked = [(image, masks) for image, masks in zip(files.test, files.masks)
                   if masks and not isinstance(seen[image], str)]
-        of_masks = list(pool.map(lambda pair: _mask_problem(*pair, files.any_value), masked))
+        of_masks = list(pool.map(lambda pair: _mask_problem(pair[0], pair[1], files.any_value), masked))
     yield from (('unreadable', path, found) for path, found in seen.items() if isinstance(found, str))
     readable = {path: found for path, found in seen.items() if not isinstance(found, str)}
     for i, what in enumerate(('sizes', 'modes')):
@@ -707,8 +714,8 @@ def _unpack_members(tar: tarfile.TarFile, archive: Path, folder: Path) -> None:
         path = folder / name
         (path if member.isdir() else path.parent).mkdir(parents=True, exist_ok=True)
         # Written by hand rather than with tar.extract: no owner, no mode, no time is taken from the archive.
-        if member.isfile():
-            with open(path, 'wb') as out: shutil.copyfileobj(tar.extractfile(member), out)
+        if (content := tar.extractfile(member)) is not None:
+            with open(path, 'wb') as out: shutil.copyfileobj(content, out)
 
 # %% ../nbs/00_data.ipynb #dc9e46e8
 def _obtain(folder: Path, archive: Path, inner: str, url: str, sha256: str, licence: str) -> Path:

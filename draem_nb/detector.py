@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -26,11 +27,13 @@ from .losses import reconstruction_error
 from .networks import Draem, fold_batchnorm, winograd
 from .recipes import Recipe, demo, official
 from .textures import load_textures
-from .training import damage_named, load_checkpoint, memory_format_of, pick_device, split_held_out, train
+from .training import (damage_named, load_checkpoint, memory_format_of, move, pick_device, split_held_out,
+                               train)
 
 # %% auto #0
-__all__ = ['STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'image_statistics',
-           'AnomalyDetector', 'Detector', 'fit']
+__all__ = ['Images', 'STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'check_batch',
+           'check_finite', 'above', 'image_statistics', 'write_statistics', 'as_bytes', 'detections', 'Calibration',
+           'Predictor', 'AnomalyDetector', 'TrainedDraem', 'Detector', 'fit']
 
 # %% ../nbs/08_detector.ipynb #524530cf
 def mean_filter(maps: Tensor, window: int) -> Tensor:
@@ -71,12 +74,14 @@ class Detections:
     def __len__(self) -> int: return len(self.scores)
 
 # %% ../nbs/08_detector.ipynb #72f8f8d4
-def as_images(images: object, size: tuple[int, int], color: str = 'rgb',
+Images = str | Path | Sequence[str | Path] | np.ndarray | Tensor
+
+def as_images(images: Images, size: tuple[int, int], color: str = 'rgb',
               antialias: bool = True) -> tuple[Tensor, list[Path] | None]:
     """Images of any form as (B, 3, H, W) uint8 RGB, and their paths if they came from files.
 
-    Path(s) or a folder; numpy (H, W), (H, W, 3) or (B, H, W, 3); torch (3, H, W) or (B, 3, H, W); uint8, or float in
-    0..1.
+    A path, several, or a folder; numpy (H, W), (H, W, 3) or (B, H, W, 3); torch (3, H, W) or (B, 3, H, W); uint8, or
+    float in 0..1.
     `color` is the order of the result's channels; the input's is RGB. `antialias` as in `load_images`. `ValueError`
     for anything else."""
     if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
@@ -109,30 +114,36 @@ def _as_batch(images: np.ndarray | Tensor) -> Tensor:
     return (batch * 255).round().to(torch.uint8)
 
 # %% ../nbs/08_detector.ipynb #752081c6
-def _check_batch(batch: int) -> None:
+def check_batch(batch: int) -> None:
+    "`ValueError` unless the number of images a batch is a whole number of at least 1."
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f'batch is {batch!r}; it must be a whole number of at least 1')
 
-def _check_finite(maps: Tensor, scores: Tensor, names: Sequence[object]) -> None:
-    "Of a batch: a map or score that is not a number is above no threshold, and would be called good."
+def check_finite(maps: Tensor, scores: Tensor, names: Sequence[object]) -> None:
+    """`ValueError` names the image of a batch whose map or score is not finite.
+
+    Such a score is above no threshold, and the image would be called good."""
     wrong = ~(scores.isfinite() & maps.flatten(1).isfinite().all(1))
     if wrong.any():
         raise ValueError(f'the score of image {names[int(wrong.nonzero()[0])]} is not finite: the weights of the '
                          'detector are damaged; train it again or load another checkpoint')
 
-_CALIBRATION = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
+def above(values: Tensor, threshold: float | None) -> Tensor | None:
+    "Which values are above the threshold; None without one."
+    return None if threshold is None else values > threshold
 
 # %% ../nbs/08_detector.ipynb #211ccbf8
+_CALIBRATION = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
+
 def _read_calibration(path: Path) -> dict[str, object]:
     "The content of a threshold.json; `ValueError` where it is not what `save_calibration` writes."
     try: values = json.loads(path.read_text())
     except ValueError: values = None
-    known = isinstance(values,
-                       dict) and set(values) == set(_CALIBRATION) and isinstance(values['held_out_scores'], list)
-    numbers = [v for name in _CALIBRATION for v in (values[name] if name == 'held_out_scores'
-                                                    else [values[name]])] if known else []
-    if not known or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-                            for v in numbers):
+    known = isinstance(values, dict) and set(values) == set(_CALIBRATION)
+    known = known and isinstance(values['held_out_scores'], list)
+    numbers = [*(values[name] for name in _CALIBRATION[:3]), *values['held_out_scores']] if known else []
+    finite = [isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers]
+    if not known or not all(finite):
         raise ValueError(f'{path} is damaged or not ours: it must hold {", ".join(_CALIBRATION)}, all of them finite '
                          'numbers, and nothing else; delete it and calibrate again')
     return values
@@ -161,80 +172,44 @@ def image_statistics(images: Tensor) -> np.ndarray:
         found.append(torch.stack([light, *relative], 1).double().numpy())
     return np.concatenate(found)
 
+# %% ../nbs/08_detector.ipynb #6baa0486
+def write_statistics(statistics: np.ndarray | None, path: Path) -> None:
+    "Write (n, 4) image statistics as a held_out.json, or remove that file where there are none."
+    if statistics is None: path.unlink(missing_ok=True)
+    else: write_json({name: [round(v, 6) for v in column]
+                      for name, column in zip(STATISTICS, statistics.T.tolist())}, path)
+
+def as_bytes(reconstruction: Tensor, color: str) -> Tensor:
+    "(B, 3, H, W) in 0..1 of that channel order -> uint8 RGB on the CPU."
+    values = (reconstruction.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return values.flip(1) if color == 'bgr' else values
+
+def detections(batches: Sequence[Sequence[Tensor]], threshold: float | None, pixel_threshold: float | None,
+               paths: list[Path] | None) -> Detections:
+    "Batches of maps (B, H, W), scores (B,) and, perhaps, reconstructions (B, 3, H, W) as one `Detections`."
+    maps, scores = (torch.cat([batch[k] for batch in batches]) for k in (0, 1))
+    reconstructions = [batch[2] for batch in batches if len(batch) > 2]
+    return Detections(maps, scores, above(maps, pixel_threshold), above(scores, threshold),
+                      torch.cat(reconstructions) if reconstructions else None, paths)
+
 # %% ../nbs/08_detector.ipynb #f66978be
-class AnomalyDetector:
-    """What all methods share: a method has `size`, `device`, `quantile` and `maps_and_scores`, and
-    gets `predict` and `calibrate`."""
-    size: tuple[int, int]               # (H, W) of what it looks at, in pixels
-    device: torch.device
-    color: str = 'rgb'                  # channel order of what it looks at
-    antialias: bool = True              # how larger images are brought to `size`, see `load_images`
+class Calibration:
+    "The thresholds of a detector, and the held-out normal images that they come from."
     quantile: float = 0.995             # of held-out normal scores and pixels: the thresholds
-    pixel_floor: float = -math.inf      # the pixel threshold is at least this
     threshold: float | None = None      # of the score
     pixel_threshold: float | None = None                # of the map
     held_out_scores: Sequence[float] = ()               # of the normal images that both come from
     held_out_statistics: np.ndarray | None = None       # (n, 4) of the same, see `image_statistics`; None: not kept
-    mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
-    has_map: bool = True                # False: it scores images alone; its maps are for pictures, not for metrics
 
     @property
     def n_held_out(self) -> int:
         "How many normal images the thresholds come from."
         return len(self.held_out_scores)
 
-    def maps_and_scores(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """(B, 3, H, W) uint8 on the device -> reconstruction (B, 3, H, W) in 0..1 or None, maps (B, 1, H, W), scores
-        (B,)."""
-        raise NotImplementedError
-
-    @torch.inference_mode()
-    def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
-        "Maps, scores and, with thresholds, masks and verdicts for images of any form and size (see `as_images`)."
-        _check_batch(batch)
-        images, paths = as_images(images, self.size, self.color, self.antialias)
-        names = paths or range(len(images))
-        maps, scores, reconstructed = [torch.zeros(0, *self.size)], [torch.zeros(0)], []
-        for part in tqdm(images.split(batch) if len(images) else (), 'predicting', unit='batch', mininterval=0.5,
-                         delay=2):
-            reconstruction, part_maps, part_scores = self.maps_and_scores(part.to(self.device))
-            _check_finite(part_maps, part_scores, names[sum(map(len, scores)):])
-            maps.append(part_maps[:, 0].cpu()); scores.append(part_scores.cpu())
-            if reconstructions and reconstruction is not None:
-                reconstructed.append((reconstruction.clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-        maps, scores = torch.cat(maps), torch.cat(scores)
-        reconstructed = torch.cat(reconstructed) if reconstructed else None
-        return Detections(maps, scores, None if self.pixel_threshold is None else maps > self.pixel_threshold,
-                          None if self.threshold is None else scores > self.threshold,
-                          reconstructed.flip(1) if reconstructed is not None and self.color == 'bgr' else reconstructed,
-                          paths)
-
-    def calibrate(self, normal_images: object, quantile: float | None = None) -> AnomalyDetector:
-        "Set both thresholds from normal images that were not trained on; gives the detector itself."
-        quantile = self.quantile if quantile is None else quantile
-        if not 0 <= quantile <= 1: raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
-        seen = self.predict(normal_images)
-        if not len(seen):
-            raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
-        self.quantile, self.held_out_scores = quantile, seen.scores.tolist()
-        self.threshold = upper_quantile(seen.scores.numpy(), self.quantile)
-        self.pixel_threshold = max(self.pixel_floor, upper_quantile(seen.maps.numpy().ravel(), self.quantile))
-        self.held_out_statistics = self.statistics(normal_images)
-        return self
-
-    def statistics(self, images: object) -> np.ndarray:
-        "The numbers of `image_statistics` for images as `predict` takes them, at the size that the detector looks at."
-        if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
-        parts = [images[i:i + 16] for i in range(0, len(images), 16)] if isinstance(images, Sequence) else [images]
-        return np.concatenate([image_statistics(as_images(part, self.size, antialias=self.antialias)[0])
-                               for part in parts])
-
     def save_calibration(self, run_dir: str | Path) -> None:
         "Write threshold.json and held_out.json into the folder, where `load_calibration` finds them."
         write_json({name: getattr(self, name) for name in _CALIBRATION}, Path(run_dir) / 'threshold.json')
-        if self.held_out_statistics is None: (Path(run_dir) / 'held_out.json').unlink(missing_ok=True)
-        else: write_json({name: [round(v, 6) for v in column] for name, column in
-                          zip(STATISTICS, self.held_out_statistics.T.tolist())}, Path(run_dir) / 'held_out.json')
+        write_statistics(self.held_out_statistics, Path(run_dir) / 'held_out.json')
 
     def load_calibration(self, run_dir: str | Path) -> None:
         "Take the thresholds of threshold.json, if the folder holds one; `ValueError` where that is damaged."
@@ -243,49 +218,70 @@ class AnomalyDetector:
         if (known := known.with_name('held_out.json')).exists():
             self.held_out_statistics = _read_statistics(known, self.n_held_out)
 
+# %% ../nbs/08_detector.ipynb #ac853cde
+class Predictor(Calibration):
+    "A method that turns a batch of images into maps and scores has `predict` for images of any form and number."
+    size: tuple[int, int]               # (H, W) of what it looks at, in pixels
+    device: torch.device
+    color: str = 'rgb'                  # channel order of what it looks at
+    antialias: bool = True              # how larger images are brought to `size`, see `load_images`
+
+    def maps_and_scores(self, batch: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        "(B, 3, H, W) uint8 on the device -> reconstruction in 0..1 or None, maps (B, 1, H, W), scores (B,)."
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def predict(self, images: Images, batch: int = 16, reconstructions: bool = False) -> Detections:
+        "Maps, scores and, with thresholds, masks and verdicts for images of any form and size (see `as_images`)."
+        check_batch(batch)
+        images, paths = as_images(images, self.size, self.color, self.antialias)
+        found: list[Sequence[Tensor]] = [(torch.zeros(0, *self.size), torch.zeros(0))]
+        firsts, names = range(0, len(images), batch), paths or range(len(images))
+        for first in tqdm(firsts, 'predicting', unit='batch', mininterval=0.5, delay=2):
+            reconstruction, maps, scores = self.maps_and_scores(images[first:first + batch].to(self.device))
+            check_finite(maps, scores, names[first:])
+            kept = [as_bytes(reconstruction, self.color)] if reconstructions and reconstruction is not None else []
+            found.append((maps[:, 0].cpu(), scores.cpu(), *kept))
+        return detections(found, self.threshold, self.pixel_threshold, paths)
+
+# %% ../nbs/08_detector.ipynb #b4323aa3
+class AnomalyDetector(Predictor):
+    """What all methods share: a method has `size`, `device` and `maps_and_scores`, and gets `predict`, `calibrate` and
+    the keeping of thresholds."""
+    pixel_floor: float = -math.inf      # the pixel threshold is at least this
+    mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
+    has_map: bool = True                # False: it scores images alone; its maps are for pictures, not for metrics
+
+    def calibrate(self, normal_images: Images, quantile: float | None = None) -> Self:
+        "Set both thresholds from normal images that were not trained on; gives the detector itself."
+        quantile = self.quantile if quantile is None else quantile
+        if not 0 <= quantile <= 1: raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
+        found = self.predict(normal_images)
+        if not len(found):
+            raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
+        self.quantile, self.held_out_scores = quantile, found.scores.tolist()
+        self.threshold = upper_quantile(found.scores.numpy(), self.quantile)
+        self.pixel_threshold = max(self.pixel_floor, upper_quantile(found.maps.numpy().ravel(), self.quantile))
+        self.held_out_statistics = self.statistics(normal_images)
+        return self
+
+    def statistics(self, images: Images) -> np.ndarray:
+        "The numbers of `image_statistics` for images as `predict` takes them, at the size that the detector looks at."
+        if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
+        parts = [images[i:i + 16] for i in range(0, len(images), 16)] if isinstance(images, Sequence) else [images]
+        return np.concatenate([image_statistics(as_images(part, self.size, antialias=self.antialias)[0])
+                               for part in parts])
+
 # %% ../nbs/08_detector.ipynb #973060d4
-class Detector(AnomalyDetector):
-    "A trained DRAEM: `Detector.load(run_dir)`, then `predict`."
+class TrainedDraem(AnomalyDetector):
+    "The two networks of DRAEM at work."
     def __init__(self, net: Draem, recipe: Recipe, device: str | torch.device | None = None):
         self.recipe, self.device = recipe, pick_device(device)
         self.size, self.color = check_size(recipe.size), recipe.color
         self.antialias = recipe.antialias
         self.quantile, self.pixel_floor = recipe.quantile, 0.5 if recipe.discriminative else -math.inf
         self.memory_format = memory_format_of(recipe)
-        self.net = fold_batchnorm(net).to(self.device, memory_format=self.memory_format)
-
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device | None = None) -> Detector:
-        "From a run folder or its checkpoint.pt, with the thresholds if the run has been calibrated."
-        path = Path(path)
-        checkpoint = path / 'checkpoint.pt' if path.is_dir() else path
-        state = load_checkpoint(checkpoint)
-        with damage_named(checkpoint):
-            # older checkpoints do not say it: all were antialiased
-            recipe = Recipe(**{'antialias': True} | state['recipe'])
-            detector = cls(_filled(recipe, state['net']), recipe, pick_device(device))
-        detector.load_calibration(checkpoint.parent)
-        return detector
-
-    @classmethod
-    def from_official(cls, path: str | Path, seg_path: str | Path,
-                      device: str | torch.device | None = None) -> Detector:
-        """From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px without
-        antialiasing, their scoring and mask rule; no threshold until `calibrate`."""
-        nets = {name: load_checkpoint(file, remedy='download it again')
-                for name, file in (('reconstructive', path), ('discriminative', seg_path))}
-        try:
-            widths = (nets['reconstructive']['encoder.block1.0.weight'].shape[0],
-                      nets['discriminative']['encoder_segment.block1.0.weight'].shape[0])
-        except KeyError as e:
-            raise ValueError(f'{path} and {seg_path} are not a pair of released DRAEM checkpoints: '
-                             f'{e} is missing') from None
-        recipe = official().replace(name='released checkpoint', color='bgr', base_width=widths[0],
-                                    base_channels=widths[1])
-        detector = cls(_filled(recipe, {f'{net}.{k}': v for net, state in nets.items() for k, v in state.items()}),
-                       recipe, device)
-        detector.mask_rule = 'official'
-        return detector
+        self.net = move(fold_batchnorm(net), self.device, self.memory_format)
 
     @cached_property
     def fast_net(self) -> Draem:
@@ -304,6 +300,45 @@ class Detector(AnomalyDetector):
         Needs the package onnx."""
         return _export_onnx(self, Path(path))
 
+# %% ../nbs/08_detector.ipynb #e2d9d436
+def _read_released(path: str | Path, seg_path: str | Path) -> tuple[Recipe, dict[str, Tensor]]:
+    "The recipe and the weights of the authors' pair of checkpoints; `ValueError` where they are not such a pair."
+    nets = {name: load_checkpoint(file, remedy='download it again')
+            for name, file in (('reconstructive', path), ('discriminative', seg_path))}
+    try:
+        widths = (nets['reconstructive']['encoder.block1.0.weight'].shape[0],
+                  nets['discriminative']['encoder_segment.block1.0.weight'].shape[0])
+    except KeyError as e:
+        raise ValueError(f'{path} and {seg_path} are not a pair of released DRAEM checkpoints: '
+                         f'{e} is missing') from None
+    recipe = official().replace(name='released checkpoint', color='bgr', base_width=widths[0], base_channels=widths[1])
+    return recipe, {f'{net}.{k}': v for net, state in nets.items() for k, v in state.items()}
+
+# %% ../nbs/08_detector.ipynb #7b71ae4a
+class Detector(TrainedDraem):
+    "A trained DRAEM: `Detector.load(run_dir)`, then `predict`."
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None) -> Self:
+        "From a run folder or its checkpoint.pt, with the thresholds if the run has been calibrated."
+        path = Path(path)
+        checkpoint = path / 'checkpoint.pt' if path.is_dir() else path
+        state = load_checkpoint(checkpoint)
+        with damage_named(checkpoint):
+            # older checkpoints do not say it: all were antialiased
+            recipe = Recipe(**{'antialias': True} | state['recipe'])
+            detector = cls(_filled(recipe, state['net']), recipe, pick_device(device))
+        detector.load_calibration(checkpoint.parent)
+        return detector
+
+    @classmethod
+    def from_official(cls, path: str | Path, seg_path: str | Path, device: str | torch.device | None = None) -> Self:
+        """From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px without
+        antialiasing, their scoring and mask rule; no threshold until `calibrate`."""
+        recipe, state = _read_released(path, seg_path)
+        detector = cls(_filled(recipe, state), recipe, device)
+        detector.mask_rule = 'official'
+        return detector
+
 # %% ../nbs/08_detector.ipynb #87ced72e
 def _filled(recipe: Recipe, state: dict[str, Tensor]) -> Draem:
     with torch.device('meta'):
@@ -320,7 +355,7 @@ def _reconstruction_and_map(net: Draem, x: Tensor, reconstruction_map: str) -> t
     return reconstruction, torch.sigmoid(logits[:, 1:] - logits[:, :1])        # the softmax of two, class 1
 
 class _Exported(nn.Module):
-    def __init__(self, detector: Detector):
+    def __init__(self, detector: TrainedDraem):
         super().__init__()
         self.net, self.recipe = detector.net, detector.recipe
 
@@ -329,7 +364,7 @@ class _Exported(nn.Module):
         return maps, image_score(maps, self.recipe.score_window)
 
 # %% ../nbs/08_detector.ipynb #93fcc49c
-def _export_onnx(detector: Detector, path: Path) -> Path:
+def _export_onnx(detector: TrainedDraem, path: Path) -> Path:
     x = torch.rand(2, 3, *detector.size, device=detector.device)
     with warnings.catch_warnings():  # the tracing exporter is called legacy; the other needs one more package
         warnings.simplefilter('ignore')
@@ -345,8 +380,8 @@ def fit(
     recipe: Recipe | None = None,                   # None: `demo()`
     device: str | torch.device | None = None,       # None: a GPU where there is one
     textures: Tensor | None = None,                 # (N, 3, H, W) uint8 anomaly source; None: the built-in photographs
-    run_dir: str | Path | None = None,  # keeps checkpoint and thresholds, and resumes; None: nothing is kept
-) -> Detector:  # with thresholds from the held-out images, unless recipe.holdout is 0
+    run_dir: str | Path | None = None,              # keeps the run, and resumes it; None: nothing is kept
+) -> Detector:                                      # with thresholds from held-out images, unless recipe.holdout is 0
     """Train DRAEM on a class and set its thresholds.
 
     The same seed gives the same bits on a CPU. For a recipe with an `image_size` see 08b_tiling."""
@@ -356,7 +391,7 @@ def fit(
                          'tiling.load_detector')
     textures = load_textures(None, recipe.size, recipe.antialias) if textures is None else textures
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
-        detector, held_out = Detector.load(train(category, textures, recipe, folder, device),
-                                           device), split_held_out(len(category.train), recipe)[1]
+        detector = Detector.load(train(category, textures, recipe, folder, device), device)
+        _, held_out = split_held_out(len(category.train), recipe)
         if len(held_out): detector.calibrate(category.train[held_out]).save_calibration(folder)
     return detector

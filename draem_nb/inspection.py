@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +51,9 @@ def threshold_for(scores: Sequence[float], false_alarms: float) -> float:
     return float(np.sort(scores)[k - 1]) if k else -math.inf
 
 # %% ../nbs/14_inspection.ipynb #b2422c9e
-def choose_threshold(detector: AnomalyDetector, threshold: float | None = None, false_alarms: float
-                     | None = None) -> None:
-    """Give a detector this threshold, or the one for this share of false alarms (0..1) by its
-    held-out scores; or neither."""
+def choose_threshold(detector: AnomalyDetector, threshold: float | None = None,
+                     false_alarms: float | None = None) -> None:
+    "Give a detector this threshold, or the one for this share of false alarms (0..1) by its held-out scores."
     if threshold is not None and false_alarms is not None:
         raise ValueError('threshold and false_alarms both say where the alarm begins; give one of them')
     if threshold is not None and not math.isfinite(threshold):
@@ -64,7 +63,8 @@ def choose_threshold(detector: AnomalyDetector, threshold: float | None = None, 
     if threshold is not None: detector.threshold = threshold
     if false_alarms is not None: detector.threshold = threshold_for(detector.held_out_scores, false_alarms)
 
-def calibrate(detector: AnomalyDetector, images: Sized, false_alarms: float) -> None:
+def calibrate(detector: AnomalyDetector, images: Sequence[str | Path] | np.ndarray | Tensor,
+              false_alarms: float) -> None:
     "Set both thresholds of a detector from good images (as `predict` takes them) for a share of false alarms, 0..1."
     threshold_for(range(len(images)), false_alarms)         # a share that cannot be promised is refused before the work
     detector.calibrate(images)

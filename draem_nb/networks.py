@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% auto #0
-__all__ = ['BatchNorm2d', 'ReconstructiveSubNetwork', 'DiscriminativeSubNetwork', 'Draem', 'initialise', 'fold_batchnorm',
+__all__ = ['Net', 'BatchNorm2d', 'ReconstructiveSubNetwork', 'DiscriminativeSubNetwork', 'Draem', 'initialise', 'fold_batchnorm',
            'WinogradConv2d', 'winograd']
 
 # %% ../nbs/04_networks.ipynb #8a158529
@@ -46,12 +47,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         if x.device.type != 'cpu' or x.is_contiguous(): return super().forward(x)
         if x.shape[1] < 16: return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         n = x.numel() // x.shape[1]
+        tracked, momentum = self.num_batches_tracked, self.momentum
         if not self.training or x.dtype != torch.float32 or n == 1: return super().forward(x)
+        if self.running_mean is None or self.running_var is None or tracked is None or momentum is None:
+            return super().forward(x)
         y, mean, var = _Normalised.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
+            tracked.add_(1)
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var * (n / (n - 1)), momentum)
         return y
 
 # %% ../nbs/04_networks.ipynb #5a32d5e0
@@ -159,10 +163,10 @@ class Draem(nn.Module):
         return reconstruction, self.discriminative(pair)
 
 # %% ../nbs/04_networks.ipynb #7d29388a
+Net = TypeVar('Net', bound=nn.Module)
+
 @torch.no_grad()
-def initialise(
-    net: nn.Module, generator: torch.Generator, anomaly_prior: float | None = None, std: float = 0.02,
-) -> nn.Module:
+def initialise(net: Net, generator: torch.Generator, anomaly_prior: float | None = None, std: float = 0.02) -> Net:
     """Draw all weights of `net` anew, in place (on the CPU, where the generator lives), as the released code does.
 
     `anomaly_prior`, 0 to 1: the probability at which every pixel starts (Lin et al., ICCV 2017, section 4.1);
@@ -172,24 +176,25 @@ def initialise(
         if isinstance(m, nn.Conv2d):
             bound = 1 / math.sqrt(m.weight[0].numel())
             m.weight.normal_(0, std, generator=generator)
-            m.bias.uniform_(-bound, bound, generator=generator)
+            if m.bias is not None: m.bias.uniform_(-bound, bound, generator=generator)
         elif isinstance(m, nn.BatchNorm2d):
             m.reset_running_stats()
             m.weight.normal_(1, 0.02, generator=generator)
             m.bias.zero_()
-    if anomaly_prior is not None and getattr(net, 'discriminative', None) is not None:
+    if anomaly_prior is not None and isinstance(net, Draem) and net.discriminative is not None:
         log_odds = math.log(anomaly_prior / (1 - anomaly_prior))
-        net.discriminative.decoder_segment.fin_out[0].bias.copy_(torch.tensor([-log_odds / 2, log_odds / 2]))
+        last = net.discriminative.decoder_segment.fin_out.get_parameter('0.bias')
+        last.copy_(torch.tensor([-log_odds / 2, log_odds / 2]))
     return net
 
 # %% ../nbs/04_networks.ipynb #ce595d33
-def fold_batchnorm(net: nn.Module) -> nn.Module:
+def fold_batchnorm(net: Net) -> Net:
     "A copy of `net` for prediction: every batch normalisation multiplied into the convolution before it; same outputs."
     net = copy.deepcopy(net).eval()
     for sequence in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for i, layer in enumerate(sequence):
-            if isinstance(layer, nn.BatchNorm2d):
-                sequence[i - 1], sequence[i] = fuse_conv_bn_eval(sequence[i - 1], layer), nn.Identity()
+            if isinstance(layer, nn.BatchNorm2d) and isinstance(before := sequence[i - 1], nn.Conv2d):
+                sequence[i - 1], sequence[i] = fuse_conv_bn_eval(before, layer), nn.Identity()
     return net
 
 # %% ../nbs/04_networks.ipynb #9c64343f
@@ -199,18 +204,24 @@ _G = torch.tensor([[1, 0, 0], [1/3, 1/3, 1/3], [-1/3, 1/3, -1/3],
                    [-16/15, -8/15, -4/15], [1/15, -2/15, 4/15], [0, 0, 1]])
 _AT = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, -1, 1/2, -2, 0], [0, 1, 1, 1/4, 4, 0], [0, 1, -1, 1/8, -8, 1]])
 
-# %% ../nbs/04_networks.ipynb #11a56926
 # Bytes. The C library maps anything larger anew at every use, and first touching a page costs more than the arithmetic.
 _BUFFER = 2**25
 
+# %% ../nbs/04_networks.ipynb #11a56926
 class WinogradConv2d(nn.Module):
     """A trained 3 x 3 convolution (stride 1, padding 1) for prediction, channels-last.
 
     (B, C, H, W) -> (B, O, H, W); H and W multiples of 4."""
+    weight: Tensor              # (36, O, C)
+    bias: Tensor                # (O,)
+    to_points: Tensor           # (36, 1, 6, 6)
+    to_pixels: Tensor           # (16, 36)
+
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         points = torch.kron(_G, _G) @ conv.weight.detach().flatten(2).flatten(0, 1).T           # (36, O C)
-        buffers = dict(weight=points.view(36, *conv.weight.shape[:2]), bias=conv.bias.detach(),
+        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+        buffers = dict(weight=points.view(36, *conv.weight.shape[:2]), bias=bias,
                        to_points=torch.kron(_BT, _BT).view(36, 1, 6, 6), to_pixels=torch.kron(_AT, _AT))
         for name, value in buffers.items(): self.register_buffer(name, value)
 
@@ -236,13 +247,15 @@ def winograd(net: Draem, size: tuple[int, int]) -> Draem:
     """A copy of a folded `net`, with Winograd's method where it is faster on a CPU with images of `size`.
 
     All other weights are shared with `net`."""
-    net, seen = copy.deepcopy(net, {id(p): p for p in net.parameters()}), {}
+    net = copy.deepcopy(net, {id(p): p for p in net.parameters()})
+    sizes: dict[nn.Module, tuple[int, int]] = {}            # (H, W) of what each convolution sees
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    hooks = [m.register_forward_pre_hook(lambda m, args: seen.update({m: args[0].shape[2:]})) for m in convolutions]
+    hooks = [m.register_forward_pre_hook(lambda m, args: sizes.update({m: args[0].shape[2:]})) for m in convolutions]
     weights = {k: v.to('meta') for k, v in net.state_dict().items()}
     torch.func.functional_call(net, weights, torch.empty(1, 3, *size, device='meta'))
     for hook in hooks: hook.remove()
     for sequence in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for i, layer in enumerate(sequence):
-            if layer in seen and _pays(layer, *seen[layer]): sequence[i] = WinogradConv2d(layer)
+            if isinstance(layer, nn.Conv2d) and layer in sizes and _pays(layer, *sizes[layer]):
+                sequence[i] = WinogradConv2d(layer)
     return net

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
             for kernel in self.param_groups[0]['params']: kernel.copy_(_unit_filters(kernel))
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: None = None) -> None:       # type: ignore[override]
         "One step. A closure is not supported."
         group, by_shape = self.param_groups[0], defaultdict(list)
         for kernel in group['params']:
@@ -72,12 +72,13 @@ def make_optimizers(net: Draem, recipe: Recipe, extra: Iterable[Tensor] = ()) ->
     """The optimisers of a run, Adam first. With `recipe.kernel_lr` Muon trains the inner kernels of `net`.
 
     Adam trains all other parameters of `net`, and the `extra` ones. Neither waits for the device."""
-    kernels = inner_kernels(net) if recipe.kernel_lr else []
+    kernel_lr = recipe.kernel_lr or 0.
+    kernels = inner_kernels(net) if kernel_lr else []
     known = {id(k) for k in kernels}
     rest = [p for p in net.parameters() if id(p) not in known] + list(extra)
     fused = rest[0].device.type in ('cpu', 'cuda')
     adam = torch.optim.Adam(rest, lr=recipe.lr, fused=fused)
-    return [adam, Muon(kernels, recipe.kernel_lr)] if kernels else [adam]
+    return [adam, Muon(kernels, kernel_lr)] if kernels else [adam]
 
 # %% ../nbs/06b_optimizers.ipynb #3e3331d1
 def learning_rate_factor(recipe: Recipe, step: int, total: int) -> float:

@@ -83,7 +83,7 @@ def _rectangles(n: int, g: torch.Generator) -> Tensor:
 def _draw_anomalies(recipe: Recipe, n: int, n_images: int, n_textures: int, g: torch.Generator) -> dict:
     "The fields of `Plan` that describe n anomalies; drawn in this order."
     low, high = recipe.perlin_scales
-    drawn = dict(
+    fields: dict[str, object] = dict(
         scales=torch.randint(low, high + 1, (n, 2), generator=g),
         angles=random_angles(n, high, g),
         mask_degrees=uniform(-recipe.perlin_rotation, recipe.perlin_rotation, n, g),
@@ -91,14 +91,13 @@ def _draw_anomalies(recipe: Recipe, n: int, n_images: int, n_textures: int, g: t
         texture=torch.randint(n_textures, (n,), generator=g),
         color=torch.rand(n, 3, generator=g),
         augmentation=draw_augmentation(recipe.augmentation, n, g, recipe.n_augmentations),
-        opacity=uniform(*recipe.opacity, n, g),
-        own=torch.rand(n, generator=g) < recipe.own_share,
+        opacity=(opacity := uniform(*recipe.opacity, n, g)),
+        own=(own := torch.rand(n, generator=g) < recipe.own_share),
         own_image=torch.randint(n_images, (n,), generator=g),
         own_change=torch.rand(n, 6, generator=g))
-    own = drawn['own']      # a fainter one could not be told from normal
-    drawn['opacity'][own] = uniform(0.5, 1., int(own.sum()), g)
+    opacity[own] = uniform(0.5, 1., int(own.sum()), g)          # a fainter one could not be told from normal
     softness = torch.rand(n, generator=g)
-    return drawn | dict(softness=softness * (torch.rand(n, generator=g) < recipe.soft_share))
+    return fields | dict(softness=softness * (torch.rand(n, generator=g) < recipe.soft_share))
 
 # %% ../nbs/03_simulator.ipynb #1a55b020
 def draw_plan(
@@ -138,8 +137,8 @@ class AnomalySimulator:
         _check(images, self.textures)
         shapes = [(len(plan.image), channels, *images.shape[2:]) for channels in (3, 3, 1)] + [(len(plan.image),)]
         if out is None or [tuple(t.shape) for t in vars(out).values()] != shapes:
-            out = Simulated(*(torch.empty(shape, pin_memory=pinned) for shape in shapes[:3]),
-                            torch.empty(shapes[3], dtype=torch.bool, pin_memory=pinned))
+            target, augmented, mask = (torch.empty(shape, pin_memory=pinned) for shape in shapes[:3])
+            out = Simulated(target, augmented, mask, torch.empty(shapes[3], dtype=torch.bool, pin_memory=pinned))
         made = Made(*(t.numpy() for t in vars(out).values()))
         simulate(_work(self, images, plan), made, torch.get_num_threads())
         return out

@@ -5,6 +5,8 @@
 # %% ../nbs/05b_supervision.ipynb #eae26fb5
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def _head(channels: int, side: int, generator: torch.Generator) -> nn.Conv2d:
     "Side x side pixels for each place; a gray plane at the start."
     head = nn.Conv2d(channels, side**2, 1)
     nn.init.normal_(head.weight, 0, 0.02, generator=generator)
-    nn.init.constant_(head.bias, 0.5)
+    nn.init.constant_(head.get_parameter('bias'), 0.5)
     return head
 
 # %% ../nbs/05b_supervision.ipynb #1a55b040
@@ -33,22 +35,24 @@ class SideHeads(nn.Module):
     def __init__(self, net: ReconstructiveSubNetwork, base_width: int, generator: torch.Generator):
         super().__init__()
         heads = [_head(width * base_width, side, generator) for width, side in _LAYERS.values()]
-        self.heads, self.outputs = nn.ModuleList(heads), [None] * len(heads)
+        self.heads = nn.ModuleList(heads)
+        self.outputs: dict[int, Tensor] = {}        # of the layer that head i reads, of the last images
         for i, name in enumerate(_LAYERS): net.get_submodule(name).register_forward_hook(self._listener(i))
 
-    def _listener(self, i: int):
+    def _listener(self, i: int) -> Callable[[nn.Module, tuple, Tensor], None]:
         def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None: self.outputs[i] = output
         return keep
 
     def pictures(self) -> list[Tensor]:
         "The four pictures (B, 1, H, W), about 0..1, coarsest layer first."
-        sides = (side for _, side in _LAYERS.values())
-        return [F.pixel_shuffle(head(x.float()), side) for head, x, side in zip(self.heads, self.outputs, sides)]
+        return [F.pixel_shuffle(head(self.outputs[i].float()), side)
+                for i, (head, (_, side)) in enumerate(zip(self.heads, _LAYERS.values()))]
 
     def loss(self, target: Tensor) -> Tensor:
         "Sum over the heads of 1 - SSIM + 10 MSE to the luminance of `target` (B, 3, H, W) in 0..1; a scalar."
         gray = target.mean(1, keepdim=True)
-        return sum(ssim_loss(gray, p) + 10 * F.mse_loss(p, gray) for p in self.pictures())
+        losses = (ssim_loss(gray, p) + 10 * F.mse_loss(p, gray) for p in self.pictures())
+        return sum(losses, target.new_zeros(()))
 
 # %% ../nbs/05b_supervision.ipynb #7337240d
 def supervision_weight(at_start: float, share: float) -> float:

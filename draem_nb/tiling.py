@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import check_size, find_images, large_zeros, load_images, read_json
-from .detector import AnomalyDetector, Detections, Detector, _check_batch, _check_finite, as_images, image_score
+from .detector import (AnomalyDetector, Detections, Detector, Images, above, as_bytes, as_images, check_batch,
+                               check_finite, image_score)
 
 # %% auto #0
-__all__ = ['tile_starts', 'blend_weights', 'TiledDetector', 'load_detector']
+__all__ = ['tile_starts', 'blend_weights', 'OnTiles', 'TiledDetector', 'load_detector']
 
 # %% ../nbs/08b_tiling.ipynb #fd69f1b0
 def tile_starts(
@@ -43,7 +44,7 @@ def blend_weights(length: int, tile: int, overlap: int) -> Tensor: # (n tiles, t
     return torch.stack([ramp / total[start:start + tile] for start in starts]).float()
 
 # %% ../nbs/08b_tiling.ipynb #91786d31
-def _one_by_one(images: object, size: tuple[int, int],
+def _one_by_one(images: Images, size: tuple[int, int],
                 antialias: bool) -> tuple[int, Callable[[int], Tensor], list[Path] | None]:
     "How many, a function that gives the i-th as (3, H, W) uint8 RGB, and their paths; files are read one at a time."
     if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
@@ -54,34 +55,13 @@ def _one_by_one(images: object, size: tuple[int, int],
     return len(batch), lambda i: batch[i], None
 
 # %% ../nbs/08b_tiling.ipynb #6510bc79
-def _blended(tiled: TiledDetector, image: Tensor, batch: int, reconstructions: bool) -> tuple[Tensor, Tensor | None]:
-    "(3, H, W) uint8 -> (H, W) map on the device, and (3, H, W) uint8 reconstruction if asked for and there is one."
-    (h, w), color = tiled.detector.size, tiled.detector.color
-    places = [(y, x, wy[:, None] * wx) for y, wy in zip(tiled.starts[0], tiled.weights[0])
-              for x, wx in zip(tiled.starts[1], tiled.weights[1])]
-    score_map = torch.zeros(tiled.size, device=tiled.device)
-    reconstructed = torch.zeros(3, *tiled.size, device=tiled.device) if reconstructions else None
-    for first in range(0, len(places), batch):
-        part = places[first:first + batch]
-        tiles = torch.stack([image[:, y:y + h, x:x + w] for y, x, _ in part]).to(tiled.device)
-        tile_reconstructions, maps, _ = tiled.detector.maps_and_scores(tiles if color == 'rgb' else tiles.flip(1))
-        if tile_reconstructions is None: reconstructed = None
-        for i, (y, x, weight) in enumerate(part):
-            score_map[y:y + h, x:x + w] += weight * maps[i, 0]
-            if reconstructed is not None:
-                reconstructed[:, y:y + h, x:x + w] += weight * (tile_reconstructions[i] if color == 'rgb'
-                                                                else tile_reconstructions[i].flip(0))
-    if reconstructed is not None: reconstructed = (reconstructed.clamp_(0, 1) * 255).round().to(torch.uint8).cpu()
-    return score_map, reconstructed
-
-# %% ../nbs/08b_tiling.ipynb #e8e72cc3
-class TiledDetector(AnomalyDetector):
-    "Another detector on overlapping tiles of images of `size`; the same `predict`, at full resolution."
+class OnTiles(AnomalyDetector):
+    "Where the tiles of a large image lie, and what a detector that looks at tiles says of them."
     def __init__(
         self,
-        detector: AnomalyDetector,  # looks at tiles of detector.size; its thresholds are taken over
-        size: int | tuple[int, int],# S or (H, W) of the images, multiples of 32, at least the tile's
-        overlap: float = 0.25,      # of neighbouring tiles, at least this share of a tile
+        detector: AnomalyDetector,      # looks at tiles of detector.size; its thresholds are taken over
+        size: int | tuple[int, int],    # S or (H, W) of the images, multiples of 32, at least the tile's
+        overlap: float = 0.25,          # of neighbouring tiles, at least this share of a tile
     ):
         self.detector, self.size, self.device = detector, check_size(size), detector.device
         if not 0 <= overlap < 1: raise ValueError(f"overlap is {overlap}; it must be at least 0 and less than 1")
@@ -94,10 +74,35 @@ class TiledDetector(AnomalyDetector):
                      'held_out_statistics'):
             setattr(self, name, getattr(detector, name))
 
+    def places(self) -> list[tuple[int, int, Tensor]]:
+        "Of every tile its first row and column, and the (h, w) weights with which its map counts."
+        return [(y, x, wy[:, None] * wx) for y, wy in zip(self.starts[0], self.weights[0])
+                for x, wx in zip(self.starts[1], self.weights[1])]
+
+# %% ../nbs/08b_tiling.ipynb #74e604ab
+def _blended(tiled: OnTiles, image: Tensor, batch: int, reconstructions: bool) -> tuple[Tensor, Tensor | None]:
+    "(3, H, W) uint8 -> (H, W) map on the device, and (3, H, W) uint8 reconstruction if asked for and there is one."
+    (h, w), color, places = tiled.detector.size, tiled.detector.color, tiled.places()
+    score_map = torch.zeros(tiled.size, device=tiled.device)
+    blended = torch.zeros(3, *tiled.size, device=tiled.device) if reconstructions else None
+    for first in range(0, len(places), batch):
+        part = places[first:first + batch]
+        tiles = torch.stack([image[:, y:y + h, x:x + w] for y, x, _ in part]).to(tiled.device)
+        found, maps, _ = tiled.detector.maps_and_scores(tiles if color == 'rgb' else tiles.flip(1))
+        for i, (y, x, weight) in enumerate(part): score_map[y:y + h, x:x + w] += weight * maps[i, 0]
+        if blended is None: continue
+        if found is None: blended = None
+        else:
+            for i, (y, x, weight) in enumerate(part): blended[:, y:y + h, x:x + w] += weight * found[i]
+    return score_map, None if blended is None else as_bytes(blended[None], color)[0]
+
+# %% ../nbs/08b_tiling.ipynb #e8e72cc3
+class TiledDetector(OnTiles):
+    "Another detector on overlapping tiles of images of `size`; the same `predict`, at full resolution."
     @torch.inference_mode()
-    def predict(self, images: object, batch: int = 16, reconstructions: bool = False) -> Detections:
+    def predict(self, images: Images, batch: int = 16, reconstructions: bool = False) -> Detections:
         "As `AnomalyDetector.predict`; `batch` counts tiles."
-        _check_batch(batch)
+        check_batch(batch)
         n, image, paths = _one_by_one(images, self.size, self.antialias)
         maps, scores = large_zeros((n, *self.size)), torch.zeros(n)
         reconstructed = large_zeros((n, 3, *self.size), torch.uint8) if reconstructions else None
@@ -105,12 +110,11 @@ class TiledDetector(AnomalyDetector):
         for i in tqdm(range(n), 'predicting', unit='image', mininterval=0.5, delay=2):
             score_map, reconstruction = _blended(self, image(i), batch, reconstructions)
             maps[i], scores[i] = score_map.cpu(), image_score(score_map[None, None], self.window)[0].cpu()
-            _check_finite(maps[i:i + 1], scores[i:i + 1], [paths[i] if paths else i])
-            if masks is not None: masks[i] = maps[i] > self.pixel_threshold
+            check_finite(maps[i:i + 1], scores[i:i + 1], [paths[i] if paths else i])
+            if masks is not None and self.pixel_threshold is not None: masks[i] = maps[i] > self.pixel_threshold
             if reconstruction is None: reconstructed = None
-            else: reconstructed[i] = reconstruction
-        return Detections(maps, scores, masks, None if self.threshold is None else scores > self.threshold,
-                          reconstructed, paths)
+            elif reconstructed is not None: reconstructed[i] = reconstruction
+        return Detections(maps, scores, masks, above(scores, self.threshold), reconstructed, paths)
 
 # %% ../nbs/08b_tiling.ipynb #6c5eaa69
 def load_detector(

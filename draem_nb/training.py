@@ -21,6 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+# %% auto #0
+__all__ = ['HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'RandomCrops',
+           'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer',
+           'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
+
+# %% ../nbs/07_training.ipynb #59a72d7f
 import numba
 import numpy as np
 import torch
@@ -30,16 +36,11 @@ from tqdm import tqdm
 import draem_nb
 from .data import CategoryData, check_size, replacing, write_json
 from .losses import draem_loss
-from .networks import Draem, initialise
+from .networks import Draem, Net, ReconstructiveSubNetwork, initialise
 from .optimizers import learning_rate_factor, make_optimizers
 from .recipes import Recipe
 from .simulator import AnomalySimulator, Plan, Simulated
 from .supervision import SideHeads, supervision_weight
-
-# %% auto #0
-__all__ = ['HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'RandomCrops', 'BatchesAhead',
-           'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer', 'versions',
-           'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 class HoldsOut(Protocol):
@@ -82,6 +83,11 @@ def pick_precision(recipe: Recipe, device: torch.device) -> torch.dtype:
 def memory_format_of(recipe: Recipe) -> torch.memory_format:
     "The recipe's memory format as PyTorch names it."
     return {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}[recipe.memory_format]
+
+def move(net: Net, device: torch.device, memory_format: torch.memory_format = torch.channels_last) -> Net:
+    "The network itself, on the device, with its kernels in that memory format."
+    to: Callable[..., Net] = net.to         # the annotations of PyTorch know no memory_format
+    return to(device, memory_format=memory_format)
 
 # %% ../nbs/07_training.ipynb #8004a3c3
 class RandomCrops:
@@ -171,10 +177,12 @@ class LearningNetworks(SimulatedBatches):
         super().__init__(images, textures, recipe, device, indices)
         self.dtype, self.memory_format = pick_precision(recipe, device), memory_format_of(recipe)
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
-        self.net = initialise(net, torch.Generator().manual_seed(recipe.seed), recipe.anomaly_prior,
-                              recipe.init_std).to(device, memory_format=self.memory_format)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        net = initialise(net, generator, recipe.anomaly_prior, recipe.init_std)
+        self.net = move(net, device, self.memory_format)
         self.forward = torch.compile(self.net) if recipe.compile else self.net
-        self.heads = self.side_heads() if recipe.reconstructive and recipe.deep_supervision else None
+        listened = self.net.reconstructive if recipe.deep_supervision else None
+        self.heads = None if listened is None else self.side_heads(listened)
         self.optimizers = make_optimizers(self.net, recipe, self.heads.parameters() if self.heads else ())
         factor = partial(learning_rate_factor, recipe, total=self.total)
         self.schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.optimizers]
@@ -182,10 +190,10 @@ class LearningNetworks(SimulatedBatches):
         self.history = torch.zeros(self.total, 3, device=device)            # SSIM, L2 and focal loss of every step
         self.rates = torch.zeros(self.total, dtype=torch.float64)           # the learning rate in it; on the host
 
-    def side_heads(self) -> SideHeads:
+    def side_heads(self, net: ReconstructiveSubNetwork) -> SideHeads:
         "Side heads that listen to the reconstructive net (05b_supervision), on its device."
         generator = torch.Generator().manual_seed(self.recipe.seed)
-        return SideHeads(self.net.reconstructive, self.recipe.base_width, generator).to(self.device)
+        return SideHeads(net, self.recipe.base_width, generator).to(self.device)
 
 # %% ../nbs/07_training.ipynb #2d78e519
 class ResumableRun(LearningNetworks):
@@ -196,7 +204,7 @@ class ResumableRun(LearningNetworks):
 
     def state_dict(self) -> dict:
         "Everything that the next step depends on, and what tells what it is."
-        parts = dict(net=self.net.state_dict(), scaler=self.scaler.state_dict())
+        parts: dict[str, object] = dict(net=self.net.state_dict(), scaler=self.scaler.state_dict())
         if self.done < self.total:
             parts |= {name: [part.state_dict() for part in parts_of] for name, parts_of in self.aids().items()}
         return dict(parts, step=self.done, history=self.history[:self.done].cpu(), rates=self.rates[:self.done].clone(),
@@ -279,7 +287,7 @@ def _save(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:
 # %% ../nbs/07_training.ipynb #78d015ee
 def fingerprint(t: Tensor) -> str:
     "The sha256 of a CPU tensor's values, 64 hexadecimal digits."
-    return hashlib.sha256(t.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(t.contiguous().numpy().data).hexdigest()
 
 # %% ../nbs/07_training.ipynb #dac5db8a
 def _claim(run_dir: Path, run: dict, resume: bool) -> None:
