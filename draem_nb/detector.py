@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Self
 
@@ -98,6 +99,10 @@ def as_images(images: Images, size: tuple[int, int], color: str = 'rgb',
 # %% ../nbs/08_detector.ipynb #b74bf698
 def _as_batch(images: np.ndarray | Tensor) -> Tensor:
     if isinstance(images, np.ndarray):
+        if images.dtype.kind not in 'uif':
+            raise ValueError(f'images must be uint8, or float in 0..1, not {images.dtype}')
+        if images.ndim not in (2, 3, 4):
+            raise ValueError(f'images must be (H, W), (H, W, 3) or (B, H, W, 3), got {images.shape}')
         if images.ndim == 2: images = np.repeat(images[..., None], 3, axis=-1)
         images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))
     if not isinstance(images, Tensor):
@@ -105,6 +110,7 @@ def _as_batch(images: np.ndarray | Tensor) -> Tensor:
     batch = images[None] if images.ndim == 3 else images
     if batch.ndim != 4 or batch.shape[1] != 3:
         raise ValueError(f'images must have three channels, (B, 3, H, W), got {tuple(images.shape)}')
+    if not all(batch.shape[1:]): raise ValueError(f'images must have pixels, got {tuple(images.shape)}')
     if batch.dtype == torch.uint8: return batch
     if not batch.is_floating_point():
         raise ValueError(f'images must be uint8, or float in 0..1, not {str(batch.dtype).removeprefix("torch.")}; '
@@ -116,7 +122,7 @@ def _as_batch(images: np.ndarray | Tensor) -> Tensor:
 # %% ../nbs/08_detector.ipynb #752081c6
 def check_batch(batch: int) -> None:
     "`ValueError` unless the number of images a batch is a whole number of at least 1."
-    if not isinstance(batch, int) or batch < 1:
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise ValueError(f'batch is {batch!r}; it must be a whole number of at least 1')
 
 def check_finite(maps: Tensor, scores: Tensor, names: Sequence[object]) -> None:
@@ -138,7 +144,7 @@ _CALIBRATION = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
 def _read_calibration(path: Path) -> dict[str, object]:
     "The content of a threshold.json; `ValueError` where it is not what `save_calibration` writes."
     try: values = json.loads(path.read_text())
-    except ValueError: values = None
+    except (ValueError, RecursionError): values = None
     known = isinstance(values, dict) and set(values) == set(_CALIBRATION)
     known = known and isinstance(values['held_out_scores'], list)
     numbers = [*(values[name] for name in _CALIBRATION[:3]), *values['held_out_scores']] if known else []
@@ -255,7 +261,8 @@ class AnomalyDetector(Predictor):
     def calibrate(self, normal_images: Images, quantile: float | None = None) -> Self:
         "Set both thresholds from normal images that were not trained on; gives the detector itself."
         quantile = self.quantile if quantile is None else quantile
-        if not 0 <= quantile <= 1: raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
+        if not isinstance(quantile, Real) or not 0 <= quantile <= 1:
+            raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
         found = self.predict(normal_images)
         if not len(found):
             raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')

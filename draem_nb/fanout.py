@@ -233,6 +233,9 @@ def local_size(n_runs: int) -> tuple[int, int, int]:
     return workers, max(1, CPU_COUNT // workers), gpus
 
 # %% ../nbs/13_fanout.ipynb #121e67ca
+# In every worker: a terminal sends Ctrl-C to all, and the command ends its workers itself.
+_PRELOAD = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)'
+
 @contextmanager
 def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iterator[object]:
     "A client of the cluster at that address, or of one made here, on the loopback address only."
@@ -242,27 +245,37 @@ def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iter
              'distributed.worker.memory.pause': False,
              'distributed.worker.memory.spill': False, 'distributed.worker.memory.target': False,
              'logging.distributed': 'critical'}
-    # a terminal sends Ctrl-C to all; this process ends the workers
-    deaf = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)'
     with dask.config.set(quiet), ExitStack() as stack:
         # a nanny leaves its settings in this process's
         stack.callback(lambda before=dict(os.environ): (os.environ.clear(), os.environ.update(before)))
         if scheduler == 'local':
             visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')
             nannies = {i: dict(cls=Nanny, options=dict(nthreads=1, host='127.0.0.1', memory_limit=0, dashboard=False,
-                                                       silence_logs=50, preload=deaf,
+                                                       silence_logs=50, preload=_PRELOAD,
                                                        env={'CUDA_VISIBLE_DEVICES': visible[i]} if gpus else {}))
                        for i in range(workers)}
-            cluster = SpecCluster(nannies, dict(cls=Scheduler, options=dict(host='127.0.0.1', port=0, dashboard=False)),
-                                  silence_logs=50)
-            scheduler = stack.enter_context(cluster).scheduler_address
+            here = dict(cls=Scheduler, options=dict(host='127.0.0.1', port=0, dashboard=False))
+            try: cluster = stack.enter_context(SpecCluster(nannies, here, silence_logs=50))
+            except (RuntimeError, OSError, TimeoutError) as e:
+                raise ValueError(f'the workers on this machine do not start ({e}); most often memory or the number of '
+                                 'processes is at its limit: try fewer, WORKERS=1') from None
+            scheduler = cluster.scheduler_address
         yield stack.enter_context(_client(Client, scheduler, patience))
 
+# %% ../nbs/13_fanout.ipynb #6f0c2a9e
+_HERE = re.compile(r'(tcp|tls)://(127\.|localhost\b|\[::1\])')
+
 def _client(Client: type, address: str, patience: float) -> object:
+    if address.startswith('tcp://') and not _HERE.match(address):
+        print(f'{address} is not encrypted, and whoever reaches it can run programs on its workers; '
+              'docs/SECURITY.md has the settings of tls://', file=sys.stderr)
     try: return Client(address, timeout=patience, set_as_default=False)
+    except TypeError:
+        raise ValueError(f'{address} is encrypted, and no certificate is set here; docs/SECURITY.md has the settings'
+                         ) from None
     except (OSError, TimeoutError) as e:
-        raise ValueError(f'no scheduler answers at {address} ({type(e).__name__}); start one with `dask scheduler`, or '
-                         'leave SCHEDULER out') from None
+        raise ValueError(f'no scheduler answers at {address} ({type(e).__name__}); start one with '
+                         '`dask scheduler --host 127.0.0.1`, or leave SCHEDULER out') from None
 
 # %% ../nbs/13_fanout.ipynb #a11bc4c3
 def _check_workers(client: object, param_sets: list[dict], local: bool, patience: float) -> dict:
@@ -530,6 +543,8 @@ def _number(text: str, kind: type, least: float) -> float:
 def _param_sets(options: argparse.Namespace) -> list[dict]:
     "One set of parameters for each method, recipe, class and seed."
     # then the workers look, each at its own data
+    for name in ('seeds', 'methods', 'recipes'):
+        if not getattr(options, name): raise ValueError(f'--{name} names none')
     root, elsewhere = options.data_root, options.scheduler != 'local' and options.categories
     there = find_categories(root) if root and not elsewhere else None if root else sorted(DEMO_CATEGORIES)
     classes = options.categories or there

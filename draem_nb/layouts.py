@@ -110,13 +110,18 @@ class UnreadableImage(ValueError):
 _FORMATS = tuple(name for name in ('PNG', 'JPEG', 'MPO', 'BMP', 'DIB', 'TIFF', 'WEBP', 'AVIF') if name in Image.OPEN)
 MAX_PIXELS = 1 << 27    # 134 million, as of 12,000 x 11,000; the variable DRAEM_NB_MAX_PIXELS sets another limit
 
+def _pixel_limit() -> int:
+    value = os.environ.get('DRAEM_NB_MAX_PIXELS') or str(MAX_PIXELS)
+    if not value.isdecimal(): raise ValueError(f'DRAEM_NB_MAX_PIXELS is {value!r}; it must be a whole number')
+    return int(value)
+
 @contextmanager
 def open_image(
     path: str | Path,
     max_pixels: int | None = None,  # None: DRAEM_NB_MAX_PIXELS, else MAX_PIXELS
 ) -> Iterator[Image.Image]: # its pixels are not read yet
     "An image file; `FileNotFoundError`, or `UnreadableImage` also for what goes wrong while it is used."
-    limit = max_pixels or int(os.environ.get('DRAEM_NB_MAX_PIXELS') or MAX_PIXELS)
+    limit = max_pixels or _pixel_limit()
     try:
         if not stat.S_ISREG((about := os.stat(path)).st_mode): raise OSError('it is not a regular file')
         if not about.st_size: raise OSError('the file is empty')

@@ -66,7 +66,11 @@ def split_held_out(n_images: int, recipe: HoldsOut) -> tuple[Tensor, Tensor]:
 # %% ../nbs/07_training.ipynb #7464acbb
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     "The device to work on; None takes a GPU where there is one. `ValueError` where the device does not exist."
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    try: found = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except RuntimeError: found = torch.device('meta')
+    if found.type not in ('cpu', 'cuda', 'mps', 'xpu'):
+        raise ValueError(f"device={str(device)!r} is no device to compute on; use 'cpu', 'cuda' or 'cuda:1'")
+    device = found
     if device.type == 'cuda' and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device={str(device)!r} was asked for, but PyTorch finds {torch.cuda.device_count()} CUDA "
                          "GPUs here; use device='cpu'")

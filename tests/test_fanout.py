@@ -315,3 +315,43 @@ def test_the_plan_names_what_is_missing(tmp_path, capsys, monkeypatch):
                                      for name in ('grass-demo-seed0', 'memory-grass-demo-seed1'))
     assert (reports.main(['table', '--categories', 'brik', '--runs-dir', str(tmp_path)]) == 1 and 'there is no class '
             'brik in the built-in ones; there are: brick, grass, gravel' in capsys.readouterr().err)
+
+
+def test_workers_that_die_at_their_start_are_one_sentence(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(fanout, '_PRELOAD', 'import os; os._exit(1)')
+    with pytest.raises(ValueError, match=r'^the workers on this machine do not start \(.*\); .* try fewer, WORKERS=1$'):
+        run_many([dict(seed=0)], tmp_path / 'runs', notebook, scheduler='local', workers=1)
+    assert not list((tmp_path / 'runs').rglob('metrics.json'))
+
+
+@pytest.mark.skipif(not shutil.which('openssl'), reason='openssl is not installed')
+def test_a_cluster_with_certificates_lets_in_nobody_else(notebook, tmp_path, cluster):
+    "The commands and settings of docs/SECURITY.md."
+    text = (Path(__file__).resolve().parent.parent / 'docs' / 'SECURITY.md').read_text()
+    setup = re.search(r'```sh\nmkdir -p ~/.config/dask(.*?)```', text, re.S)[1].removeprefix(' && cd ~/.config/dask')
+    (settings := tmp_path / 'dask').mkdir()
+    subprocess.run(['sh', '-ec', setup.replace('rsa:3072', 'rsa:2048')], cwd=settings, check=True, capture_output=True)
+    assert (settings / 'draem_nb-key.pem').stat().st_mode & 0o777 == 0o600
+    where = address().replace('tcp://', 'tls://')
+    port, env = where.rsplit(':')[-1], dict(DASK_CONFIG=str(settings))
+    cluster('dask_scheduler', '--protocol', 'tls', '--host', '127.0.0.1', '--port', port, **env)
+    cluster('dask_worker', where, '--nthreads', '1', '--no-nanny', **env)
+    plain = where.replace('tls', 'tcp')
+    for wrong, says in ((where, 'no certificate is set here; docs/SECURITY.md'), (plain, 'no scheduler answers')):
+        with pytest.raises(ValueError, match=says):
+            run_many([dict(seed=0)], tmp_path / 'runs', notebook, scheduler=wrong, patience=5.)
+    code = ('import sys; from draem_nb.reports import run_many; '
+            f'found = run_many([dict(seed=0)], {str(tmp_path / "runs")!r}, {str(notebook)!r}, scheduler={where!r}); '
+            'sys.exit(int((found.status != "complete").any()))')
+    done = subprocess.run([sys.executable, '-c', code], env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_address_that_is_not_encrypted_is_told(capsys):
+    class Nobody:
+        def __init__(self, address: str, **how: object) -> None: raise OSError
+    for where, told in (('tcp://10.0.0.7:8786', True), ('tcp://127.0.0.1:8786', False), ('tcp://localhost:8786', False),
+                        ('tls://10.0.0.7:8786', False)):
+        with pytest.raises(ValueError, match='no scheduler answers at .* `dask scheduler --host 127.0.0.1`'):
+            fanout._client(Nobody, where, 1.)
+        assert ('is not encrypted' in capsys.readouterr().err) == told

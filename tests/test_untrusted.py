@@ -202,21 +202,6 @@ def test_files_that_are_not_looked_at_are_named_in_training_and_check(tmp_path):
             and 'not a format that is read' in found.detail[0])
 
 
-@pytest.mark.parametrize('row, says', [('nut,test,anomaly,nut/a.png,/etc/passwd', "a row that is none of VisA's"),
-                                       ('nut,test,anomaly,nut/a.png,nut/../../x.png', "a row that is none of VisA's"),
-                                       ('nut,test,anomaly,other/a.png,nut/m.png', "a row that is none of VisA's"),
-                                       ('nut,test', 'line 3: fewer values than columns'),
-                                       ('nut,test,normal,nut/a.png,,more', 'line 3: more values than columns'),
-                                       ('nut,test,normal,nut/caf\udce9.png,',
-                                        'not a table of comma-separated values in UTF-8')])
-def test_rows_of_visa_that_are_none(tmp_path, row, says):
-    (tmp_path / 'nut').mkdir()
-    (tmp_path / 'split_csv').mkdir()
-    (tmp_path / 'split_csv' / '1cls.csv').write_bytes(
-        f'object,split,label,image,mask\nnut,train,normal,nut/0.png,\n{row}\n'.encode('utf-8', 'surrogateescape'))
-    with pytest.raises(ValueError, match=re.escape(says)): list_files(tmp_path, 'nut')
-
-
 def test_latex_of_the_summary_holds_no_command(tmp_path):
     conditions = dict(category='bottle', recipe=r'\input{/etc/passwd} $x~^{', size=[64, 64], base_width=8,
                       base_channels=4, steps=20, batch=4, seed=0, mask_rule='half')
@@ -401,37 +386,24 @@ def test_a_server_that_sends_nonsense(tmp_path):
     finally: server.shutdown()
 
 
-DAMAGED = {
-    'a list': lambda state: [1, 2], 'a tensor': lambda state: state['history'], 'empty': lambda state: {},
-    'no recipe': lambda state: {k: v for k, v in state.items() if k != 'recipe'},
-    'a recipe that is none': lambda state: state | dict(recipe=[1]),
-    'a recipe of tomorrow': lambda state: state | dict(recipe=state['recipe'] | dict(magic=1)),
-    'a recipe with a wrong value': lambda state: state | dict(recipe=state['recipe'] | dict(lr='x')),
-    'no networks': lambda state: {k: v for k, v in state.items() if k != 'net'},
-    'networks that are none': lambda state: state | dict(net=[1]),
-    'another width': lambda state: state | dict(recipe=state['recipe'] | dict(base_width=8))}
 STEPS = {'a step far away': lambda state: state | dict(step=10**6),
          'a negative step': lambda state: state | dict(step=-1),
          'a step that is none': lambda state: state | dict(step='x'),
          'no losses': lambda state: {k: v for k, v in state.items() if k != 'history'}}
 
 
-@pytest.mark.parametrize('damage', [*DAMAGED, *STEPS])
-def test_a_checkpoint_with_wrong_content_is_named(trained, tmp_path, damage):
+@pytest.mark.parametrize('damage', STEPS)
+def test_no_training_goes_on_from_a_step_that_cannot_be(trained, tmp_path, damage):
     import torch
 
     from draem_nb.data import demo_category, load_category
     from draem_nb.recipes import Recipe
     from draem_nb.textures import load_textures
-    from draem_nb.tiling import load_detector
     from draem_nb.training import train
     for name in ('checkpoint.pt', 'run.json', 'threshold.json'): shutil.copy(trained / name, tmp_path)
     state = torch.load(tmp_path / 'checkpoint.pt', weights_only=True)
     recipe = Recipe(**state['recipe'])
-    torch.save((DAMAGED | STEPS)[damage](state), tmp_path / 'checkpoint.pt')
-    named = f'{re.escape(str(tmp_path))}/checkpoint.pt is (damaged|no checkpoint)'
-    if damage in DAMAGED:
-        with pytest.raises(ValueError, match=named): load_detector(tmp_path, 'cpu')
-    if damage in STEPS:         # it is trained on from there
-        data = load_category(demo_category('brick').parent, 'brick', 64)
-        with pytest.raises(ValueError, match=named): train(data, load_textures(size=64), recipe, tmp_path, 'cpu')
+    torch.save(STEPS[damage](state), tmp_path / 'checkpoint.pt')
+    data = load_category(demo_category('brick').parent, 'brick', 64)
+    with pytest.raises(ValueError, match='checkpoint.pt is damaged'):
+        train(data, load_textures(size=64), recipe, tmp_path, 'cpu')

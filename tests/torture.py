@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 
-from draem_nb.data import demo_category
+from draem_nb import methods
+from draem_nb.data import demo_category, load_category
 from draem_nb.reports import default_folder
 
 TINY = dict(size=64, base_width=4, base_channels=4, steps=40, batch=4, checkpoint_every=5, precision='float32')
@@ -99,9 +100,8 @@ class Maker:
             if int(path.stem.split('_')[0]) >= 12: continue
             (to := self.data / path.relative_to(source.parent)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, to)
-        job = Job('category', self.folder('first'), [], [])
-        job.arguments = self.category(self.trained)
-        if (process := job.start()).wait(): raise RuntimeError(process.stderr.read())
+        recipe = methods.recipe_of('draem', **TINY)
+        methods.fit('draem', load_category(self.data, 'brick', recipe.size), recipe, 'cpu', run_dir=self.trained)
 
     def folder(self, name: str) -> Path:
         path = self.root / f'{name}-{os.urandom(3).hex()}'

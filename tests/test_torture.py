@@ -1,0 +1,12 @@
+"A few of the kills of `make torture` (tests/torture.py), on one command."
+import sys
+from pathlib import Path
+
+import pytest
+
+from torture import Maker, kills
+
+
+@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='processes are found by /proc')
+def test_a_command_that_is_killed_thrice_ends_as_if_undisturbed(tmp_path):
+    assert sys.platform == 'linux' and kills(Maker(tmp_path), ['calibrate'], 3, seed=1) == []
