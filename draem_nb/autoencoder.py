@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import CategoryData, check_size
-from .detector import AnomalyDetector, image_score
+from .detector import AnomalyDetector
 from .losses import reconstruction_error, ssim_loss
 from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, Weight, as_recipe
 from .training import pick_device, split_held_out
@@ -100,7 +100,7 @@ class AutoencoderDetector(AnomalyDetector):
         x = batch.float().div_(255)
         reconstruction = self.net(x)
         maps = _error_map(x, reconstruction, self.recipe.loss)
-        return reconstruction, maps, image_score(maps, self.recipe.score_window)
+        return reconstruction, maps, self.score_of(maps, self.recipe.score_window)
 
 # %% ../nbs/20_autoencoder.ipynb #7266601b
 _LOOK_EVERY = 25     # steps between two looks at the loss, each of which waits for the device
@@ -144,4 +144,5 @@ def fit(
     net = _initialise(Autoencoder(category.size, recipe.bottleneck), generator).to(device)
     losses = _train(net, category.train[kept].to(device), recipe, generator, f'autoencoder, {category.name}')
     detector = AutoencoderDetector(net, recipe, losses)
+    detector.region = category.region
     return detector.calibrate(category.train[held_out]) if len(held_out) else detector

@@ -48,9 +48,10 @@ def _read_notebook(notebook: Path, mtime_ns: int) -> tuple[str, dict[str, tuple[
     tagged = [text(c) for c in cells if 'parameters' in c.get('metadata', {}).get('tags', ())]
     if not tagged: return about, {}
     found = tokenize.generate_tokens(io.StringIO(tagged[0]).readline)
-    comments = {token.start[0]: token.string.lstrip('# ') for token in found if token.type == tokenize.COMMENT}
+    comments = {token.start[0] + token.line.startswith('#'): token.string.lstrip('# ')      # beside it, or above it
+                for token in found if token.type == tokenize.COMMENT}
     assigned = [node for node in ast.parse(tagged[0]).body if isinstance(node, ast.Assign)]
-    return about, {node.targets[0].id: (ast.unparse(node.value), comments.get(node.end_lineno or 0, ''))
+    return about, {node.targets[0].id: (ast.unparse(node.value), comments.get(node.lineno, ''))
                    for node in assigned if isinstance(node.targets[0], ast.Name)}
 
 def _notebook_says(name: str | Path) -> tuple[str, dict[str, tuple[str, str]]]:

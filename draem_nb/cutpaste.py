@@ -356,7 +356,7 @@ class CutPasteDetector(AnomalyDetector):
         rows = pd.DataFrame({f'cross-entropy, {k}': losses.tolist() for k, losses in self.losses.items()})
         rows.insert(0, 'step', rows.index + 1)
         with replacing(Path(run_dir) / 'losses.csv') as temporary: rows.to_csv(temporary, index=False)
-        if self.threshold is not None: self.save_calibration(run_dir)
+        self.save_calibration(run_dir)
 
     @classmethod
     def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> CutPasteDetector:
@@ -420,6 +420,7 @@ def fit(
     nets = {name: net for name, (net, _) in trained.items()}
     losses = {name: losses for name, (_, losses) in trained.items()}
     detector = CutPasteDetector(recipe, nets, *_describe_normal(nets, images, recipe), losses)
+    detector.region = category.region
     if len(held_out): detector.calibrate(category.train[held_out])
     if run_dir: keep_run(detector, about, Path(run_dir))
     return detector

@@ -49,6 +49,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 from .layouts import ClassFiles, UnreadableImage, find_classes, find_images, list_files, open_image, shown
+from .regions import OUTSIDE, read_region
 
 # %% ../nbs/00_data.ipynb #70255cf4
 def _size_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -334,6 +335,7 @@ class ClassTensors:
     weak_masks: torch.Tensor | None = None  # (M, 1, H, W) bool, roughly around the defects; for pictures only
     notes: tuple[str, ...] = ()   # what a reader of the numbers has to know
     antialias: bool = True        # how larger images were shrunk, see `load_images`
+    region: torch.Tensor | None = None  # (H, W) bool, what is looked at (14d_regions); None: everything
 
 # %% ../nbs/00_data.ipynb #cfab2aed
 class CategoryData(ClassTensors):
@@ -376,6 +378,17 @@ def _subset(c: CategoryData, kinds: Sequence[str]) -> CategoryData:
                    masks_official=masks_official, labels=labels,
                    weak_masks=None if c.weak_masks is None else large_part(c.weak_masks, keep))
 
+# %% ../nbs/00_data.ipynb #8073b30e
+def _cut_to_region(region: torch.Tensor, images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> str:
+    "Take away, in place, what lies outside an (H, W) region; a sentence says what that means."
+    before = masks[0].flatten(1).any(1)
+    for image in (one for of in images for one in of): image[:, ~region] = OUTSIDE
+    for mask in (one for of in masks for one in of): mask &= region
+    gone = int((before & ~masks[0].flatten(1).any(1)).sum())
+    return (f'Only a region is looked at, {region.float().mean():.0%} of the image: everything else is gray, and pixel '
+            'metrics count the pixels inside.' + (f' {gone} defective images have their whole defect outside; '
+            'they count as defective all the same.' if gone else ''))
+
 # %% ../nbs/00_data.ipynb #249eeed8
 _UNKNOWN = dict(
     weak='The masks only surround the defects: they are shown in pictures, and pixel metrics are undefined.',
@@ -388,18 +401,23 @@ def load_category(
     color: str = 'rgb',               # channel order, 'rgb' or 'bgr'
     layout: str | None = None,        # a key of `layouts.LAYOUTS`; None: detect
     antialias: bool = True,           # of the images, see `load_images`
+    # what is looked at, see 14d_regions; None: region.png in the class's folder, else everything
+    region: str | Path | Sequence[int] | None = None,
 ) -> CategoryData:
     "A class in any layout, resized to `size`. Anything missing or unreadable raises an error that names it."
     size, files = check_size(size), list_files(root, name, layout)
     train, test = (load_images(images, size, color, True, antialias) for images in (files.train, files.test))
     masks, masks_official = _masks(files, size)
+    if region is None and (own := files.folder / 'region.png').is_file(): region = own
+    looked_at = None if region is None else read_region(region, [*files.train, *files.test], size)
+    cut_note = () if looked_at is None else (_cut_to_region(looked_at, (train, test), (masks, masks_official)),)
     labels = torch.tensor([kind != 'good' for kind in files.kinds], dtype=torch.bool)
     known = files.ground_truth == 'exact' or not labels.any()
     weak = None if files.ground_truth != 'weak' else masks
     if not known: masks, masks_official = (large_zeros(masks.shape, torch.bool) for _ in range(2))
-    notes = files.notes if known else (*files.notes, _UNKNOWN[files.ground_truth])
+    notes = (*files.notes, *cut_note) if known else (*files.notes, *cut_note, _UNKNOWN[files.ground_truth])
     return CategoryData(name, files.folder.parent, size, train, test, masks, masks_official, labels,
-                        files.kinds, files.test, files.train, known, weak, notes, antialias)
+                        files.kinds, files.test, files.train, known, weak, notes, antialias, looked_at)
 
 # %% ../nbs/00_data.ipynb #c0f8ed38
 DEMO_CATEGORIES = ('brick', 'gravel', 'grass')

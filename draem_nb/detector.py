@@ -19,22 +19,24 @@ from typing import Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, check_size, find_images, load_images, write_json
+from .data import CategoryData, check_size, find_images, load_images, read_image, replacing, write_json
 from .losses import reconstruction_error
 from .networks import Draem, fold_batchnorm, winograd
 from .recipes import Recipe, demo, official
+from .regions import OUTSIDE, inside
 from .textures import load_textures
 from .training import (damage_named, load_checkpoint, memory_format_of, move, pick_device, split_held_out,
                                train)
 
 # %% auto #0
 __all__ = ['Images', 'STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'check_batch',
-           'check_finite', 'above', 'image_statistics', 'write_statistics', 'as_bytes', 'detections', 'Calibration',
-           'Predictor', 'AnomalyDetector', 'TrainedDraem', 'Detector', 'fit']
+           'check_finite', 'above', 'image_statistics', 'write_statistics', 'as_bytes', 'detections', 'WithRegion',
+           'Calibration', 'Predictor', 'AnomalyDetector', 'TrainedDraem', 'Detector', 'fit']
 
 # %% ../nbs/08_detector.ipynb #524530cf
 def mean_filter(maps: Tensor, window: int) -> Tensor:
@@ -163,6 +165,22 @@ def _read_statistics(path: Path, n: int) -> np.ndarray:
                          'numbers; delete it and calibrate again')
     return values
 
+# %% ../nbs/08_detector.ipynb #c9393916
+def _write_region(region: Tensor | None, path: Path) -> None:
+    "White where the detector looks; no file where that is everywhere."
+    if region is None: path.unlink(missing_ok=True); return
+    with replacing(path) as temporary:
+        Image.fromarray(region.numpy().astype(np.uint8) * 255).save(temporary, format='png')
+
+def _read_region(path: Path, size: tuple[int, int]) -> Tensor | None:
+    "What `_write_region` wrote; `ValueError` where it is not that."
+    if not path.exists(): return None
+    region = torch.from_numpy(np.array(read_image(path).convert('L')) > 127)
+    if tuple(region.shape) != size or not region.any():
+        raise ValueError(f'{path} is damaged or not ours: it must be white somewhere and {size[0]} x {size[1]} pixels '
+                         'large (height x width), the size that the detector looks at; train again')
+    return region
+
 # %% ../nbs/08_detector.ipynb #f89d60fd
 STATISTICS = ('brightness', 'sharpness', 'red - green', 'blue - yellow')
 
@@ -198,8 +216,31 @@ def detections(batches: Sequence[Sequence[Tensor]], threshold: float | None, pix
     return Detections(maps, scores, above(maps, pixel_threshold), above(scores, threshold),
                       torch.cat(reconstructions) if reconstructions else None, paths)
 
+# %% ../nbs/08_detector.ipynb #d3822fab
+class WithRegion:
+    "Where a detector looks (14d_regions), and the file that keeps it."
+    size: tuple[int, int]               # (H, W) of what it looks at, in pixels
+    region: Tensor | None = None        # (H, W) bool: what of it; None: everything
+
+    def pixels(self, maps: Tensor) -> Tensor:
+        "Of (B, H, W) maps or masks, the pixels that are looked at: (B * n,)."
+        return (maps if self.region is None else maps[:, self.region]).flatten()
+
+    def score_of(self, maps: Tensor, window: int) -> Tensor:
+        "`image_score` of (B, 1, H, W) maps, inside the region alone."
+        return image_score(inside(maps, self.region, 0.), window)
+
+    def save_region(self, run_dir: str | Path) -> None:
+        "Write region.png into the folder, where there is a region."
+        _write_region(self.region, Path(run_dir) / 'region.png')
+
+    def load_region(self, run_dir: str | Path) -> None:
+        "Take the region of region.png, if the folder holds one; `ValueError` where that does not fit."
+        size = getattr(getattr(self, 'recipe', None), 'image_size', None) or self.size     # with one, in tiles
+        self.region = _read_region(Path(run_dir) / 'region.png', check_size(size))
+
 # %% ../nbs/08_detector.ipynb #f66978be
-class Calibration:
+class Calibration(WithRegion):
     "The thresholds of a detector, and the held-out normal images that they come from."
     quantile: float = 0.995             # of held-out normal scores and pixels: the thresholds
     threshold: float | None = None      # of the score
@@ -213,12 +254,15 @@ class Calibration:
         return len(self.held_out_scores)
 
     def save_calibration(self, run_dir: str | Path) -> None:
-        "Write threshold.json and held_out.json into the folder, where `load_calibration` finds them."
+        "Write region.png and, with thresholds, threshold.json and held_out.json into the folder, for `load_calibration`."
+        self.save_region(run_dir)
+        if self.threshold is None: return
         write_json({name: getattr(self, name) for name in _CALIBRATION}, Path(run_dir) / 'threshold.json')
         write_statistics(self.held_out_statistics, Path(run_dir) / 'held_out.json')
 
     def load_calibration(self, run_dir: str | Path) -> None:
-        "Take the thresholds of threshold.json, if the folder holds one; `ValueError` where that is damaged."
+        "Take region and thresholds, where the folder holds them; `ValueError` where they are damaged."
+        self.load_region(run_dir)
         if not (known := Path(run_dir) / 'threshold.json').exists(): return
         self.__dict__.update(_read_calibration(known))
         if (known := known.with_name('held_out.json')).exists():
@@ -227,7 +271,6 @@ class Calibration:
 # %% ../nbs/08_detector.ipynb #ac853cde
 class Predictor(Calibration):
     "A method that turns a batch of images into maps and scores has `predict` for images of any form and number."
-    size: tuple[int, int]               # (H, W) of what it looks at, in pixels
     device: torch.device
     color: str = 'rgb'                  # channel order of what it looks at
     antialias: bool = True              # how larger images are brought to `size`, see `load_images`
@@ -241,13 +284,14 @@ class Predictor(Calibration):
         "Maps, scores and, with thresholds, masks and verdicts for images of any form and size (see `as_images`)."
         check_batch(batch)
         images, paths = as_images(images, self.size, self.color, self.antialias)
+        images = inside(images, self.region)
         found: list[Sequence[Tensor]] = [(torch.zeros(0, *self.size), torch.zeros(0))]
         firsts, names = range(0, len(images), batch), paths or range(len(images))
         for first in tqdm(firsts, 'predicting', unit='batch', mininterval=0.5, delay=2):
             reconstruction, maps, scores = self.maps_and_scores(images[first:first + batch].to(self.device))
             check_finite(maps, scores, names[first:])
             kept = [as_bytes(reconstruction, self.color)] if reconstructions and reconstruction is not None else []
-            found.append((maps[:, 0].cpu(), scores.cpu(), *kept))
+            found.append((inside(maps[:, 0].cpu(), self.region, 0.), scores.cpu(), *kept))
         return detections(found, self.threshold, self.pixel_threshold, paths)
 
 # %% ../nbs/08_detector.ipynb #b4323aa3
@@ -268,7 +312,7 @@ class AnomalyDetector(Predictor):
             raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
         self.quantile, self.held_out_scores = quantile, found.scores.tolist()
         self.threshold = upper_quantile(found.scores.numpy(), self.quantile)
-        self.pixel_threshold = max(self.pixel_floor, upper_quantile(found.maps.numpy().ravel(), self.quantile))
+        self.pixel_threshold = max(self.pixel_floor, upper_quantile(self.pixels(found.maps).numpy(), self.quantile))
         self.held_out_statistics = self.statistics(normal_images)
         return self
 
@@ -276,8 +320,8 @@ class AnomalyDetector(Predictor):
         "The numbers of `image_statistics` for images as `predict` takes them, at the size that the detector looks at."
         if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
         parts = [images[i:i + 16] for i in range(0, len(images), 16)] if isinstance(images, Sequence) else [images]
-        return np.concatenate([image_statistics(as_images(part, self.size, antialias=self.antialias)[0])
-                               for part in parts])
+        return np.concatenate([image_statistics(inside(as_images(part, self.size, antialias=self.antialias)[0],
+                                                       self.region)) for part in parts])
 
 # %% ../nbs/08_detector.ipynb #973060d4
 class TrainedDraem(AnomalyDetector):
@@ -299,7 +343,7 @@ class TrainedDraem(AnomalyDetector):
         "Of (B, 3, H, W) uint8: the reconstruction or None, probabilities (B, 1, H, W), scores (B,)."
         x = batch.float().div_(255).contiguous(memory_format=self.memory_format)
         reconstruction, maps = _reconstruction_and_map(self.fast_net, x, self.recipe.reconstruction_map)
-        return reconstruction, maps, image_score(maps, self.recipe.score_window)
+        return reconstruction, maps, self.score_of(maps, self.recipe.score_window)
 
     def export_onnx(self, path: str | Path) -> Path:
         """ONNX model: `image` (B, 3, H, W) float in 0..1 -> `map` (B, 1, H, W) and `score` (B,); any batch.
@@ -364,10 +408,11 @@ def _reconstruction_and_map(net: Draem, x: Tensor, reconstruction_map: str) -> t
 class _Exported(nn.Module):
     def __init__(self, detector: TrainedDraem):
         super().__init__()
-        self.net, self.recipe = detector.net, detector.recipe
+        self.net, self.recipe, self.region = detector.net, detector.recipe, detector.region
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        maps = _reconstruction_and_map(self.net, x, self.recipe.reconstruction_map)[1]
+        x = inside(x, self.region, OUTSIDE / 255)
+        maps = inside(_reconstruction_and_map(self.net, x, self.recipe.reconstruction_map)[1], self.region, 0.)
         return maps, image_score(maps, self.recipe.score_window)
 
 # %% ../nbs/08_detector.ipynb #93fcc49c
@@ -400,5 +445,7 @@ def fit(
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
         detector = Detector.load(train(category, textures, recipe, folder, device), device)
         _, held_out = split_held_out(len(category.train), recipe)
-        if len(held_out): detector.calibrate(category.train[held_out]).save_calibration(folder)
+        detector.region = category.region
+        if len(held_out): detector.calibrate(category.train[held_out])
+        detector.save_calibration(folder)
     return detector

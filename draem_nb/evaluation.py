@@ -33,11 +33,12 @@ __all__ = ['PUBLISHED_AS', 'wilson_interval', 'intervals', 'evaluate', 'method_c
            'summary_table', 'mark_best', 'differences']
 
 # %% ../nbs/10_evaluation.ipynb #8f86e026
-def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray) -> dict[str, dict]:
+def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray,
+             region: torch.Tensor | None) -> dict[str, dict]:
     "Image and pixel metrics of the test images `keep` (indices)."
     image = evaluate_scores(found.scores[keep], labels[keep])
     return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())),
-                pixel=evaluate_maps(large_part(found.maps, keep), large_part(masks, keep)))
+                pixel=evaluate_maps(large_part(found.maps, keep), large_part(masks, keep), region=region))
 
 # %% ../nbs/10_evaluation.ipynb #f8a62cae
 def _notes(results: dict, category: CategoryData, masks: torch.Tensor, has_map: bool) -> list[str]:
@@ -142,13 +143,14 @@ def intervals(
     labels: torch.Tensor,   # (N,) bool
     draws: int = 1000,
     seed: int = 0,
+    region: torch.Tensor | None = None,     # as in `evaluate_maps`
 # {'image': {'auroc': [low, high], 'ap': ...}, 'pixel': {..., 'aupro': ...}}
 ) -> dict[str, dict[str, list[float] | None]]:
     """95 % percentile bootstrap over images, good and defective ones drawn apart.
 
     None where a metric is undefined, or where there is one good or one defective image. Pixel scores
     are cut into some 2,000 bins."""
-    drawn = _drawn(detections, np.asarray(masks, bool), _weights(labels, draws, seed), np.asarray(labels, bool))
+    drawn = _drawn(detections, np.asarray(masks, bool), _weights(labels, draws, seed), np.asarray(labels, bool), region)
     return {part: {name: _limits(values) for name, values in found.items()} for part, found in drawn.items()}
 
 # %% ../nbs/10_evaluation.ipynb #611972d6
@@ -157,16 +159,19 @@ def _image_counts(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     reached = scores[:, None] >= np.unique(scores)[::-1]
     return reached & ~labels[:, None], reached & labels[:, None], None
 
-def _pixel_counts(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+def _pixel_counts(maps: np.ndarray, masks: np.ndarray, region: torch.Tensor | None
+                  = None) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """The same for pixels in bins; and for AUPRO the summed covered shares of the regions (N, K) of each image,
     and how many they are (N,)."""
     edges = _bins(maps.ravel(), masks.ravel())
+    counted = True if region is None else np.asarray(region).ravel()
     counts = np.zeros((3, len(maps), edges.size)); regions = np.zeros(len(maps))
     for i, (m, mask) in enumerate(zip(maps, masks)):
         bins, flat = np.searchsorted(edges, m.ravel(), 'right') - 1, mask.ravel()
         label, regions[i] = ndimage.label(mask, structure=np.ones((3, 3)))
         shares = (1 / np.bincount(label.ravel()).clip(1))[label.ravel()]
-        for row, weight in zip(counts, (~flat, flat, shares * flat)): row[i] = _histograms(bins, edges.size, weight)
+        for row, weight in zip(counts, (~flat & counted, flat, shares * flat)):
+            row[i] = _histograms(bins, edges.size, weight)
     return counts[0], counts[1], (counts[2], regions)
 
 # %% ../nbs/10_evaluation.ipynb #dab3d9c0
@@ -179,11 +184,11 @@ def _weights(labels: torch.Tensor, draws: int, seed: int) -> np.ndarray:
     return weights
 
 def _drawn(found: Detections, masks: np.ndarray, weights: np.ndarray,
-           labels: np.ndarray) -> dict[str, dict[str, np.ndarray | None]]:
+           labels: np.ndarray, region: torch.Tensor | None = None) -> dict[str, dict[str, np.ndarray | None]]:
     "Every metric in every draw, (draws,)."
     drawable = labels.size and 1 not in (labels.sum(), (~labels).sum())
     counts = dict(image=_image_counts(np.asarray(found.scores, np.float64), labels),
-                  pixel=_pixel_counts(np.asarray(found.maps), masks)) if drawable else {}
+                  pixel=_pixel_counts(np.asarray(found.maps), masks, region)) if drawable else {}
     return {part: _values(weights, counts.get(part), names)
             for part, names in dict(image=('auroc', 'ap'), pixel=('auroc', 'ap', 'aupro')).items()}
 
@@ -238,13 +243,15 @@ def evaluate(
     masks, other = (m[:, 0] if has_map else torch.zeros_like(m[:, 0])
                     for m in (category.masks, category.masks_official)[::1 if mask_rule == 'half' else -1])
     kinds = np.array(category.kinds, dtype=str)
-    of = lambda *names: _metrics(found, masks, category.labels, np.flatnonzero(np.isin(kinds, ['good', *names])))
+    region = getattr(category, 'region', None)
+    of = lambda *names: _metrics(found, masks, category.labels, np.flatnonzero(np.isin(kinds, ['good', *names])),
+                                 region)
     results = of(*set(kinds))
     results['kinds'] = {kind: dict(n=int((kinds == kind).sum()), **of(kind)) for kind in sorted(set(kinds) - {'good'})}
     if together: results['together'] = dict(kinds=sorted(together), **of(*together))
-    results |= dict(intervals=intervals(found, masks, category.labels),
+    results |= dict(intervals=intervals(found, masks, category.labels, region=region),
                     other_mask_rule=dict(mask_rule='official' if mask_rule == 'half' else 'half',
-                                         pixel=evaluate_maps(found.maps, other)),
+                                         pixel=evaluate_maps(found.maps, other, region=region)),
                     operating_point=_operating_point(detector, found, category.labels),
                     conditions=_conditions(detector, category, mask_rule))
     return dict(results, notes=_notes(results, category, masks, has_map))

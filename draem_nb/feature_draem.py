@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from . import plots
 from .data import CategoryData
-from .detector import image_score
 from .features import BACKBONES, Trunk, levels_of, load_network
 from .fitting import NetworkDetector, NetworkRecipe, fit_networks
 from .losses import focal_loss
@@ -240,7 +239,7 @@ class FeatureDraemDetector(NetworkDetector):
         levels = levels_of(self._backbone, batch, self.recipe.levels)
         logits = reconstruct_and_segment(self.nets, levels)[2]
         maps = torch.sigmoid(_resized(logits[:, 1:] - logits[:, :1], batch.shape[2:]))     # softmax of two, class 1
-        return None, maps, image_score(maps, self.recipe.score_window)
+        return None, maps, self.score_of(maps, self.recipe.score_window)
 
 # %% ../nbs/45_feature_draem.ipynb #76a5843f
 def fit(

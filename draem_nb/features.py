@@ -265,6 +265,7 @@ def fit_detector(
     detector.learned = detector.learn(_batches(images, kept, device, f'{detector.method}, {category.name}'), len(kept))
     normal = _batches(images, (held_out if len(held_out) else kept)[:32], device, 'the farthest normal pixel')
     detector.farthest = max(1e-6, *(float(detector.distances(part)[0].max()) for part in normal))
+    detector.region = category.region
     if len(held_out): detector.calibrate(large_part(images, held_out))
     if run_dir: keep_run(detector, about, Path(run_dir))
     return detector

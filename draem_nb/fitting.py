@@ -190,10 +190,10 @@ class KeptDetector(AnomalyDetector):
     recipe_type: type[MethodRecipe]
 
     def save(self, run_dir: str | Path) -> None:
-        "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
+        "Write checkpoint.pt and what `save_calibration` keeps into the folder."
         state = dict(method=self.method, recipe=dataclasses.asdict(self.recipe), **self.state())
         with replacing(Path(run_dir) / 'checkpoint.pt') as temporary: torch.save(state, temporary)
-        if self.threshold is not None: self.save_calibration(run_dir)
+        self.save_calibration(run_dir)
 
     @classmethod
     def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> Self:
@@ -256,6 +256,8 @@ def fit_networks(
         detector.nets.train()
         detector.losses = train_in_steps(training, about, folder)
         detector.nets.eval()
+        detector.region = category.region
         if (folder / 'threshold.json').exists(): detector.load_calibration(folder)
-        elif len(held_out): detector.calibrate(large_part(images, held_out)).save_calibration(folder)
+        elif len(held_out): detector.calibrate(large_part(images, held_out))
+        detector.save_calibration(folder)
     return detector

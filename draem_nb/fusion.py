@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import feature_draem, memory
 from .data import CategoryData, check_size, large_part
-from .detector import image_score
 from .features import BACKBONES
 from .feature_draem import FeatureDraemDetector, FeatureDraemRecipe
 from .fitting import KeptDetector, describe_run, is_there, keep_run
@@ -107,7 +106,7 @@ class FusionDetector(Witnesses):
     def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         "Of (B, 3, H, W) uint8: no reconstruction; the joint evidence (B, 1, H, W) in 0..1, scores (B,)."
         z = self.evidence(batch)
-        return None, (z - self.highest).sigmoid(), image_score(z, self.recipe.score_window)
+        return None, (z - self.highest).sigmoid(), self.score_of(z, self.recipe.score_window)
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> None:
@@ -138,6 +137,7 @@ def fit(
             memory=memory.fit(category, memory_recipe(recipe), device, run_dir=memory_dir))
     kept, held_out = split_held_out(len(images), recipe)
     detector.measure(large_part(images, (held_out if len(held_out) else kept)[:128]))
+    detector.region = category.region
     if len(held_out): detector.calibrate(large_part(images, held_out))
     if run_dir:
         shutil.copy(painted_dir / 'losses.csv', run_dir)       # where a report looks for them

@@ -18,7 +18,7 @@ from PIL import Image
 from .layouts import shown
 
 # %% auto #0
-__all__ = ['SCRIPT', 'SCRIPT_HASH', 'count_in_words', 'gallery']
+__all__ = ['SCRIPT', 'SCRIPT_HASH', 'HEAD', 'count_in_words', 'gallery']
 
 # %% ../nbs/11b_gallery.ipynb #562e268c
 def count_in_words(scores: Sequence[float] | np.ndarray, good: Sequence[bool] | None, threshold: float) -> str:
@@ -152,3 +152,6 @@ for (const gallery of document.querySelectorAll('.gallery')) {
 
 # %% ../nbs/11b_gallery.ipynb #c9059c8e
 SCRIPT_HASH = 'sha256-' + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+HEAD = ("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        f"img-src data:; font-src data:; form-action 'none'; base-uri 'none'; script-src '{SCRIPT_HASH}'\">\n"
+        f'<script type="module">{SCRIPT}</script>')          # of every page that has a gallery

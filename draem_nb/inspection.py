@@ -19,6 +19,7 @@ from . import plots
 from .data import read_image, replacing
 from .detector import AnomalyDetector, Detections
 from .layouts import UnreadableImage
+from .regions import inside
 
 # %% auto #0
 __all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold', 'calibrate', 'threshold_interval', 'look',
@@ -129,8 +130,11 @@ def save_pictures(
     "Write heat map, overlay and mask of one image at its own size, the map resized to it."
     image, limit = from_numpy(np.array(read_image(path).convert('RGB'))).permute(2, 0, 1), detector.pixel_threshold
     large = F.interpolate(small[None, None], image.shape[-2:], mode='bilinear', align_corners=False)[0, 0]
+    region = detector.region
+    if region is not None: region = F.interpolate(region[None, None].float(), image.shape[-2:])[0, 0] > 0
+    large = inside(large, region, 0.)
     mask = None if limit is None else large > limit
-    pictures = dict(heatmaps=plots.heatmap(large, limit), overlays=plots.overlay(image, large, mask, limit))
+    pictures = dict(heatmaps=plots.heatmap(large, limit), overlays=plots.overlay(image, large, mask, limit, region))
     if mask is not None: pictures['masks'] = mask.numpy().astype(np.uint8) * 255
     for kind, picture in pictures.items():
         (to := out_dir / kind / name).parent.mkdir(parents=True, exist_ok=True)

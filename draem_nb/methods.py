@@ -56,7 +56,9 @@ class _Draem:
         with tempfile.TemporaryDirectory() as scratch:
             train(category, textures, recipe, folder := Path(run_dir or scratch), device)
             found, held_out = self.load(folder, device), split_held_out(len(category.train), recipe)[1]
-            if len(held_out): found.calibrate(large_part(category.train, held_out)).save_calibration(folder)
+            found.region = category.region
+            if len(held_out): found.calibrate(large_part(category.train, held_out))
+            found.save_calibration(folder)
             return found
 
     def examples(self, images: Tensor, recipe: recipes.Recipe, textures: Tensor) -> Figure:
@@ -71,7 +73,7 @@ def _save_autoencoder(found: AutoencoderDetector, run_dir: Path) -> None:
     with replacing(run_dir / 'checkpoint.pt') as temporary: torch.save(state, temporary)
     rows = pd.DataFrame(dict(step=range(1, len(found.losses) + 1), loss=found.losses.tolist()))
     with replacing(run_dir / 'losses.csv') as temporary: rows.to_csv(temporary, index=False)
-    if found.threshold is not None: found.save_calibration(run_dir)
+    found.save_calibration(run_dir)
 
 # %% ../nbs/40_methods.ipynb #e8655a0d
 class _Autoencoder:
@@ -155,7 +157,10 @@ def fit(
     One that wants textures gets the built-in photographs where none are given."""
     recipe = recipe or recipe_of(name)
     if textures is None: textures = textures_of(name, recipe)
-    return method(name).fit(category, recipe, device, textures, run_dir)
+    detector = method(name).fit(category, recipe, device, textures, run_dir)
+    if category.region is not None and detector.region is None:
+        raise ValueError(f'method {name} does not keep the region of the class; its fit must set detector.region')
+    return detector
 
 def load(run_dir: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
     "The detector of a run, by the method that run.json names; without a word there it was DRAEM."

@@ -190,11 +190,13 @@ def evaluate_maps(
     maps: object, # (M, H, W) or (M, 1, H, W) finite scores, tensor or array; higher is more anomalous
     masks: object, # (M, H, W) or (M, 1, H, W) bool; True is a defect
     fpr_limit: float = 0.3, # false-positive rate up to which AUPRO looks, 0 < fpr_limit <= 1
+    region: object = None, # (H, W) bool with every defect in it: other pixels do not count; None: all count
 ) -> dict[str, float | None]: # auroc, ap, f1_max, aupro: fractions; None where undefined
     "The metrics of all pixels of M score maps. Shapes that differ, NaN and infinity raise `ValueError`."
     if not 0 < fpr_limit <= 1: raise ValueError(f"fpr_limit is {fpr_limit}; it must be above 0 and at most 1")
     maps, masks = _checked_maps(maps, masks)
-    groups = _tie_groups(maps, masks)
+    counted = ... if region is None else (slice(None), _array(region))
+    groups = _tie_groups(maps[counted], masks[counted])
     aupro = area_to(*corners(groups, region_weights(masks)),
                     fpr_limit) if groups.n_defects and groups.n_normals else None
     return dict(auroc=auroc(groups), ap=average_precision(groups), f1_max=f1_max(groups)[0], aupro=aupro)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .data import CategoryData
 from .features import BACKBONES, FeatureDetector, FeatureRecipe, as_maps, fit_detector, levels_of
 from .recipes import Count, Positive, as_recipe
+from .regions import inside
 from .simulator import generator_of
 
 # %% auto #0
@@ -127,7 +128,7 @@ class PadimDetector(FeatureDetector):
         stride = self.recipe.levels[0]
         grid = far.T.view(len(images), self.size[0] // stride, self.size[1] // stride)
         maps = as_maps(grid, self.size, self.recipe.sigma)
-        return maps, maps.amax((1, 2, 3))
+        return maps, inside(maps, self.region, 0.).amax((1, 2, 3))
 
 # %% ../nbs/44_padim.ipynb #f8fdee7a
 def fit(

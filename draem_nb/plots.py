@@ -141,6 +141,7 @@ def overlay(
     map: torch.Tensor,                # (H, W), scores 0..1, or any with their limit
     mask: torch.Tensor | None = None, # (H, W) bool: the pixels called defect, outlined in orange
     limit: float | None = None,       # as in `heatmap`
+    region: torch.Tensor | None = None,  # (H, W) bool: what is looked at; the rest is darkened, behind a white line
 ) -> np.ndarray:                      # (H, W, 3) uint8
     "An image with its score map over it: the surer the detector, the more opaque the heat."
     picture, scores = _picture(image), np.clip(in_limits(map, limit), 0, 1)
@@ -150,6 +151,9 @@ def overlay(
                          'resize the map to the image before laying it over')
     opacity = .7 * (scores if limit is None else scores**2)[..., None]    # what is far below the limit is hardly seen
     mixed = ((1 - opacity) * picture + opacity * heatmap(map, limit)).round().astype(np.uint8)
+    if region is not None:
+        mixed[~_plane(region)] //= 2
+        mixed[outline(region)] = 255
     if mask is not None: mixed[outline(mask)] = np.round(np.array(plt.matplotlib.colors.to_rgb(PREDICTION)) * 255)
     return mixed
 

@@ -243,9 +243,7 @@ def _keep(temporary: Path, final: Path, error: str = '') -> Path:
 _TEMPLATE = """
 {%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; \
-font-src data:; form-action 'none'; base-uri 'none'; script-src '""" + gallery.SCRIPT_HASH + """'">
-<script type="module">{% raw %}""" + gallery.SCRIPT + """{% endraw %}</script>
+{% raw %}""" + gallery.HEAD + """{% endraw %}
 {%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
@@ -339,6 +337,8 @@ def _files_read(asked: dict) -> dict[str, Path]:
         of = list_files(asked['data_root'], asked['category'], asked.get('layout'))
         files |= {os.path.relpath(path, of.folder): path for path in (*of.train, *of.test,
                                                                       *(mask for masks in of.masks for mask in masks))}
+        files |= {'region.png': of.folder / 'region.png'}           # where there is one
+    if isinstance(asked.get('region'), str): files |= {'the region': Path(asked['region'])}      # or four numbers
     if asked.get('textures_root'):
         files |= {f"textures {os.path.relpath(path, asked['textures_root'])}": path
                   for path in find_images(asked['textures_root'])}

@@ -21,6 +21,7 @@ from .fitting import NetworkDetector, NetworkRecipe, fit_networks
 from .losses import reconstruction_error, ssim_loss
 from .networks import BatchNorm2d
 from .recipes import Count, Inside, Positive, Weight, as_recipe
+from .regions import inside
 from .simulator import generator_of, image_indices
 
 # %% auto #0
@@ -179,7 +180,7 @@ class RiadDetector(NetworkDetector):
             reconstructions.append(torch.stack(parts).mean(0))
             maps.append(torch.stack([reconstruction_error(x, part, 'msgms') for part in parts]).mean(0))
         maps = mean_filter(torch.cat(maps), self.recipe.score_window)
-        return torch.cat(reconstructions), maps, maps.amax((1, 2, 3))
+        return torch.cat(reconstructions), maps, inside(maps, self.region, 0.).amax((1, 2, 3))
 
 # %% ../nbs/48_riad.ipynb #9afbf1ea
 def fit(

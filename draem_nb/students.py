@@ -19,6 +19,7 @@ from .data import CategoryData
 from .features import BACKBONES, few_at_a_time, load_network
 from .fitting import NetworkDetector, NetworkRecipe, fit_networks
 from .recipes import Count, Inside, Positive, Weight, as_recipe
+from .regions import inside
 from .simulator import generator_of, image_indices
 from .textures import load_textures
 
@@ -290,7 +291,7 @@ class StudentsDetector(NetworkDetector):
     def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         "Of (B, 3, H, W) uint8: no reconstruction; disagreement (B, 1, H, W) in 0..1, scores (B,)."
         maps = torch.cat([map_of(self.nets, x) for part in batch.split(1) for x in few_at_a_time(part)])
-        return None, 1 / (1 + (self.nets.farthest / maps).square()), maps.amax((1, 2, 3))
+        return None, 1 / (1 + (self.nets.farthest / maps).square()), inside(maps, self.region, 0.).amax((1, 2, 3))
 
 # %% ../nbs/47_students.ipynb #b49c6449
 def fit(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .data import check_size, find_images, large_zeros, load_images, read_json
 from .detector import (AnomalyDetector, Detections, Detector, Images, above, as_bytes, as_images, check_batch,
                                check_finite, image_score)
+from .regions import inside
 
 # %% auto #0
 __all__ = ['tile_starts', 'blend_weights', 'OnTiles', 'TiledDetector', 'load_detector']
@@ -71,8 +72,9 @@ class OnTiles(AnomalyDetector):
         if (recipe := getattr(detector, 'recipe', None)) is not None: self.recipe = recipe
         self.window = getattr(recipe, 'score_window', 21)
         for name in ('antialias', 'quantile', 'pixel_floor', 'threshold', 'pixel_threshold', 'held_out_scores',
-                     'held_out_statistics'):
+                     'held_out_statistics', 'region'):
             setattr(self, name, getattr(detector, name))
+        detector.region = None          # it is of whole images, not of tiles
 
     def places(self) -> list[tuple[int, int, Tensor]]:
         "Of every tile its first row and column, and the (h, w) weights with which its map counts."
@@ -83,6 +85,7 @@ class OnTiles(AnomalyDetector):
 def _blended(tiled: OnTiles, image: Tensor, batch: int, reconstructions: bool) -> tuple[Tensor, Tensor | None]:
     "(3, H, W) uint8 -> (H, W) map on the device, and (3, H, W) uint8 reconstruction if asked for and there is one."
     (h, w), color, places = tiled.detector.size, tiled.detector.color, tiled.places()
+    image = inside(image, tiled.region)
     score_map = torch.zeros(tiled.size, device=tiled.device)
     blended = torch.zeros(3, *tiled.size, device=tiled.device) if reconstructions else None
     for first in range(0, len(places), batch):
@@ -94,7 +97,7 @@ def _blended(tiled: OnTiles, image: Tensor, batch: int, reconstructions: bool) -
         if found is None: blended = None
         else:
             for i, (y, x, weight) in enumerate(part): blended[:, y:y + h, x:x + w] += weight * found[i]
-    return score_map, None if blended is None else as_bytes(blended[None], color)[0]
+    return inside(score_map, tiled.region, 0.), None if blended is None else as_bytes(blended[None], color)[0]
 
 # %% ../nbs/08b_tiling.ipynb #e8e72cc3
 class TiledDetector(OnTiles):
