@@ -20,11 +20,11 @@ setup(
     package_dir={'draem_nb': 'draem_nb', 'draem_nb.notebooks': 'nbs/reports', 'draem_nb.paper': 'data/paper'},
     package_data={'draem_nb.notebooks': ['*.ipynb'], 'draem_nb.paper': ['*.csv']},
     install_requires=cfg['requirements'].split(),
-    # `cluster`: reports side by side with dask; `pretrained`: ImageNet weights; the tests
-    # need both; `site`: `make site`
+    # `cluster`: reports side by side with dask; `pretrained`: ImageNet weights; `explore`: knobs in JupyterLab;
+    # the tests need all three; `site`: `make site`
     extras_require={extra: ' '.join(cfg[f'{part}_requirements'] for part in parts.split()).split()
                     for extra, parts in {'cluster': 'cluster', 'pretrained': 'pretrained', 'export': 'export',
-                                         'site': 'site',
-                                         'dev': 'dev cluster pretrained export'}.items()},
+                                         'explore': 'explore', 'site': 'site',
+                                         'dev': 'dev cluster pretrained export explore'}.items()},
     entry_points={'console_scripts': ['draem_nb = draem_nb.cli:main']},
 )

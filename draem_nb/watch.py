@@ -6,18 +6,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import ipaddress
 import json
 import math
 import os
+import queue
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from html import escape
+from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
+from PIL import Image
 
+from . import gallery
 from .data import replacing
 from .detector import AnomalyDetector
 from .inspection import choose_threshold, look, save_pictures, verdict
@@ -26,7 +37,7 @@ from .reports import locked
 from .tiling import load_detector
 
 # %% auto #0
-__all__ = ['PATIENCE', 'COLUMNS', 'Arrivals', 'Verdicts', 'watch', 'main']
+__all__ = ['PATIENCE', 'COLUMNS', 'MOST', 'Arrivals', 'Verdicts', 'Report', 'watch', 'Listener', 'main']
 
 # %% ../nbs/14c_watch.ipynb #7d9511de
 PATIENCE = 10       # looks at an unchanged file that does not decode, before it is called unreadable
@@ -59,6 +70,7 @@ class Arrivals:
 # %% ../nbs/14c_watch.ipynb #fbe7888d
 COLUMNS = ('file', 'bytes', 'changed_ns', 'score', 'threshold', 'margin', 'verdict', 'note', 'defect_pixels',
            'defect_left', 'defect_top', 'defect_width', 'defect_height', 'seconds')
+MOST = 10_000       # rows that are kept in memory, for the report
 
 class Verdicts:
     "The table verdicts.csv of a watched folder: read at the start, one line longer with each `add`."
@@ -71,22 +83,98 @@ class Verdicts:
         if tuple(rows[0]) != COLUMNS:
             raise ValueError(f'{path} is not the table of a watched folder; choose another out_dir')
         with replacing(path) as temporary: temporary.write_bytes(whole)         # a kill here leaves the old table
+        self.rows = deque((dict(zip(COLUMNS, row)) for row in rows[1:]), maxlen=MOST)       # the last ones
         self.judged = {(row[0], int(row[1]), int(row[2])) for row in rows[1:]}
 
     def add(self, row: dict) -> None:
         """Append a row, and wait until it is on the disk. A file is an absolute path, so it is no formula to a
         spreadsheet."""
         self.judged.add((row['file'], row['bytes'], row['changed_ns']))
+        self.rows.append(row)
         with open(self.path, 'a', newline='', encoding='utf-8') as file:
             csv.DictWriter(file, COLUMNS, lineterminator='\n').writerow(row)
             file.flush()
             os.fsync(file.fileno())
 
+# %% ../nbs/14c_watch.ipynb #6eac2827
+_SHOWN = 30         # the last alarms and the last photos, so many of each have a picture
+
+def _judged_at(row: dict) -> float:
+    "When the verdict fell, in seconds since 1970."
+    return int(row['changed_ns']) / 1e9 + float(row['seconds'])
+
+def _clock(row: dict) -> str: return time.strftime('%H:%M:%S', time.localtime(_judged_at(row)))
+
+def _today(rows: Iterable[dict], now: float) -> list[dict]:
+    "Those of the local day, in order."
+    day = time.localtime(now)[:3]
+    return [row for row in rows if time.localtime(_judged_at(row))[:3] == day]
+
+def _day_in_words(rows: list[dict], now: float) -> list[str]:
+    "Sentences on the rows of a day."
+    if not rows: return ['No photo was judged today.']
+    alarms = [row for row in rows if row['verdict'] == 'anomalous']
+    broken = [row for row in rows if row['verdict'].startswith('unreadable')]
+    seconds, hour = [float(row['seconds']) for row in rows], sum(_judged_at(row) > now - 3600 for row in rows)
+    said = [f'{len(rows)}{" or more" if len(rows) == MOST else ""} files judged today, {len(alarms)} '
+            f'alarms, {len(broken)} unreadable. The last one at {_clock(rows[-1])}.',
+            f'{hour} in the last hour. From the last change of a file to its verdict: {np.median(seconds):.1f} s in '
+            f'the median, {max(seconds):.1f} s at most.']
+    return said + [f'{_clock(row)} {row["file"]}: {row["verdict"]}' for row in broken[-10:]]
+
+# %% ../nbs/14c_watch.ipynb #f35f3875
+_STYLE = """<style>body { font: 15px sans-serif; max-width: 1100px; margin: 0 auto; padding: 1em; }
+p { overflow-wrap: anywhere; }</style>"""
+
+def _page(rows: list[dict], thumbnail: Callable[[str], np.ndarray], threshold: float, title: str, now: float) -> str:
+    "The report as HTML; `rows` of a day, `thumbnail` of a file."
+    judged = [row for row in rows if row['score'] != '']
+    alarms = [row for row in judged if row['verdict'] == 'anomalous'][-_SHOWN:]
+    some = {(row['file'], row['changed_ns']): row for row in [*alarms, *judged[-_SHOWN:]]}.values()
+    files = [row['file'] for row in some]
+    tiles = gallery.gallery([float(row['score']) for row in some],
+                            [f'{_clock(row)} {Path(row["file"]).name}' for row in some],
+                            lambda i: thumbnail(files[i]), threshold) if some else ''
+    words = ''.join(f'<p>{escape(shown(line))}</p>' for line in _day_in_words(rows, now))
+    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">{gallery.HEAD}'
+            '<meta http-equiv="refresh" content="60"><meta name="viewport" content="width=device-width">'
+            f'<title>{escape(shown(title))}</title>{_STYLE}</head><body><h1>{escape(shown(title))}</h1>'
+            f'<p>{time.strftime("%d %B %Y, %H:%M:%S", time.localtime(now))}</p>{words}'
+            f'<h2>The last {len(alarms)} alarms and the last {len(judged[-_SHOWN:])} photos</h2>{tiles}</body></html>')
+
+# %% ../nbs/14c_watch.ipynb #8bba3486
+class Report:
+    "report.html of a watched folder, written now and then."
+    def __init__(self, table: Verdicts, threshold: float | None, folder: Path, every: float = 30.) -> None:
+        if threshold is None: raise ValueError('a detector without a threshold has no verdicts to be watched')
+        self.table, self.threshold, self.folder, self.every = table, threshold, folder, every
+        self.written, self.told = 0., -1                # when, and of how many verdicts
+
+    def thumbnail(self, file: str) -> np.ndarray:
+        "The overlay of a file, at most 320 pixels wide; gray where there is none."
+        try:
+            name = Path(file).relative_to(self.folder.absolute())
+            with Image.open(self.table.path.parent / 'overlays' / name.with_name(name.name + '.png')) as picture:
+                picture.thumbnail((320, 320))
+                return np.array(picture.convert('RGB'))
+        except (OSError, ValueError): return np.full((90, 120, 3), 200, np.uint8)
+
+    def write(self, is_idle: bool) -> None:
+        "If there is news, and there is time for it or the last report is old."
+        now = time.time()
+        new_day = time.localtime(now)[:3] != time.localtime(self.written)[:3]
+        if len(self.table.judged) == self.told and not new_day: return
+        if not is_idle and now - self.written < self.every: return
+        page = _page(_today(self.table.rows, now), self.thumbnail, self.threshold, f'Watch of {self.folder.name}', now)
+        with replacing(self.table.path.with_name('report.html')) as temporary:
+            temporary.write_text(page, encoding='utf-8')
+        self.written, self.told = now, len(self.table.judged)
+
 # %% ../nbs/14c_watch.ipynb #5e9acd28
 def watch(
     detector: AnomalyDetector,
     folder: Path,           # searched with its subfolders at every look
-    out_dir: Path,          # gets verdicts.csv and the overlays; outside of `folder`
+    out_dir: Path,          # gets verdicts.csv, report.html and the overlays; outside of `folder`
     every: float = 1.0,     # seconds between two looks
     looks: int | None = None,   # end after so many looks; None: never
 ) -> Iterator[dict]:        # the rows of verdicts.csv, as they are written
@@ -96,7 +184,7 @@ def watch(
                          'another out_dir')
     with locked(out_dir, '.watch.lock'):
         table = Verdicts(out_dir / 'verdicts.csv')
-        arrivals, done = Arrivals(folder, table.judged), 0
+        report, arrivals, done = Report(table, detector.threshold, folder), Arrivals(folder, table.judged), 0
         while looks is None or done < looks:
             if done: time.sleep(every)
             done += 1
@@ -105,6 +193,8 @@ def watch(
                 for row in _judged(detector, arrivals, complete[start:start + 16], out_dir):
                     table.add(row)
                     yield row
+                report.write(is_idle=False)
+            report.write(is_idle=not complete)
 
 # %% ../nbs/14c_watch.ipynb #1bc4fc53
 def _judged(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path, int, int]],
@@ -123,6 +213,50 @@ def _judged(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path
     for path, reason in unreadable.items():
         if arrivals.is_unreadable(path): yield about[path] | dict(verdict=f'unreadable: {shown(reason)}') | since(path)
 
+# %% ../nbs/14c_watch.ipynb #f51d8a82
+class _NoRedirection(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: object) -> None: return None        # then it is an error like any other
+
+def _checked_address(url: str) -> str:
+    "The address, if it is one of this machine; else `ValueError`."
+    parts = urlsplit(url)
+    try: is_here = parts.hostname == 'localhost' or ipaddress.ip_address(parts.hostname or '').is_loopback
+    except ValueError: is_here = False
+    if parts.scheme != 'http' or not is_here:
+        raise ValueError(f'{shown(url)} is no address of this machine; verdicts are posted to '
+                         'http://127.0.0.1:PORT/..., http://[::1]:PORT/... or http://localhost:PORT/... alone')
+    return url
+
+# %% ../nbs/14c_watch.ipynb #443828c5
+class Listener:
+    "Posts rows as JSON to an address of this machine; what it does not take is counted in `lost`."
+    def __init__(self, url: str, timeout: float = 5.) -> None:
+        self.url, self.timeout, self.lost, self.reason = _checked_address(url), timeout, 0, ''
+        self.waiting: queue.Queue[dict | None] = queue.Queue(1000)
+        self.post = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirection).open
+        self.thread = threading.Thread(target=self._deliver, daemon=True)
+        self.thread.start()
+
+    def __call__(self, row: dict) -> None:
+        "Put a row into the queue; it is lost where a thousand are waiting."
+        try: self.waiting.put_nowait(row)
+        except queue.Full: self._miss('it is slower than the photos come')
+
+    def _miss(self, reason: str) -> None:
+        if not self.lost: print(f'the listener did not take a verdict: {reason}; the watch goes on', file=sys.stderr)
+        self.lost, self.reason = self.lost + 1, reason
+
+    def _deliver(self) -> None:
+        while (row := self.waiting.get()) is not None:
+            request = urllib.request.Request(self.url, json.dumps(row).encode(), {'Content-Type': 'application/json'})
+            try: self.post(request, timeout=self.timeout).close()
+            except (OSError, HTTPException, ValueError) as error: self._miss(shown(str(error)))
+
+    def close(self, wait: float = 5.) -> None:
+        "Deliver what waits, for so many seconds at most."
+        with contextlib.suppress(queue.Full): self.waiting.put_nowait(None)
+        self.thread.join(wait)
+
 # %% ../nbs/14c_watch.ipynb #6dead020
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('draem_nb watch', allow_abbrev=False, description=(
@@ -136,35 +270,45 @@ def _parser() -> argparse.ArgumentParser:
                         help='the share of false alarms that the threshold shall promise, '
                                                            'such as 0.05')
     parser.add_argument('--every', type=float, default=1.0, help='seconds between two looks at the folder (default: 1)')
+    parser.add_argument('--post', help='an address of this machine that gets each verdict as JSON, such as '
+                                       'http://127.0.0.1:8000/verdicts')
     parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: a GPU where there is one)')
     return parser
 
-def _summary(latencies: list[float], busy: float) -> str:
+def _closed(tell: Listener | None) -> str:
+    "End the listener, if there is one; in words, what it has not taken."
+    if not tell: return ''
+    tell.close()
+    return f'; the listener did not take {tell.lost} of them ({tell.reason})' if tell.lost else ''
+
+def _summary(latencies: list[float], busy: float, lost: str = '') -> str:
     "Throughput and latency in words; `busy`: seconds from the first verdict to the last."
     if not latencies: return 'watched; no photo was judged'
     rate = f'{(len(latencies) - 1) / busy:.2f} photos a second, ' if busy > 0 else ''
     return (f'{len(latencies)} photos judged, {rate}latency {np.median(latencies):.1f} s in the median and '
-            f'{max(latencies):.1f} s at most, from the last change of the file to its verdict')
+            f'{max(latencies):.1f} s at most, from the last change of the file to its verdict{lost}')
 
 # %% ../nbs/14c_watch.ipynb #67b70c0e
 def main(argv: list[str]) -> int:
     "The command `draem_nb watch`. Returns its exit status: 0 when it was ended, 1 when it failed."
-    asked, latencies, times = _parser().parse_args(argv), [], []
+    asked, latencies, times, tell = _parser().parse_args(argv), [], [], None
     def end(*_: object) -> None: raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, end)
     say = lambda text: print(text, file=sys.stderr, flush=True)
     try:
         if not (math.isfinite(asked.every) and asked.every > 0):
             raise ValueError(f'every is {asked.every}; it must be a number of seconds above 0')
+        if asked.post: tell = Listener(asked.post)
         detector = load_detector(asked.run_dir, asked.device)
         choose_threshold(detector, asked.threshold, asked.false_alarms)
         if detector.threshold is None:
             raise ValueError('this run has no threshold, so there are no verdicts; draem_nb calibrate sets one')
         out_dir = asked.out_dir or asked.run_dir / f'watch-{asked.images.resolve().name[:80]}'
-        say(f'watching {shown(asked.images)}; verdicts in {shown(out_dir)}/verdicts.csv; Ctrl-C ends it')
+        say(f'watching {shown(asked.images)}; verdicts.csv and report.html in {shown(out_dir)}; Ctrl-C ends it')
         for row in watch(detector, asked.images, out_dir, asked.every):
             print(json.dumps(row), flush=True)
+            if tell: tell(row)
             latencies.append(row['seconds']); times.append(time.monotonic())
-    except KeyboardInterrupt: say(_summary(latencies, times[-1] - times[0] if times else 0)); return 0
+    except KeyboardInterrupt: say(_summary(latencies, times[-1] - times[0] if times else 0, _closed(tell))); return 0
     except (ValueError, OSError) as error: say(f'draem_nb: {error}')
     return 1
