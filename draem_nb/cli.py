@@ -111,14 +111,15 @@ def _commands_by_task(about: dict[str, str]) -> str:
                        + ['draem_nb COMMAND --help lists the options of a command.'])
 
 # %% ../nbs/12b_cli.ipynb #12bc0de5
-def _parser() -> argparse.ArgumentParser:
+def _parser(own: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    "`own`: paths of notebooks that are reports as well."
     parser = _Parser('draem_nb', formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--version', action='version', version=f'draem_nb {draem_nb.__version__}')
     commands = parser.add_subparsers(dest='report', required=True, metavar='COMMAND', help=argparse.SUPPRESS)
     about = dict(list='the classes and the runs that there are',
                  table='every class, seed and recipe side by side, on this machine or a cluster, then the summary',
                  watch='judge the photos of a folder as they arrive, a JSON line for each')
-    for name in report_names():
+    for name in (*report_names(), *own):
         about[name] = _notebook_says(name)[0]
         _add_report(commands.add_parser(name, description=about[name], allow_abbrev=False), name)
     there = commands.add_parser('list', description=about['list'])
@@ -143,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ['watch']:
         from draem_nb.watch import main as watch
         return watch(argv[1:])
-    params = vars(_parser().parse_args(argv))
+    own = tuple(name for name in argv[:1] if name.endswith('.ipynb') and Path(name).is_file())
+    params = vars(_parser(own).parse_args(argv))
     from draem_nb.reports import run_command
     return run_command(params.pop('report'), params)

@@ -75,6 +75,9 @@ def default_folder(
         return Path(p['first']) / f"compare-{Path(p['second']).resolve().name}"
     if report == 'summary': return Path(p['runs_dir']) / 'summary'
     if report == 'official': return Path(runs_dir) / 'official'
+    if not {'category', 'recipe'} <= p.keys() or not {'seed', 'seeds'} & p.keys():
+        raise ValueError(f'report {report} lacks category, recipe or seed, by which its folder would be named; name '
+                         f'one with --{folder_parameter(name).replace("_", "-")}')
     # Where the data lie and what computes them do not make another run of it.
     named = {'category', 'method', 'recipe', 'seed', 'seeds', 'data_root', 'textures_root', 'device'}
     rest = {key: value for key, value in params.items() if key not in named and value}

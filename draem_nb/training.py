@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 # %% auto #0
-__all__ = ['HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'RandomCrops',
+__all__ = ['OnStep', 'HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'RandomCrops',
            'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer',
            'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
 
@@ -360,7 +360,9 @@ def _check_snapshots(trainer: Trainer, snapshots: Sequence[int], run_dir: Path) 
                          'another run_dir or delete that one')
 
 # %% ../nbs/07_training.ipynb #1700a88b
-def _train_on(trainer: Trainer, run_dir: Path, name: str, snapshots: Sequence[int]) -> bool:
+OnStep = Callable[[int, dict[str, float]], object]     # step; ssim, l2, focal, lr
+
+def _train_on(trainer: Trainer, run_dir: Path, name: str, snapshots: Sequence[int], on_step: OnStep | None) -> bool:
     "Step to the end, with checkpoints and a progress bar; whether Ctrl-C stopped it."
     settings = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
     with interrupt_noted() as interrupted, settings, contextlib.closing(trainer), _memory_in_words(trainer.recipe):
@@ -374,6 +376,8 @@ def _train_on(trainer: Trainer, run_dir: Path, name: str, snapshots: Sequence[in
             if save or trainer.done % _LOOK_EVERY == 0:
                 ssim, l2, focal = trainer.recent_losses(_LOOK_EVERY)
                 bar.set_postfix_str(f'ssim {ssim:.3f}, l2 {l2:.4f}, focal {focal:.4f}', refresh=False)
+                if on_step: on_step(trainer.done, dict(ssim=ssim, l2=l2, focal=focal,
+                                                       lr=float(trainer.rates[trainer.done - 1])))
             if save or interrupted: _save(trainer, run_dir, trainer.done in snapshots)
         bar.close()
     return bool(interrupted)
@@ -387,6 +391,7 @@ def train(
     device: str | torch.device | None = None,   # None: a GPU where there is one
     resume: bool = True,                        # go on from the checkpoint in run_dir; False starts anew
     snapshots: Sequence[int] = (),              # steps at which the weights are kept as well, as checkpoint-<step>.pt
+    on_step: OnStep | None = None,              # gets the step and recent mean losses, every 25 steps and when saving
 ) -> Path:                                      # the checkpoint
     "Train both networks (paper, section 3); see `Recipe` for all choices. A finished run returns at once."
     device, run_dir = pick_device(device), Path(run_dir)
@@ -398,7 +403,7 @@ def train(
     if checkpoint.exists():
         with damage_named(checkpoint): trainer.load_state_dict(load_checkpoint(checkpoint, device))
     _check_snapshots(trainer, snapshots, run_dir)
-    if _train_on(trainer, run_dir, category.name, snapshots):
+    if _train_on(trainer, run_dir, category.name, snapshots, on_step):
         raise KeyboardInterrupt(f'stopped at step {trainer.done} of {trainer.total}; {checkpoint} is written, run '
                                 'again to go on')
     return checkpoint

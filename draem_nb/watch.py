@@ -128,7 +128,7 @@ p { overflow-wrap: anywhere; }</style>"""
 
 def _page(rows: list[dict], thumbnail: Callable[[str], np.ndarray], threshold: float, title: str, now: float) -> str:
     "The report as HTML; `rows` of a day, `thumbnail` of a file."
-    judged = [row for row in rows if row['score'] != '']
+    judged = [row for row in rows if row.get('score', '') != '']
     alarms = [row for row in judged if row['verdict'] == 'anomalous'][-_SHOWN:]
     some = {(row['file'], row['changed_ns']): row for row in [*alarms, *judged[-_SHOWN:]]}.values()
     files = [row['file'] for row in some]

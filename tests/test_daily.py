@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from draem_nb import drift, methods
 from draem_nb.data import demo_category, load_category
 from draem_nb.detector import STATISTICS, AnomalyDetector
 from draem_nb.reports import main
-from draem_nb.watch import watch
+from draem_nb.watch import COLUMNS, watch
 
 
 class Brightness(AnomalyDetector):
@@ -126,7 +127,7 @@ def test_a_killed_watch_goes_on_and_judges_nothing_twice(run, photos, tmp_path):
     for name in names[6:]: shutil.move(photos / name, waiting / name)
     (photos / '가 "b".png').write_bytes((photos / names[0]).read_bytes())
     command = [sys.executable, '-m', 'draem_nb', 'watch', '--run-dir', str(run), '--images', str(photos), '--out-dir',
-               str(tmp_path / 'out'), '--every', '0.1', '--device', 'cpu']
+               str(tmp_path / 'out'), '--every', '0.1', '--device', 'cpu', '--post', 'http://127.0.0.1:9/']
     start = lambda: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                      env=dict(os.environ, OMP_NUM_THREADS='1'))
     first = start()
@@ -144,6 +145,9 @@ def test_a_killed_watch_goes_on_and_judges_nothing_twice(run, photos, tmp_path):
     rows = list(csv.DictReader((tmp_path / 'out' / 'verdicts.csv').read_text(encoding='utf-8').splitlines()))
     assert sorted(Path(row['file']).name for row in rows) == sorted([*names, '가 "b".png'])
     assert not {row['file'] for row in told} & {row['file'] for row in told_again} and second.returncode == 0
+    assert f'did not take {len(told_again)} of them' in err and err.count('the watch goes on') == 1
+    page = (tmp_path / 'out' / 'report.html').read_text()           # of the day, not of the second watch alone
+    assert '13 files judged today' in page and page.count('<figure') == 13 and '가 &quot;b&quot;.png' in page
     assert (f'{len(told_again)} photos judged' in err and 'latency' in err
             and all(float(row['seconds']) > 0 for row in rows))
     assert all((tmp_path / 'out' / 'overlays' / f'{name}.png').exists() for name in names)
@@ -155,4 +159,34 @@ def test_watch_needs_a_run_with_a_threshold_and_a_known_option(run, tmp_path, ca
     assert main(['watch', '--run-dir', str(bare), '--images', str(tmp_path)]) == 1
     assert 'has no threshold' in capsys.readouterr().err
     assert main(['watch', '--run-dir', str(run), '--images', str(tmp_path), '--threshold', 'nan']) == 1
+    assert main(['watch', '--run-dir', str(run), '--images', str(tmp_path), '--post', 'http://example.org/']) == 1
+    assert 'is no address of this machine' in capsys.readouterr().err
     with pytest.raises(SystemExit): main(['watch', '--run', str(run), '--images', str(tmp_path)])
+
+
+def test_the_report_of_a_watch_stays_small_and_begins_at_midnight(tmp_path):
+    (folder := tmp_path / 'in').mkdir()
+    detector = Brightness().calibrate(torch.full((5, 3, 8, 8), 90, dtype=torch.uint8))
+    now = time.time_ns()
+    (tmp_path / 'out').mkdir()
+    with open(tmp_path / 'out' / 'verdicts.csv', 'w') as file:
+        file.write(','.join(COLUMNS) + '\n')
+        for i in range(3000):
+            ago = 0 if i >= 1000 else 30 * 3600 * 10**9                 # the first thousand are of another day
+            file.write(f'{folder}/{i}.png,5,{now - ago + i},0.2,0.3,-0.1,normal,,0,,,,,0.0\n')
+    Image.new('L', (9, 9), 200).save(folder / 'new.png')
+    assert len(list(watch(detector, folder, tmp_path / 'out', 0.01, looks=3))) == 1
+    page = (tmp_path / 'out' / 'report.html').read_text()
+    assert '2001 files judged today, 1 alarms, 0 unreadable' in page and page.count('<figure') == 30
+    assert len(page) < 200_000 and 'http-equiv="Content-Security-Policy"' in page
+
+
+def test_a_report_of_ones_own_has_a_command(tmp_path, capsys):
+    cells = [nbformat.v4.new_markdown_cell('# Mine\n\n> Counts what I count.'),
+             nbformat.v4.new_code_cell('what = 3    # how often it is counted\nrun_dir = None\ncomplete = True',
+                                       metadata=dict(tags=['parameters']))]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), notebook := tmp_path / 'mine.ipynb')
+    with pytest.raises(SystemExit, match='^0$'): main([str(notebook), '--help'])
+    assert 'how often it is counted' in (said := capsys.readouterr().out) and 'Counts what I count.' in said
+    assert main([str(notebook), '--what', '4']) == 1
+    assert 'name one with --run-dir' in capsys.readouterr().err
