@@ -254,7 +254,7 @@ class Calibration(WithRegion):
         return len(self.held_out_scores)
 
     def save_calibration(self, run_dir: str | Path) -> None:
-        "Write region.png and, with thresholds, threshold.json and held_out.json into the folder, for `load_calibration`."
+        "Write region.png and, with thresholds, threshold.json and held_out.json, for `load_calibration`."
         self.save_region(run_dir)
         if self.threshold is None: return
         write_json({name: getattr(self, name) for name in _CALIBRATION}, Path(run_dir) / 'threshold.json')
