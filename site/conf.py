@@ -56,6 +56,12 @@ def describe(app, what, name, obj, options, lines) -> None:
                      for key, comment in about.items()]
 
 
+def skip(app, what, name, obj, skip, options) -> bool | None:
+    """No `load = SomeDetector.load` of a module, which its class has already: Sphinx, told to preserve defaults, takes
+    one argument from a bound method each time that it meets one."""
+    return True if what == 'module' and inspect.ismethod(obj) else None
+
+
 def copy_mathjax(app, exception) -> None:
     "The two parts of MathJax that the pages load: the script and its fonts."
     if exception: return
@@ -66,5 +72,6 @@ def copy_mathjax(app, exception) -> None:
 
 
 def setup(app) -> None:
+    app.connect('autodoc-skip-member', skip)
     app.connect('autodoc-process-docstring', describe)
     app.connect('build-finished', copy_mathjax)
