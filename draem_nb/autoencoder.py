@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from .training import pick_device, split_held_out
 __all__ = ['AutoencoderRecipe', 'Autoencoder', 'AutoencoderDetector', 'fit']
 
 # %% ../nbs/20_autoencoder.ipynb #9d3b8326
-_LOSSES = dict(l2=F.mse_loss, ssim=ssim_loss)
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(l2=F.mse_loss, ssim=ssim_loss)
 
 def _error_map(image: Tensor, reconstruction: Tensor, loss: str) -> Tensor:
     "(B, 3, H, W) twice -> (B, 1, H, W), the mean over the channels."
@@ -62,7 +63,9 @@ class Autoencoder(nn.Module):
     def __init__(self, size: tuple[int, int], bottleneck: int):
         super().__init__()
         last = size[0] // 16, size[1] // 16             # four layers have stride 2
-        down, up, below = [], [], 3
+        down: list[nn.Module] = []
+        up: list[nn.Module] = []
+        below = 3
         for width, kernel, stride in _LAYERS:
             down += [nn.Conv2d(below, width, kernel, stride, padding=1), nn.LeakyReLU(0.2)]
             up = [nn.LeakyReLU(0.2), nn.ConvTranspose2d(width, below, kernel, stride, padding=1)] + up
@@ -85,7 +88,7 @@ def _initialise(net: Autoencoder, generator: torch.Generator) -> Autoencoder:
             if m is net.decoder[0]: inputs = m.in_channels          # each of its values sees the vector once
             bound = math.sqrt(6 / ((1 + 0.2**2) * inputs))
             m.weight.uniform_(-bound, bound, generator=generator)
-            m.bias.zero_()
+            if m.bias is not None: m.bias.zero_()
     return net
 
 # %% ../nbs/20_autoencoder.ipynb #4967b305

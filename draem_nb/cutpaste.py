@@ -25,7 +25,7 @@ from .detector import AnomalyDetector
 from .fitting import describe_run, is_there, keep_run
 from .recipes import BaseRecipe, BelowOne, Count, Degrees, Positive, Seed, Share, Size, Weight, as_recipe
 from .simulator import generator_of, uniform
-from .training import damage_named, load_checkpoint, pick_device, split_held_out
+from .training import damage_named, load_checkpoint, move, pick_device, split_held_out
 
 # %% auto #0
 __all__ = ['load', 'CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw_patches', 'draw_scars', 'paste', 'CutPastePlan',
@@ -121,7 +121,8 @@ def _placed(sides: Tensor, degrees: Tensor, size: tuple[int, int], jitter: float
         corner = (torch.rand(len(sides), 2, generator=g) * (torch.tensor(size) - extent + 1)).floor()
         places.append(corner + extent / 2)
     change = uniform(-jitter, jitter, (len(sides), 4), g)
-    return Pastes(sides, *places, degrees, change + torch.tensor([1., 1., 1., 0.]))
+    source, target = places
+    return Pastes(sides, source, target, degrees, change + torch.tensor([1., 1., 1., 0.]))
 
 # %% ../nbs/22_cutpaste.ipynb #9dbeb88d
 def draw_patches(recipe: CutPasteRecipe, n: int, size: tuple[int, int], g: torch.Generator) -> Pastes:
@@ -200,7 +201,7 @@ def examples(images: Tensor, recipe: CutPasteRecipe, textures: Tensor | None = N
     """Six of (N, 3, H, W) uint8 normal images, and below them what each kind of paste makes of them.
 
     No textures are used."""
-    window = tuple(images.shape[-2:])
+    window = images.shape[2], images.shape[3]
     batch, _ = make_batch(images, draw_plan(recipe.replace(batch=6), len(images), window, 0), window)
     fig, axes = plt.subplots(1 + len(recipe.kinds), 6, figsize=(8, 1.4 * (1 + len(recipe.kinds))), layout='constrained')
     for row, part, name in zip(axes, batch.cpu().split(6), ('normal', *recipe.kinds)):
@@ -266,8 +267,8 @@ def train_network(
     name: str = 'images',           # for the progress bar
 ) -> tuple[ResNet18, Tensor]:       # in evaluation mode, and its losses (steps,) on the CPU
     "Train a ResNet-18 to tell normal windows from pasted ones. The same seed gives the same bits on a CPU."
-    net = _initialise(ResNet18(recipe.width, 1 + len(recipe.kinds)),
-                      generator_of(recipe.seed, 4, *window)).to(images.device, memory_format=torch.channels_last)
+    net = ResNet18(recipe.width, 1 + len(recipe.kinds))
+    net = move(_initialise(net, generator_of(recipe.seed, 4, *window)), images.device)
     optimizer = torch.optim.SGD(net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.steps))
     losses = torch.zeros(recipe.steps, device=images.device)
@@ -367,7 +368,7 @@ class CutPasteDetector(AnomalyDetector):
         with damage_named(path):
             recipe, nets = CutPasteRecipe(**state['recipe']), {}
             for k, weights in state['nets'].items():
-                net = ResNet18(recipe.width, 1 + len(recipe.kinds)).to(device, memory_format=torch.channels_last)
+                net = move(ResNet18(recipe.width, 1 + len(recipe.kinds)), device)
                 net.load_state_dict(weights)
                 nets[k] = net.eval()
             detector = cls(recipe, nets, {k: Gaussian(**g) for k, g in state['gaussians'].items()}, state['farthest'],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import CategoryData
-from .fitting import NetworkDetector, NetworkRecipe, fit_networks
+from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_networks
 from .ganomaly import batch_of, check_square, initialise_dcgan
 from .networks import BatchNorm2d
 from .recipes import BelowOne, Count, Positive, Weight, as_recipe
@@ -86,8 +86,7 @@ class SkipAutoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "(B, 3, H, W) -> its reconstruction, the same shape."
-        levels = []
-        for layer in self.down: levels.append(x := layer(x))
+        levels = [x := layer(x) for layer in self.down]
         x = self.decode(self.code(x))
         for layer, level in zip([*self.up, self.last], levels[::-1]):
             x = layer(torch.cat([x, level], 1) if self.skips else x)
@@ -112,33 +111,30 @@ class Balance:
         self.k = state['k'].to(self.k.device)
 
 # %% ../nbs/49_dagan.ipynb #d81d058d
-class DaganTraining:
+class DaganTraining(Training):
     "After DAGAN: adversarial training on normal images (N, 3, S, S) uint8; see `fitting.Training`."
     names = 'adversarial', 'contextual', 'discriminator', 'balance'
 
     def __init__(self, nets: nn.ModuleDict, images: Tensor, recipe: DaganRecipe):
         self.nets, self.images, self.recipe, self.steps = nets, images, recipe, recipe.total_steps(len(images))
         betas = recipe.beta1, 0.999
-        adams = {name: torch.optim.Adam(net.parameters(), recipe.lr, betas) for name, net in nets.items()}
-        self.aids = adams | dict(balance=Balance(recipe.gamma, recipe.balance_rate, images.device))
+        self.adams = {name: torch.optim.Adam(net.parameters(), recipe.lr, betas) for name, net in nets.items()}
+        self.balance = Balance(recipe.gamma, recipe.balance_rate, images.device)
+        self.aids = {**self.adams, 'balance': self.balance}
 
     def step(self, i: int) -> tuple[Tensor, ...]:
         "One step of the generator, one of the discriminator; gives the losses and the balance."
-        x, recipe, balance = batch_of(self.images, self.recipe, i), self.recipe, self.aids['balance']
+        x, recipe, balance = batch_of(self.images, self.recipe, i), self.recipe, self.balance
         again = self.nets['generator'](x)
         adversarial, contextual = self._error(again), F.mse_loss(again, x)
-        self._take('generator', recipe.adversarial_weight * adversarial + recipe.contextual_weight * contextual)
+        total = recipe.adversarial_weight * adversarial + recipe.contextual_weight * contextual
+        descend(self.adams['generator'], total)
         of_image, of_reconstruction = self._error(x), self._error(again.detach())
-        self._take('discriminator', of_image - balance.k * of_reconstruction)
+        descend(self.adams['discriminator'], of_image - balance.k * of_reconstruction)
         balance.step(of_image, of_reconstruction)
         return adversarial, contextual, of_image, balance.k
 
     def _error(self, y: Tensor) -> Tensor: return F.mse_loss(self.nets['discriminator'](y), y)
-
-    def _take(self, name: str, loss: Tensor) -> None:
-        self.aids[name].zero_grad(set_to_none=True)
-        loss.backward()
-        self.aids[name].step()
 
 # %% ../nbs/49_dagan.ipynb #7539db3a
 class DaganDetector(NetworkDetector):
@@ -146,10 +142,11 @@ class DaganDetector(NetworkDetector):
 
     The map is not published."""
     method, recipe_type, has_map = 'dagan', DaganRecipe, False
+    recipe: DaganRecipe
 
-    def networks(self, recipe: DaganRecipe) -> nn.ModuleDict:
+    def networks(self) -> nn.ModuleDict:
         "Generator and discriminator, with weights from the recipe's seed."
-        side = recipe.size if isinstance(recipe.size, int) else recipe.size[0]
+        recipe, side = self.recipe, self.size[0]
         build = lambda skips: SkipAutoencoder(side, recipe.width, recipe.latent, recipe.widest, skips)
         nets = nn.ModuleDict(dict(generator=build(recipe.skips), discriminator=build(recipe.discriminator_skips)))
         return initialise_dcgan(nets, generator_of(recipe.seed, 31))

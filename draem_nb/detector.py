@@ -17,6 +17,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Self
 
+# %% auto #0
+__all__ = ['Images', 'STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'check_batch',
+           'check_finite', 'above', 'image_statistics', 'write_statistics', 'as_bytes', 'detections', 'WithRegion',
+           'Calibration', 'Predictor', 'AnomalyDetector', 'TrainedDraem', 'Detector', 'fit']
+
+# %% ../nbs/08_detector.ipynb #3bdae0f5
 import numpy as np
 import torch
 from PIL import Image
@@ -32,11 +38,6 @@ from .regions import OUTSIDE, inside
 from .textures import load_textures
 from .training import (damage_named, load_checkpoint, memory_format_of, move, pick_device, split_held_out,
                                train)
-
-# %% auto #0
-__all__ = ['Images', 'STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'check_batch',
-           'check_finite', 'above', 'image_statistics', 'write_statistics', 'as_bytes', 'detections', 'WithRegion',
-           'Calibration', 'Predictor', 'AnomalyDetector', 'TrainedDraem', 'Detector', 'fit']
 
 # %% ../nbs/08_detector.ipynb #524530cf
 def mean_filter(maps: Tensor, window: int) -> Tensor:
@@ -296,8 +297,7 @@ class Predictor(Calibration):
 
 # %% ../nbs/08_detector.ipynb #b4323aa3
 class AnomalyDetector(Predictor):
-    """What all methods share: a method has `size`, `device` and `maps_and_scores`, and gets `predict`, `calibrate` and
-    the keeping of thresholds."""
+    "What all methods share: one has `size`, `device`, `maps_and_scores`, and gets `predict`, `calibrate` and the rest."
     pixel_floor: float = -math.inf      # the pixel threshold is at least this
     mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
     has_map: bool = True                # False: it scores images alone; its maps are for pictures, not for metrics
@@ -328,8 +328,7 @@ class TrainedDraem(AnomalyDetector):
     "The two networks of DRAEM at work."
     def __init__(self, net: Draem, recipe: Recipe, device: str | torch.device | None = None):
         self.recipe, self.device = recipe, pick_device(device)
-        self.size, self.color = check_size(recipe.size), recipe.color
-        self.antialias = recipe.antialias
+        self.size, self.color, self.antialias = check_size(recipe.size), recipe.color, recipe.antialias
         self.quantile, self.pixel_floor = recipe.quantile, 0.5 if recipe.discriminative else -math.inf
         self.memory_format = memory_format_of(recipe)
         self.net = move(fold_batchnorm(net), self.device, self.memory_format)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from . import plots
 from .data import CategoryData
 from .features import BACKBONES, Trunk, levels_of, load_network
-from .fitting import NetworkDetector, NetworkRecipe, fit_networks
+from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_networks
 from .losses import focal_loss
 from .networks import BatchNorm2d
 from .recipes import Count, Positive, Recipe, Share, Size, as_recipe
@@ -27,7 +27,7 @@ from .textures import load_textures
 # %% auto #0
 __all__ = ['wants_textures', 'load', 'FeatureDraemRecipe', 'simulation', 'demo', 'by_name', 'paint', 'examples', 'Standardise',
            'FeatureReconstruction', 'FeatureSegmentation', 'networks', 'reconstruct_and_segment',
-           'FeatureDraemTraining', 'feature_losses', 'FeatureDraemDetector', 'fit']
+           'FeatureDraemTraining', 'feature_losses', 'FeatureDraemMethod', 'FeatureDraemDetector', 'fit']
 
 # %% ../nbs/45_feature_draem.ipynb #24f0de71
 @as_recipe
@@ -86,6 +86,9 @@ wants_textures = True       # of `fit`: the report loads them
 # %% ../nbs/45_feature_draem.ipynb #3751e22b
 class Standardise(nn.Module):
     "Levels (B, C, h, w) -> the same with mean 0 and standard deviation 1 in every channel of normal images."
+    mean: Tensor            # (C,) of the channels of all levels
+    std: Tensor
+
     def __init__(self, channels: list[int]):
         super().__init__()
         self.channels = channels
@@ -140,7 +143,7 @@ class FeatureSegmentation(nn.Module):
         self.start = nn.Sequential(BatchNorm2d(width), nn.ReLU())
         self.layers = nn.Sequential(_layer(width, 64), _layer(64, 64))
         self.out = nn.Conv2d(64, 2, 1)
-        nn.init.constant_(self.out.bias[1:], -3.)       # anomalies are rare (Lin et al., ICCV 2017)
+        nn.init.constant_(self.out.get_parameter('bias')[1:], -3.)       # anomalies are rare (Lin et al., ICCV 2017)
 
     def forward(self, parts: list[Tensor]) -> Tensor:
         "Parts (B, C, H, W) -> logits (B, 2, H, W) of the first one's size."
@@ -170,7 +173,7 @@ def reconstruct_and_segment(
                                                   for f, r in zip(found, reconstructed)])
 
 # %% ../nbs/45_feature_draem.ipynb #0799fb93
-class FeatureDraemTraining:
+class FeatureDraemTraining(Training):
     "The steps of a run; a `Training` of 40b_fitting."
     names = ('l2', 'cosine', 'focal')
 
@@ -182,30 +185,25 @@ class FeatureDraemTraining:
         self.adam = torch.optim.AdamW(nets.parameters(), recipe.lr)
         self.aids = dict(adam=self.adam)
         some = torch.randperm(len(images), generator=generator_of(recipe.seed, 11))[:64]
-        nets['standardise'].measure(self.levels(self.images[some].to(self.device)))
-
-    @torch.no_grad()
-    def levels(self, images: Tensor) -> list[Tensor]:
-        "What the frozen network sees."
-        return levels_of(self.backbone, images, self.recipe.levels)
+        standardise, normal = nets['standardise'], levels_of(backbone, self.images[some].to(self.device), recipe.levels)
+        if isinstance(standardise, Standardise): standardise.measure(normal)
 
     def step(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         "Paint, look at both, reconstruct, segment, learn."
         rise, fall = min(1., (i + 1) / 20), (1 + math.cos(math.pi * i / self.steps)) / 2
         for group in self.adam.param_groups: group['lr'] = self.recipe.lr * rise * fall
         painted = paint(self.simulator, self.images, self.recipe, i, self.recipe.batch).to(self.device)
-        levels = self.levels(torch.cat([painted.target, painted.augmented]))
+        both = torch.cat([painted.target, painted.augmented])
+        levels = levels_of(self.backbone, both, self.recipe.levels)             # frozen: no gradient goes there
         losses = feature_losses(self.nets, levels, torch.cat([torch.zeros_like(painted.mask), painted.mask]))
-        self.adam.zero_grad(set_to_none=True)
-        (losses[0] + losses[1] + self.recipe.focal_weight * losses[2]).backward()
-        self.adam.step()
+        descend(self.adam, losses[0] + losses[1] + self.recipe.focal_weight * losses[2])
         return losses
 
 # %% ../nbs/45_feature_draem.ipynb #ed293c47
 def feature_losses(nets: nn.ModuleDict, levels: list[Tensor], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "L2, cosine and focal loss of levels (2B, C, h, w), B images as they are and then painted, and masks (2B, 1, H, W)."
     found, reconstructed, logits = reconstruct_and_segment(nets, levels)
-    share = F.adaptive_avg_pool2d(mask, logits.shape[2:])
+    share = F.adaptive_avg_pool2d(mask, (logits.shape[2], logits.shape[3]))
     focal = focal_loss(logits, (share > 0.3).float())
     if reconstructed is None: return torch.zeros_like(focal), torch.zeros_like(focal), focal
     normal = [f[:len(f) // 2].repeat(2, 1, 1, 1) for f in found]
@@ -214,9 +212,10 @@ def feature_losses(nets: nn.ModuleDict, levels: list[Tensor], mask: Tensor) -> t
     return l2, cosine, focal
 
 # %% ../nbs/45_feature_draem.ipynb #088b9219
-class FeatureDraemDetector(NetworkDetector):
-    "DRAEM's two networks on pretrained features. `fit` makes it, `save` keeps it, `load` brings it back."
+class FeatureDraemMethod(NetworkDetector):
+    "DRAEM's two networks on pretrained features, and how they learn."
     method, recipe_type = 'feature_draem', FeatureDraemRecipe
+    recipe: FeatureDraemRecipe
 
     @property
     def backbone(self) -> str:
@@ -224,19 +223,25 @@ class FeatureDraemDetector(NetworkDetector):
         return BACKBONES[self.recipe.backbone].title
 
     @property
-    def _backbone(self) -> Trunk: return load_network(self.device, self.recipe.backbone)
+    def trunk(self) -> Trunk:
+        "Its frozen network."
+        return load_network(self.device, self.recipe.backbone)
 
-    def networks(self, recipe: FeatureDraemRecipe) -> nn.ModuleDict:
+    def networks(self) -> nn.ModuleDict:
         "See `networks`."
-        return networks(recipe)
+        return networks(self.recipe)
 
-    def training(self, images: Tensor, textures: Tensor) -> FeatureDraemTraining:
-        "The training on (N, 3, H, W) uint8 normal images."
-        return FeatureDraemTraining(self.nets, self._backbone, images, textures, self.recipe)
+    def training(self, images: Tensor, textures: Tensor | None) -> FeatureDraemTraining:
+        "The training on (N, 3, H, W) uint8 normal images, which wants textures."
+        if textures is None: raise ValueError('feature_draem paints with textures; give some')
+        return FeatureDraemTraining(self.nets, self.trunk, images, textures, self.recipe)
 
+# %% ../nbs/45_feature_draem.ipynb #d9f5ab6c
+class FeatureDraemDetector(FeatureDraemMethod):
+    "DRAEM's two networks on pretrained features. `fit` makes it, `save` keeps it, `load` brings it back."
     def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         "Of (B, 3, H, W) uint8: no reconstruction; probabilities (B, 1, H, W), scores (B,)."
-        levels = levels_of(self._backbone, batch, self.recipe.levels)
+        levels = levels_of(self.trunk, batch, self.recipe.levels)
         logits = reconstruct_and_segment(self.nets, levels)[2]
         maps = torch.sigmoid(_resized(logits[:, 1:] - logits[:, :1], batch.shape[2:]))     # softmax of two, class 1
         return None, maps, self.score_of(maps, self.recipe.score_window)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from scipy.ndimage import gaussian_filter1d
@@ -18,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, check_size, large_part
+from .data import CategoryData, large_part
 from .fitting import KeptDetector, MethodRecipe, describe_run, is_there, keep_run
 from .networks import fold_batchnorm
 from .recipes import Count, Positive, as_recipe
-from .training import load_checkpoint, pick_device, split_held_out
+from .training import load_checkpoint, move, split_held_out
 
 # %% auto #0
-__all__ = ['BACKBONES', 'Trunk', 'EfficientNetLite', 'Backbone', 'weights_path', 'load_network', 'few_at_a_time', 'levels_of',
-           'as_maps', 'FeatureRecipe', 'FeatureDetector', 'fit_detector']
+__all__ = ['BACKBONES', 'Fitted', 'Trunk', 'EfficientNetLite', 'Backbone', 'weights_path', 'load_network', 'few_at_a_time',
+           'levels_of', 'as_maps', 'FeatureRecipe', 'FeatureMethod', 'FeatureDetector', 'fit_detector']
 
 # %% ../nbs/42_features.ipynb #341eefc4
 # kernel, stride, how many times wider inside
@@ -58,10 +59,13 @@ class _Block(nn.Module):
 class Trunk(nn.Module):
     """A backbone as a row of parts: (B, 3, H, W) RGB in 0..1, sides multiples of 32 -> the
     outputs of all, or of some levels."""
+    mean: Tensor            # (3, 1, 1), of the colours that it was trained with
+    std: Tensor
+
     def __init__(self, parts: Iterable[nn.Module], last: dict[int, int], mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.parts, self.last = nn.ModuleList(parts), last      # stride: the last part, but the head, that works at it
-        for name, value in (('mean', mean), ('std', std)):      # of the colours that it was trained with
+        for name, value in (('mean', mean), ('std', std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
 
     def outputs(self, x: Tensor) -> Iterator[Tensor]:
@@ -154,7 +158,7 @@ def _from_torchvision(name: str, state: dict[str, Tensor]) -> Trunk:
     return Trunk(parts, last, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 def _frozen(net: Trunk, device: torch.device) -> Trunk:
-    return fold_batchnorm(net).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return move(fold_batchnorm(net).requires_grad_(False), device)
 
 _CPU = torch.device('cpu')
 
@@ -166,7 +170,7 @@ def load_network(device: torch.device = _CPU, backbone: str = 'efficientnet_lite
     state = load_checkpoint(path, remedy=remedy)
     try:
         if backbone.startswith('efficientnet_lite'):
-            net = EfficientNetLite(int(backbone[-1]))
+            net: Trunk = EfficientNetLite(int(backbone[-1]))
             net.load_state_dict(dict(zip(net.state_dict(), state.values(), strict=True)))
         else: net = _from_torchvision(backbone, state)
     except (ValueError, RuntimeError):
@@ -214,17 +218,27 @@ class FeatureRecipe(MethodRecipe):
         self.need(rising and set(self.levels) <= set(known), 'levels', f"some of {', '.join(map(str, known))}, rising")
 
 # %% ../nbs/42_features.ipynb #5760e3c7
-class FeatureDetector(KeptDetector):
-    """What detectors on pretrained features share. A method adds its name `method`, its `recipe_type`, and
+class FeatureMethod(KeptDetector):
+    "A detector on pretrained features. A method adds its name `method`, its `recipe_type`, `learn` and `distances`."
+    recipe: FeatureRecipe
 
-    `learn(batches, n)`: (B, 3, H, W) uint8 batches of n normal images on the device -> tensors by name;
-    `distances(images)`: (B, 3, H, W) uint8 -> maps (B, 1, H, W) and scores (B,), none below 0."""
     def __init__(self, recipe: FeatureRecipe, device: str | torch.device | None = None):
-        self.recipe, self.device = recipe, pick_device(device)
-        self.size, self.quantile, self.net = (check_size(recipe.size), recipe.quantile,
-                                              load_network(self.device, recipe.backbone))
-        self.learned, self.farthest = {}, 1.        # what `learn` gives; and where the map is 0.5
+        super().__init__(recipe, device)
+        self.net = load_network(self.device, recipe.backbone)
+        self.learned: dict[str, Any] = {}           # what `learn` gives
+        self.farthest = 1.                          # the distance at which the map is 0.5
 
+    def learn(self, batches: Iterator[Tensor], n: int) -> Mapping[str, Tensor | list[Tensor]]:
+        "Batches (B, 3, H, W) uint8 of n normal images on the device -> tensors by name."
+        raise NotImplementedError
+
+    def distances(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        "(B, 3, H, W) uint8 -> maps (B, 1, H, W) and scores (B,), none below 0."
+        raise NotImplementedError
+
+# %% ../nbs/42_features.ipynb #9d19d748
+class FeatureDetector(FeatureMethod):
+    "What detectors on pretrained features share."
     @property
     def backbone(self) -> str:
         "What tables call its network."
@@ -248,12 +262,15 @@ def _batches(images: Tensor, indices: Tensor, device: torch.device, what: str) -
     "The images of these indices, 16 at a time, on the device."
     for part in tqdm(indices.split(16), what, unit='batch', mininterval=0.5, delay=2): yield images[part].to(device)
 
+# %% ../nbs/42_features.ipynb #1b97fdf8
+Fitted = TypeVar('Fitted', bound=FeatureDetector)
+
 @torch.inference_mode()
 def fit_detector(
-    detector: FeatureDetector,                  # that has learned nothing yet
+    detector: Fitted,                           # that has learned nothing yet
     category: CategoryData,                     # its normal training images are used, nothing else
     run_dir: str | Path | None = None,          # keeps the run; None: nothing is kept
-) -> FeatureDetector:                           # with thresholds from the held-out images, unless recipe.holdout is 0
+) -> Fitted:                                    # with thresholds from the held-out images, unless recipe.holdout is 0
     "Let a detector learn and set its thresholds. The same seed gives the same bits on a CPU."
     recipe, images, device = detector.recipe, category.train, detector.device
     if category.size != detector.size:
@@ -262,7 +279,8 @@ def fit_detector(
     kept, held_out = split_held_out(len(images), recipe)
     about = describe_run(detector.method, category, recipe, device)
     if run_dir and is_there(Path(run_dir), about): return type(detector).load(run_dir, device)
-    detector.learned = detector.learn(_batches(images, kept, device, f'{detector.method}, {category.name}'), len(kept))
+    batches = _batches(images, kept, device, f'{detector.method}, {category.name}')
+    detector.learned = dict(detector.learn(batches, len(kept)))
     normal = _batches(images, (held_out if len(held_out) else kept)[:32], device, 'the farthest normal pixel')
     detector.farthest = max(1e-6, *(float(detector.distances(part)[0].max()) for part in normal))
     detector.region = category.region

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import functools
 import json
 import math
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,13 @@ from tqdm import tqdm
 from .data import CategoryData, check_size, large_part, replacing, write_json
 from .detector import AnomalyDetector
 from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, as_recipe
-from .training import (damage_named, fingerprint, interrupt_noted, load_checkpoint, pick_device, recent_losses,
-                               split_held_out, versions)
+from .training import (HoldsOut, damage_named, fingerprint, interrupt_noted, load_checkpoint, move, pick_device,
+                               recent_losses, split_held_out, versions)
 
 # %% auto #0
-__all__ = ['MethodRecipe', 'NetworkRecipe', 'describe_run', 'refuse_another', 'is_there', 'keep_run', 'load_state', 'Training',
-           'train_in_steps', 'KeptDetector', 'NetworkDetector', 'fit_networks']
+__all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'describe_run', 'refuse_another', 'is_there', 'Saved', 'keep_run',
+           'load_state', 'Stateful', 'Training', 'train_in_steps', 'descend', 'summed', 'MethodDetector',
+           'KeptDetector', 'NetworkMethod', 'NetworkDetector', 'fit_networks']
 
 # %% ../nbs/40b_fitting.ipynb #a12b6beb
 @as_recipe
@@ -57,7 +59,7 @@ class NetworkRecipe(MethodRecipe):
         return self.steps or math.ceil(self.epochs * math.ceil(n_images / self.batch))
 
 # %% ../nbs/40b_fitting.ipynb #210e25a0
-def describe_run(method: str, category: CategoryData, recipe: object, device: torch.device,
+def describe_run(method: str, category: CategoryData, recipe: HoldsOut, device: torch.device,
                  textures: Tensor | None = None) -> dict:
     """What run.json says of a run; the recipe is a dataclass with seed and holdout;
     `textures` where it learns from some."""
@@ -84,6 +86,11 @@ def is_there(run_dir: Path, about: dict) -> bool:
     return all((run_dir / name).exists() for name in needed)
 
 # %% ../nbs/40b_fitting.ipynb #76af9f1e
+class Saved(Protocol):
+    "A detector that can be kept in a folder."
+    def save(self, run_dir: str | Path) -> None:
+        "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
+
 @contextlib.contextmanager
 def _writing(run_dir: Path) -> Iterator[None]:
     "Within, a folder that cannot be written is a `ValueError` with a remedy."
@@ -91,7 +98,7 @@ def _writing(run_dir: Path) -> Iterator[None]:
     except OSError as e:
         raise ValueError(f'the run folder {run_dir} cannot be written ({e.strerror}); choose another run_dir') from None
 
-def keep_run(detector: AnomalyDetector, about: dict, run_dir: Path) -> None:
+def keep_run(detector: Saved, about: dict, run_dir: Path) -> None:
     "Write a fitted detector and its run.json into the folder, which is made if it is missing."
     with _writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -107,10 +114,18 @@ def load_state(path: Path, method: str, device: str | torch.device = 'cpu') -> d
     return state
 
 # %% ../nbs/40b_fitting.ipynb #ef258998
+class Stateful(Protocol):
+    "What a checkpoint can keep: an optimiser, a schedule."
+    def state_dict(self) -> dict[str, Any]:
+        "All that it remembers."
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        "Go on from what `state_dict` gave."
+
 class Training(Protocol):
     "What a method adds: networks that learn in steps."
     nets: nn.ModuleDict             # what learns; kept in the checkpoint
-    aids: dict[str, object]         # optimisers, schedulers: have state_dict, load_state_dict; kept until the last step
+    aids: dict[str, Stateful]       # optimisers, schedulers; kept until the last step
     steps: int                      # of the whole run
     names: tuple[str, ...]          # of the losses of a step
 
@@ -132,6 +147,7 @@ def _write_checkpoint(training: Training, about: dict, losses: Tensor, done: int
         rows.writerow(['step', *training.names])
         rows.writerows([i + 1, *row] for i, row in enumerate(losses[:done].tolist()))
 
+# %% ../nbs/40b_fitting.ipynb #fb6782f8
 def _read_checkpoint(training: Training, about: dict, losses: Tensor, path: Path) -> int:
     "Take up what `_write_checkpoint` wrote; gives the number of steps that are done."
     state = load_state(path, about['method'], losses.device)
@@ -180,15 +196,40 @@ def train_in_steps(
                                 'run again to go on')
     return dict(zip(training.names, losses.T.cpu()))
 
-# %% ../nbs/40b_fitting.ipynb #86af5294
-class KeptDetector(AnomalyDetector):
-    """What detectors share that are kept as the checkpoint of their method. One adds its
-    name `method`, its `recipe_type`,
+# %% ../nbs/40b_fitting.ipynb #1e8f217d
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    "One step of an optimiser down a loss, a scalar."
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
-    `state()`: what the checkpoint holds beside method and recipe; `take(state, path)`: the way back, from that path."""
+def summed(losses: Iterable[Tensor]) -> Tensor:
+    "The sum of scalars, from the first to the last."
+    return functools.reduce(torch.add, losses)
+
+# %% ../nbs/40b_fitting.ipynb #86af5294
+class MethodDetector(AnomalyDetector):
+    """A detector of a method with a recipe of its own. The method adds its name `method`, its `recipe_type`, `state`
+    and `take`."""
     method: str
     recipe_type: type[MethodRecipe]
+    recipe: MethodRecipe
 
+    def __init__(self, recipe: MethodRecipe, device: str | torch.device | None = None):
+        self.recipe, self.device = recipe, pick_device(device)
+        self.size, self.quantile = check_size(recipe.size), recipe.quantile
+
+    def state(self) -> dict:
+        "What the checkpoint holds beside method and recipe."
+        raise NotImplementedError
+
+    def take(self, state: dict, path: Path) -> None:
+        "Be what `state` gave, read from that path."
+        raise NotImplementedError
+
+# %% ../nbs/40b_fitting.ipynb #41aa6222
+class KeptDetector(MethodDetector):
+    "What detectors share that are kept as the checkpoint of their method."
     def save(self, run_dir: str | Path) -> None:
         "Write checkpoint.pt and what `save_calibration` keeps into the folder."
         state = dict(method=self.method, recipe=dataclasses.asdict(self.recipe), **self.state())
@@ -207,20 +248,27 @@ class KeptDetector(AnomalyDetector):
         return detector
 
 # %% ../nbs/40b_fitting.ipynb #46107f34
-class NetworkDetector(KeptDetector):
-    """What detectors with networks of their own share. A method adds, besides `method`,
-    `recipe_type` and `maps_and_scores`,
-
-    `networks(recipe)`: what it is made of, an `nn.ModuleDict` whose first weights follow from `recipe.seed`;
-    `training(images, textures)`: the `Training` of these networks on (N, 3, H, W) uint8 normal images on the device."""
-    recipe_type: type[NetworkRecipe]
+class NetworkMethod(KeptDetector):
+    """A detector with networks of its own. A method adds, besides `method`, `recipe_type` and `maps_and_scores`,
+    `networks` and `training`."""
+    recipe: NetworkRecipe
 
     def __init__(self, recipe: NetworkRecipe, device: str | torch.device | None = None):
-        self.recipe, self.device = recipe, pick_device(device)
-        self.size, self.quantile = check_size(recipe.size), recipe.quantile
-        self.nets = self.networks(recipe).to(self.device, memory_format=torch.channels_last).eval()
+        super().__init__(recipe, device)
+        self.nets = move(self.networks(), self.device).eval()
         self.losses: dict[str, Tensor] = {}         # of the training, (steps,) each
 
+    def networks(self) -> nn.ModuleDict:
+        "What it is made of; the first weights follow from `recipe.seed`."
+        raise NotImplementedError
+
+    def training(self, images: Tensor, textures: Tensor | None) -> Training:
+        "The training of its networks on (N, 3, H, W) uint8 normal images on the device."
+        raise NotImplementedError
+
+# %% ../nbs/40b_fitting.ipynb #4a101878
+class NetworkDetector(NetworkMethod):
+    "What detectors with networks of their own share: their checkpoint is the one of their training."
     def state(self) -> dict:
         "The networks and the losses of their training."
         steps = len(next(iter(self.losses.values()), ()))
@@ -234,12 +282,14 @@ class NetworkDetector(KeptDetector):
             raise ValueError(f'{path} is at step {state["step"]} of {state["steps"]}; fit again to go on')
 
 # %% ../nbs/40b_fitting.ipynb #d751001f
+Trained = TypeVar('Trained', bound=NetworkDetector)
+
 def fit_networks(
-    detector: NetworkDetector,                  # that has learned nothing yet
+    detector: Trained,                          # that has learned nothing yet
     category: CategoryData,                     # its normal training images are used, nothing else
     run_dir: str | Path | None = None,          # keeps the run, and goes on from what is there; None: nothing is kept
     textures: Tensor | None = None,             # (N, 3, H, W) uint8, where the method learns from some
-) -> NetworkDetector:                           # with thresholds from the held-out images, unless recipe.holdout is 0
+) -> Trained:                                   # with thresholds from the held-out images, unless recipe.holdout is 0
     "Train a detector's networks and set its thresholds. The same seed gives the same bits on a CPU."
     recipe, images = detector.recipe, category.train
     if category.size != detector.size:
@@ -248,8 +298,8 @@ def fit_networks(
     kept, held_out = split_held_out(len(images), recipe)
     about = describe_run(detector.method, category, recipe, detector.device, textures)
     if run_dir: refuse_another(Path(run_dir), about)            # a finished run takes no step below
-    with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
-        with _writing(folder := Path(folder)):
+    with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as place:
+        with _writing(folder := Path(place)):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(about, folder / 'run.json')
         training = detector.training(large_part(images, kept).to(detector.device), textures)

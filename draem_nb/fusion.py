@@ -90,6 +90,8 @@ _EDGE = 1e-6        # maps are held this far from 0 and 1, where log odds are in
 
 class FusionDetector(Witnesses):
     "Both witnesses as one detector. `fit` makes it, `save` keeps it, `load` brings it back."
+    recipe: FusionRecipe
+
     def log_odds(self, batch: Tensor) -> Tensor:
         "(B, 3, H, W) uint8 on the device -> (B, 2, H, W): log odds of `feature_draem` and of `memory`."
         maps = [part.maps_and_scores(batch)[1] for part in self.parts.values()]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import CategoryData
-from .fitting import NetworkDetector, NetworkRecipe, fit_networks
-from .networks import BatchNorm2d
+from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_networks, summed
+from .networks import BatchNorm2d, Net
 from .recipes import BelowOne, Count, Positive, Size, Weight, as_recipe
 from .simulator import generator_of, image_indices
 
@@ -109,7 +109,7 @@ class Discriminator(nn.Module):
 
 # %% ../nbs/41_ganomaly.ipynb #77af964d
 @torch.no_grad()
-def initialise_dcgan(net: nn.Module, generator: torch.Generator) -> nn.Module:
+def initialise_dcgan(net: Net, generator: torch.Generator) -> Net:
     "Draw all weights anew, in place: convolutions N(0, 0.02), batch normalisation N(1, 0.02) and 0."
     draw = lambda weight: torch.randn(weight.shape, generator=generator).to(weight.device) * 0.02
     for m in net.modules():
@@ -123,7 +123,7 @@ def initialise_dcgan(net: nn.Module, generator: torch.Generator) -> nn.Module:
 _TOO_GOOD = 1e-5     # a discriminator with a loss below is drawn anew
 
 # %% ../nbs/41_ganomaly.ipynb #df4ea189
-class GanomalyTraining:
+class GanomalyTraining(Training):
     "Adversarial training on normal images (N, 3, S, S) uint8; see `fitting.Training`."
     names = 'adversarial', 'contextual', 'latent', 'discriminator', 'restarted'
 
@@ -131,7 +131,8 @@ class GanomalyTraining:
         self.nets, self.images, self.recipe, self.steps = nets, images, recipe, recipe.total_steps(len(images))
         self.weights = recipe.adversarial_weight, recipe.contextual_weight, recipe.latent_weight
         betas = recipe.beta1, 0.999
-        self.aids = {name: torch.optim.Adam(net.parameters(), recipe.lr, betas) for name, net in nets.items()}
+        self.adams = {name: torch.optim.Adam(net.parameters(), recipe.lr, betas) for name, net in nets.items()}
+        self.aids = {**self.adams}
 
     def step(self, i: int) -> tuple[Tensor, ...]:
         "One step of the generator, one of the discriminator; gives the losses and whether it was drawn anew (0 or 1)."
@@ -140,18 +141,13 @@ class GanomalyTraining:
         real, features = discriminator(x)
         matched = F.mse_loss(discriminator(again)[1], features.detach())
         losses = matched, F.l1_loss(again, x), F.mse_loss(z_again, z)
-        self._take('generator', sum(weight * loss for weight, loss in zip(self.weights, losses)))
+        descend(self.adams['generator'], summed(weight * loss for weight, loss in zip(self.weights, losses)))
         fake, _ = discriminator(again.detach())
         told_apart = (_cross_entropy(real, 1.) + _cross_entropy(fake, 0.)) / 2
-        self._take('discriminator', told_apart)
+        descend(self.adams['discriminator'], told_apart)
         restart = bool(told_apart < _TOO_GOOD)
         if restart: initialise_dcgan(discriminator, generator_of(self.recipe.seed, 20, i))
         return *losses, told_apart, torch.full_like(told_apart, restart)
-
-    def _take(self, name: str, loss: Tensor) -> None:
-        self.aids[name].zero_grad(set_to_none=True)
-        loss.backward()
-        self.aids[name].step()
 
 # %% ../nbs/41_ganomaly.ipynb #525ce5b3
 def _cross_entropy(logit: Tensor, is_real: float) -> Tensor:
@@ -168,10 +164,11 @@ class GanomalyDetector(NetworkDetector):
 
     The map, |x - reconstruction|, is not published."""
     method, recipe_type, has_map = 'ganomaly', GanomalyRecipe, False
+    recipe: GanomalyRecipe
 
-    def networks(self, recipe: GanomalyRecipe) -> nn.ModuleDict:
+    def networks(self) -> nn.ModuleDict:
         "Generator and discriminator, with weights from the recipe's seed."
-        side = recipe.size if isinstance(recipe.size, int) else recipe.size[0]
+        recipe, side = self.recipe, self.size[0]
         generator, discriminator = Generator(side, recipe.width, recipe.latent), Discriminator(side, recipe.width)
         nets = nn.ModuleDict(dict(generator=generator, discriminator=discriminator))
         return initialise_dcgan(nets, generator_of(recipe.seed, 21))

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .data import CategoryData
-from .features import FeatureDetector, FeatureRecipe, as_maps, few_at_a_time, fit_detector
-from .padim import Sums
+from .features import FeatureDetector, FeatureRecipe, Trunk, as_maps, few_at_a_time, fit_detector
+from .padim import sums_of, unpacked
 from .recipes import Count, as_recipe
 
 # %% auto #0
-__all__ = ['load', 'GaussianRecipe', 'published', 'demo', 'by_name', 'gaussian', 'GaussianDetector', 'fit']
+__all__ = ['load', 'GaussianRecipe', 'published', 'demo', 'by_name', 'gaussian', 'averages_of', 'by_part', 'GaussianDetector',
+           'fit']
 
 # %% ../nbs/46_gaussian_ad.ipynb #66c3f3d5
 @as_recipe
@@ -53,47 +55,49 @@ def gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
     whiten = torch.linalg.solve_triangular(lower, one, upper=False)
     return torch.from_numpy(found.location_).float().to(x.device), whiten.float().to(x.device)
 
+# %% ../nbs/46_gaussian_ad.ipynb #ec2bb320
+def averages_of(net: Trunk, images: Tensor, stride: int) -> tuple[list[Tensor], Tensor]:
+    "(B, 3, H, W) uint8 -> the averages (B, C) of the outputs of all parts, and the level (B, D, h, w) of that stride."
+    averages: list[list[Tensor]] = [[] for _ in net.parts]
+    level = []
+    for x in few_at_a_time(images):
+        for i, output in enumerate(net.outputs(x)):
+            averages[i].append(output.mean((2, 3)))
+            if i == net.last[stride]: level.append(output)
+    return [torch.cat(of) for of in averages], torch.cat(level)
+
+def by_part(averages: list[Tensor], learned: dict[str, Any]) -> Tensor:
+    "Averages (B, C) of all parts -> their distances (B, parts) by the means and whitening matrices that were learned."
+    parts = zip(averages, learned['means'], learned['whiten'])
+    return torch.stack([((x - mean) @ whiten.T).norm(dim=1) for x, mean, whiten in parts], 1)
+
 # %% ../nbs/46_gaussian_ad.ipynb #b9a382d3
 class GaussianDetector(FeatureDetector):
     "A Gaussian at every depth of the network. `fit` makes it, `save` keeps it, `load` brings it back."
     method, recipe_type, has_map = 'gaussian_ad', GaussianRecipe, False
-
-    def averages(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        "(B, 3, H, W) uint8 -> the averages (B, C) of all parts, and the level (B, D, h, w) of the map."
-        averages, level = [[] for _ in self.net.parts], []
-        for x in few_at_a_time(images):
-            for i, output in enumerate(self.net.outputs(x)):
-                averages[i].append(output.mean((2, 3)))
-                if i == self.net.last[self.recipe.levels[0]]: level.append(output)
-        return [torch.cat(of) for of in averages], torch.cat(level)
+    recipe: GaussianRecipe
 
     def learn(self, batches: Iterator[Tensor], n: int) -> dict[str, Tensor | list[Tensor]]:
         "Mean (C,) and whitening matrix (C, C) of every part; of the places of the map's level packed as in `padim`."
         if n < 2: raise ValueError(f'Gaussian-AD needs at least 2 normal images to learn from, got {n}')
-        averages, sums = [], None
-        for x in batches:
-            found, level = self.averages(x)
-            places = level.transpose(0, 1).flatten(1)[None]                     # (1, D, B h w)
-            sums = sums or Sums(places)
-            sums.add(places)
-            averages.append(found)
+        averages: list[list[Tensor]] = []
+        def places() -> Iterator[Tensor]:               # (1, D, B h w) of the map's level
+            for x in batches:
+                found, level = averages_of(self.net, x, self.recipe.levels[0])
+                averages.append(found)
+                yield level.transpose(0, 1).flatten(1)[None]
+        sums = sums_of(places())
         means, whiten = zip(*(gaussian(torch.cat(part)) for part in zip(*averages)))
         place_mean, place_whiten = sums.gaussians(0.01)                         # on the diagonal, as in PaDiM
         return dict(means=list(means), whiten=list(whiten), place_mean=place_mean[0], place_whiten=place_whiten[0])
 
     def distances(self, images: Tensor) -> tuple[Tensor, Tensor]:
         "Maps (ours, not published) and the published score, the sum of the distances of all parts."
-        averages, level = self.averages(images)
+        averages, level = averages_of(self.net, images, self.recipe.levels[0])
         mean, packed = self.learned['place_mean'], self.learned['place_whiten']
-        whiten = packed.new_zeros(len(mean), len(mean))
-        whiten[*torch.tril_indices(*whiten.shape)] = packed
-        far = (whiten @ (level.flatten(2) - mean[:, None])).norm(dim=1).view(-1, *level.shape[2:])
-        return as_maps(far, self.size, self.recipe.sigma), self.by_part(averages).sum(1)
-
-    def by_part(self, averages: list[Tensor]) -> Tensor:
-        "Averages (B, C) of all parts -> their distances (B, parts)."
-        learned = zip(averages, self.learned['means'], self.learned['whiten'])
-        return torch.stack([((x - mean) @ whiten.T).norm(dim=1) for x, mean, whiten in learned], 1)
+        far = (unpacked(packed[None], len(mean))[0] @ (level.flatten(2)
+                                                       - mean[:, None])).norm(dim=1).view(-1, *level.shape[2:])
+        return as_maps(far, self.size, self.recipe.sigma), by_part(averages, self.learned).sum(1)
 
 # %% ../nbs/46_gaussian_ad.ipynb #377c725f
 def fit(

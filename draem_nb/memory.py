@@ -80,7 +80,8 @@ def coreset(points: Tensor, n: int, first: int = 0) -> tuple[Tensor, float]:
 # %% ../nbs/43_memory.ipynb #af55c4ed
 def _round(points: Tensor, norms: Tensor, nearest: Tensor, n: int) -> list[int]:
     "At most n next choices among the farthest points, given their squared distances, for as long as they are sure."
-    outside, new = float(nearest[-1]), []
+    outside = float(nearest[-1])
+    new: list[int] = []
     while len(new) < n:
         value, i = nearest.max(0)
         if value <= 0 or new and value < outside: break
@@ -89,10 +90,18 @@ def _round(points: Tensor, norms: Tensor, nearest: Tensor, n: int) -> list[int]:
         nearest[i] = 0
     return new
 
+# %% ../nbs/43_memory.ipynb #be1ac07f
+def _projected(points: Tensor, dimensions: int, g: torch.Generator) -> Tensor:
+    "(N, C) -> (N, D) along random directions; as they are where that is no fewer dimensions."
+    channels = points.shape[1]
+    if channels <= dimensions: return points
+    return points @ (torch.randn(channels, dimensions, generator=g) / dimensions ** 0.5).to(points.device)
+
 # %% ../nbs/43_memory.ipynb #bd20d4a6
 class MemoryDetector(FeatureDetector):
     "Remembers normal pieces. `fit` makes it, `save` keeps it, `load` brings it back."
     method, recipe_type = 'memory', MemoryRecipe
+    recipe: MemoryRecipe
 
     def learn(self, batches: Iterator[Tensor], n: int) -> dict[str, Tensor]:
         "The memory: (pieces, C)."
@@ -102,10 +111,7 @@ class MemoryDetector(FeatureDetector):
             share = -(-recipe.candidates // n)
             kept += [image[torch.randperm(len(image), generator=g)[:share].to(image.device)] for image in found]
         candidates = torch.cat(kept)
-        points, channels = candidates, candidates.shape[1]
-        if channels > recipe.projection:
-            directions = torch.randn(channels, recipe.projection, generator=g) / recipe.projection ** 0.5
-            points = candidates @ directions.to(points.device)
+        points = _projected(candidates, recipe.projection, g)
         first = int(torch.randint(len(points), (), generator=g))
         return dict(memory=candidates[coreset(points, recipe.pieces, first)[0].to(points.device)])
 

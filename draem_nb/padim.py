@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from .regions import inside
 from .simulator import generator_of
 
 # %% auto #0
-__all__ = ['load', 'PadimRecipe', 'paper', 'demo', 'by_name', 'channels_of', 'embedding', 'Sums', 'PadimDetector', 'fit']
+__all__ = ['load', 'PadimRecipe', 'paper', 'demo', 'by_name', 'channels_of', 'embedding', 'Sums', 'sums_of', 'unpacked',
+           'PadimDetector', 'fit']
 
 # %% ../nbs/44_padim.ipynb #9a9c96e7
 @as_recipe
@@ -95,19 +97,31 @@ class Sums:
             whiten.append(inverse[:, rows, columns].float())
         return (self.origin + mean)[..., 0].float(), torch.cat(whiten)
 
+# %% ../nbs/44_padim.ipynb #32f6c2ae
+def sums_of(embeddings: Iterator[Tensor]) -> Sums:
+    "The sums of all images, from (places, D, B) of some after (places, D, B) of others."
+    first = next(embeddings)
+    sums = Sums(first)
+    for found in itertools.chain([first], embeddings): sums.add(found)
+    return sums
+
+def unpacked(packed: Tensor, channels: int) -> Tensor:
+    "Lower triangles, row by row, (places, D (D + 1) / 2) -> matrices (places, D, D)."
+    full = packed.new_zeros(len(packed), channels, channels)
+    rows, columns = torch.tril_indices(channels, channels)
+    full[:, rows, columns] = packed
+    return full
+
 # %% ../nbs/44_padim.ipynb #274da35b
 class PadimDetector(FeatureDetector):
     "A Gaussian at every place. `fit` makes it, `save` keeps it, `load` brings it back."
     method, recipe_type = 'padim', PadimRecipe
+    recipe: PadimRecipe
 
     def learn(self, batches: Iterator[Tensor], n: int) -> dict[str, Tensor]:
         "Mean (places, D) and packed whitening matrix (places, D (D + 1) / 2) of every place."
         if n < 2: raise ValueError(f'PaDiM needs at least 2 normal images to learn from, got {n}')
-        sums = None
-        for x in batches:
-            found = self._embedding(x)
-            sums = sums or Sums(found)
-            sums.add(found)
+        sums = sums_of(map(self._embedding, batches))
         return dict(zip(('mean', 'whiten'), sums.gaussians(self.recipe.regulariser)))
 
     def _embedding(self, images: Tensor) -> Tensor:
@@ -115,11 +129,8 @@ class PadimDetector(FeatureDetector):
 
     @functools.cached_property
     def _whiten(self) -> Tensor:
-        places, channels = self.learned['mean'].shape
-        full = self.learned['whiten'].new_zeros(places, channels, channels)
-        rows, columns = torch.tril_indices(channels, channels)
-        full[:, rows, columns] = self.learned['whiten']
-        return full
+        channels = self.learned['mean'].shape[1]
+        return unpacked(self.learned['whiten'], channels)
 
     def distances(self, images: Tensor) -> tuple[Tensor, Tensor]:
         "Maps of the Mahalanobis distance, and their largest values."

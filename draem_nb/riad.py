@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from .data import CategoryData
 from .detector import mean_filter
-from .fitting import NetworkDetector, NetworkRecipe, fit_networks
+from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_networks, summed
 from .losses import reconstruction_error, ssim_loss
-from .networks import BatchNorm2d
+from .networks import BatchNorm2d, Net
 from .recipes import Count, Inside, Positive, Weight, as_recipe
 from .regions import inside
 from .simulator import generator_of, image_indices
@@ -109,14 +109,14 @@ class UNet(nn.Module):
 
 # %% ../nbs/48_riad.ipynb #57ede81a
 @torch.no_grad()
-def _initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
+def _initialise(net: Net, generator: torch.Generator) -> Net:
     "Normal weights of variance 2 / inputs (He et al.), from a generator; biases 0."
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
             inputs = m.in_channels * math.prod(m.kernel_size)
             if isinstance(m, nn.ConvTranspose2d): inputs //= math.prod(m.stride)        # that many meet in one value
             m.weight.normal_(0, math.sqrt(2 / inputs), generator=generator)
-            m.bias.zero_()
+            if m.bias is not None: m.bias.zero_()
     return net
 
 # %% ../nbs/48_riad.ipynb #44de7d39
@@ -126,16 +126,17 @@ def riad_losses(image: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor, 
     return msgms, ssim_loss(image, reconstruction), F.mse_loss(reconstruction, image)
 
 # %% ../nbs/48_riad.ipynb #3fc5e6ab
-class RiadTraining:
+class RiadTraining(Training):
     "Inpainting of normal images (N, 3, H, W) uint8; see `fitting.Training`."
     names = 'msgms', 'ssim', 'l2'
 
     def __init__(self, nets: nn.ModuleDict, images: Tensor, recipe: RiadRecipe):
         self.nets, self.images, self.recipe, self.steps = nets, images, recipe, recipe.total_steps(len(images))
-        adam = torch.optim.Adam(nets.parameters(), recipe.lr)
+        self.adam = torch.optim.Adam(nets.parameters(), recipe.lr)
         self.weights = recipe.msgms_weight, recipe.ssim_weight, recipe.l2_weight
         milestones = [max(1, round(recipe.lr_milestone * self.steps))]
-        self.aids = dict(adam=adam, schedule=torch.optim.lr_scheduler.MultiStepLR(adam, milestones, recipe.lr_decay))
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.adam, milestones, recipe.lr_decay)
+        self.aids = dict(adam=self.adam, schedule=self.schedule)
 
     def step(self, i: int) -> tuple[Tensor, ...]:
         "One step on one batch, with one k and one permutation for all of it; gives the three losses."
@@ -143,11 +144,10 @@ class RiadTraining:
         index = image_indices(len(self.images), recipe.batch, recipe.seed, i)
         x = self.images[index.to(self.images.device)].float().div_(255)
         k = recipe.cells[int(torch.randint(len(recipe.cells), (), generator=generator))]
-        masks = disjoint_masks(x.shape[2:], k, recipe.sets, generator).to(x.device)
+        masks = disjoint_masks((x.shape[2], x.shape[3]), k, recipe.sets, generator).to(x.device)
         losses = riad_losses(x, inpaint(self.nets['unet'], x, masks))
-        self.aids['adam'].zero_grad(set_to_none=True)
-        sum(weight * loss for weight, loss in zip(self.weights, losses)).backward()
-        for aid in self.aids.values(): aid.step()
+        descend(self.adam, summed(weight * loss for weight, loss in zip(self.weights, losses)))
+        self.schedule.step()
         return losses
 
 # %% ../nbs/48_riad.ipynb #a679b4be
@@ -157,10 +157,11 @@ _AT_ONCE = 4        # images; each goes through the network three times
 class RiadDetector(NetworkDetector):
     "A U-Net that inpaints. `fit` makes it, `save` keeps it, `load` brings it back."
     method, recipe_type = 'riad', RiadRecipe
+    recipe: RiadRecipe
 
-    def networks(self, recipe: RiadRecipe) -> nn.ModuleDict:
+    def networks(self) -> nn.ModuleDict:
         "The U-Net, with weights from the recipe's seed."
-        return nn.ModuleDict(dict(unet=_initialise(UNet(recipe.width), generator_of(recipe.seed, 11))))
+        return nn.ModuleDict(dict(unet=_initialise(UNet(self.recipe.width), generator_of(self.recipe.seed, 11))))
 
     def training(self, images: Tensor, textures: Tensor | None) -> RiadTraining:
         "Inpainting of (N, 3, H, W) uint8 normal images."
@@ -174,12 +175,12 @@ class RiadDetector(NetworkDetector):
 
     def maps_and_scores(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Of (B, 3, H, W) uint8: the reconstruction in 0..1, its error (B, 1, H, W), scores (B,)."
-        reconstructions, maps = [], []
+        reconstructions, errors = [], []
         for x in batch.float().div_(255).split(_AT_ONCE):
             parts = [inpaint(self.nets['unet'], x, masks) for masks in self.masks]
             reconstructions.append(torch.stack(parts).mean(0))
-            maps.append(torch.stack([reconstruction_error(x, part, 'msgms') for part in parts]).mean(0))
-        maps = mean_filter(torch.cat(maps), self.recipe.score_window)
+            errors.append(torch.stack([reconstruction_error(x, part, 'msgms') for part in parts]).mean(0))
+        maps = mean_filter(torch.cat(errors), self.recipe.score_window)
         return torch.cat(reconstructions), maps, inside(maps, self.region, 0.).amax((1, 2, 3))
 
 # %% ../nbs/48_riad.ipynb #9afbf1ea

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from .data import CategoryData
 from .features import BACKBONES, few_at_a_time, load_network
-from .fitting import NetworkDetector, NetworkRecipe, fit_networks
+from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_networks, summed
+from .networks import Net
 from .recipes import Count, Inside, Positive, Weight, as_recipe
 from .regions import inside
 from .simulator import generator_of, image_indices
@@ -25,7 +26,7 @@ from .textures import load_textures
 
 # %% auto #0
 __all__ = ['wants_textures', 'load', 'StudentsRecipe', 'published', 'demo', 'by_name', 'PatchNet', 'draw_patches', 'knowledge',
-           'compactness', 'Ensemble', 'initialise', 'map_of', 'lesson_of', 'distil', 'teach', 'moments',
+           'compactness', 'Ensemble', 'initialise', 'ensembles', 'map_of', 'lesson_of', 'distil', 'teach', 'moments',
            'measure_teachers', 'measure_students', 'StudentsTraining', 'StudentsDetector', 'fit']
 
 # %% ../nbs/47_students.ipynb #0433fe73
@@ -79,7 +80,8 @@ def by_name(name: str) -> StudentsRecipe:
 
 # %% ../nbs/47_students.ipynb #36a8cd26
 # receptive field: kernel, width; None: pooling
-_LAYERS = {17: [(6, 1), (5, 2), (5, 2), (4, 0)],
+_LAYERS: dict[int, Sequence[tuple[int, int] | None]] = {
+           17: [(6, 1), (5, 2), (5, 2), (4, 0)],
            33: [(5, 1), None, (5, 2), None, (2, 2), (4, 0)],                         # width 0: the descriptor's
            65: [(5, 1), None, (5, 1), None, (5, 1), None, (4, 2), (1, 0)]}
 
@@ -97,7 +99,7 @@ class PatchNet(nn.Module):
         "Descriptors (B, D, h, w) of (B, 3, H, W); with `dense` h = H - p + 1."
         dilation, (height, width), x = 1, x.shape[2:], (x - 0.5) / 0.25
         for layer in self.layers:
-            if not isinstance(layer, nn.MaxPool2d):
+            if isinstance(layer, nn.Conv2d):
                 x = F.conv2d(x, layer.weight, layer.bias, dilation=dilation)
                 if layer is not self.layers[-1]: x = F.leaky_relu(x, 0.005)
             elif dense: x, dilation = F.max_pool2d(x, 2, 1, dilation=dilation), 2 * dilation
@@ -121,12 +123,12 @@ def draw_patches(textures: Tensor, n: int, receptive: int, generator: torch.Gene
 @torch.no_grad()
 def knowledge(patches: Tensor, backbone: str, device: torch.device) -> Tensor:
     "(n, 3, p, p) uint8 -> (n, C): the averages of the backbone's last part, each with mean 0 and deviation 1."
-    net, known = load_network(device, backbone), []
+    net, parts = load_network(device, backbone), []
     for part in tqdm(patches.split(64), 'looking at patches', unit='batch', delay=2):
         for x in few_at_a_time(part.to(device)):
             *_, last = net.outputs(F.interpolate(x, 64, mode='bilinear', align_corners=False))
-            known.append(last.mean((2, 3)))
-    known = torch.cat(known)
+            parts.append(last.mean((2, 3)))
+    known = torch.cat(parts)
     return (known - known.mean(0)) / known.std(0).clamp(min=1e-6)
 
 # %% ../nbs/47_students.ipynb #b3741120
@@ -136,17 +138,28 @@ def compactness(descriptors: Tensor) -> Tensor:
     correlations = F.normalize(y.T, dim=1) @ F.normalize(y.T, dim=1).T
     return (correlations - torch.diag(correlations.diagonal())).square().sum()
 
+# %% ../nbs/47_students.ipynb #de15e438
+def _error_and_variance(target: Tensor, answers: Iterator[Tensor], n: int) -> Tensor:
+    "e and v (B, 2, H, W) of n answers to a target, (B, D, H, W) each; one answer is held at a time."
+    mean, squares = torch.zeros_like(target), torch.zeros_like(target[:, 0])
+    for answer in answers: mean, squares = mean + answer / n, squares + answer.square().sum(1) / n
+    return torch.stack([(mean - target).square().sum(1), (squares - mean.square().sum(1)).clamp_(min=0)], 1)
+
 # %% ../nbs/47_students.ipynb #465b5543
 class Ensemble(nn.Module):
     "Teacher and students of one receptive field."
+    mean: Tensor            # (D, 1, 1) of the teacher's descriptors
+    std: Tensor
+    scale: Tensor           # (2, 1, 1), deviations of e and v on normal images
+
     def __init__(self, receptive: int, recipe: StudentsRecipe, channels: int):
         super().__init__()
         self.receptive = receptive
         make = lambda: PatchNet(receptive, recipe.width, recipe.descriptor)
         self.teacher, self.students = make(), nn.ModuleList(make() for _ in range(recipe.students))
         self.decoder = nn.Linear(recipe.descriptor, channels)           # for the distillation alone
-        for name in ('mean', 'std'): self.register_buffer(name, torch.ones(recipe.descriptor, 1, 1))    # the teacher's
-        self.register_buffer('scale', torch.ones(2, 1, 1))              # deviations of e and v on normal images
+        for name in ('mean', 'std'): self.register_buffer(name, torch.ones(recipe.descriptor, 1, 1))
+        self.register_buffer('scale', torch.ones(2, 1, 1))
 
     def padded(self, x: Tensor) -> Tensor:
         "(B, 3, H, W) with a margin of half a patch, reflected."
@@ -162,25 +175,25 @@ class Ensemble(nn.Module):
         "(B, 3, H, W) in 0..1 -> e and v (B, 2, H, W)."
         x = self.padded(x)
         target = (self.teacher(x, dense=True) - self.mean) / self.std
-        mean, squares = 0, 0
-        for student in self.students:
-            given = student(x, dense=True)
-            mean, squares = mean + given / len(self.students), squares + given.square().sum(1) / len(self.students)
-        return torch.stack([(mean - target).square().sum(1), (squares - mean.square().sum(1)).clamp_(min=0)], 1)
+        return _error_and_variance(target, (student(x, dense=True) for student in self.students), len(self.students))
 
 # %% ../nbs/47_students.ipynb #9d7012c2
 @torch.no_grad()
-def initialise(net: nn.Module, generator: torch.Generator) -> nn.Module:
+def initialise(net: Net, generator: torch.Generator) -> Net:
     "Normal weights of variance 2 / inputs (He et al.), from a generator; biases 0."
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             m.weight.normal_(0, math.sqrt(2 / m.weight[0].numel()), generator=generator)
-            m.bias.zero_()
+            if m.bias is not None: m.bias.zero_()
     return net
+
+def ensembles(nets: nn.ModuleDict) -> list[Ensemble]:
+    "The ensembles of all receptive fields."
+    return [net for net in nets.values() if isinstance(net, Ensemble)]
 
 def map_of(nets: nn.ModuleDict, x: Tensor) -> Tensor:
     "(B, 3, H, W) in 0..1 -> maps (B, 1, H, W): e and v in their deviations, added, the mean over the receptive fields."
-    values = [(of.error_and_variance(x) / of.scale).sum(1, keepdim=True) for of in nets.values()]
+    values = [(of.error_and_variance(x) / of.scale).sum(1, keepdim=True) for of in ensembles(nets)]
     return torch.stack(values).mean(0)
 
 # %% ../nbs/47_students.ipynb #991243a9
@@ -205,14 +218,14 @@ def teach(net: Ensemble, images: Tensor, recipe: StudentsRecipe, i: int) -> tupl
     side = recipe.crop + net.receptive - 1
     seen = net.padded(images[index].float().div_(255))[..., y:y + side, x:x + side]
     errors = [error.mean() for error in net.errors(seen.contiguous(memory_format=torch.channels_last))]
-    return sum(errors), sum(errors) / len(errors) / recipe.descriptor
+    return summed(errors), summed(errors) / len(errors) / recipe.descriptor
 
 # %% ../nbs/47_students.ipynb #9e1f74ad
 def moments(parts: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     "(B, C, H, W) after (B, C, H, W) -> mean and deviation (C, 1, 1) over all places of all of them."
-    n, total, squares = 0, 0, 0
-    for values in (part.double().transpose(0, 1).flatten(1) for part in parts):
-        n, total, squares = n + values.shape[1], total + values.sum(1), squares + values.square().sum(1)
+    sums = [(torch.tensor(values.shape[1]), values.sum(1), values.square().sum(1))
+            for values in (part.double().transpose(0, 1).flatten(1) for part in parts)]
+    n, total, squares = (summed(column) for column in zip(*sums))
     mean = total / n
     deviation = (squares / n - mean.square()).clamp(min=1e-12).sqrt()
     return mean[:, None, None].float(), deviation[:, None, None].float()
@@ -221,21 +234,21 @@ def moments(parts: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
 def measure_teachers(nets: nn.ModuleDict, images: Tensor) -> None:
     """Mean and deviation of the descriptors over 64 of (N, 3, H, W) uint8 normal images, at the
     places that poolings leave."""
-    for net in nets.values():
+    for net in ensembles(nets):
         net.mean, net.std = moments(net.teacher(net.padded(x)) for x in few_at_a_time(images[:64]))
 
 @torch.no_grad()
 def measure_students(nets: nn.ModuleDict, images: Tensor) -> None:
     "Deviations of e and v over the pixels of (N, 3, H, W) uint8 normal images, and the largest value of their maps."
-    maps = 0
-    for net in nets.values():
+    maps = []
+    for net in ensembles(nets):
         found = [net.error_and_variance(x) for image in images.split(1) for x in few_at_a_time(image)]
         net.scale = moments(iter(found))[1]
-        maps = maps + (torch.cat(found) / net.scale).sum(1) / len(nets)
-    nets.farthest = maps.amax()
+        maps.append((torch.cat(found) / net.scale).sum(1) / len(nets))
+    nets.farthest = summed(maps).amax()
 
 # %% ../nbs/47_students.ipynb #9d57126a
-class StudentsTraining:
+class StudentsTraining(Training):
     "Teachers on textures, then students on normal images (N, 3, H, W) uint8; see `fitting.Training`."
     def __init__(self, nets: nn.ModuleDict, images: Tensor, textures: Tensor, recipe: StudentsRecipe):
         if len(images) < 2:
@@ -249,20 +262,18 @@ class StudentsTraining:
         self.lesson = functools.lru_cache(lambda receptive: lesson_of(textures, receptive, recipe, images.device))
         of = lambda *parts: [w for net in nets.values() for part in parts for w in getattr(net, part).parameters()]
         adam = functools.partial(torch.optim.Adam, weight_decay=recipe.weight_decay)
-        self.aids = dict(teachers=adam(of('teacher', 'decoder'), recipe.teacher_lr),
-                         students=adam(of('students'), recipe.lr))
+        self.adams = dict(teachers=adam(of('teacher', 'decoder'), recipe.teacher_lr),
+                          students=adam(of('students'), recipe.lr))
+        self.aids = {**self.adams}
 
     def step(self, i: int) -> list[Tensor]:
         """Mean squares for each receptive field: of the backbone's numbers while teachers
         learn, then of the descriptor's."""
-        recipe, nets, k = self.recipe, self.nets.values(), i - self.recipe.teacher_steps
+        recipe, nets, k = self.recipe, ensembles(self.nets), i - self.recipe.teacher_steps
         if k == 0: measure_teachers(self.nets, self.images)
         if k >= 0: losses = [teach(net, self.images, recipe, k) for net in nets]
         else: losses = [distil(net, self.lesson(net.receptive), recipe, i) for net in nets]
-        adam = self.aids['students' if k >= 0 else 'teachers']
-        adam.zero_grad(set_to_none=True)
-        sum(loss for loss, _ in losses).backward()
-        adam.step()
+        descend(self.adams['students' if k >= 0 else 'teachers'], summed(loss for loss, _ in losses))
         if i == self.steps - 1: measure_students(self.nets, self.validation)
         return [shown for _, shown in losses]
 
@@ -270,28 +281,31 @@ class StudentsTraining:
 class StudentsDetector(NetworkDetector):
     "Teachers and their students. `fit` makes it, `save` keeps it, `load` brings it back."
     method, recipe_type = 'students', StudentsRecipe
+    recipe: StudentsRecipe
 
     @property
     def backbone(self) -> str:
         "What tables call the network that the teacher was distilled from."
         return BACKBONES[self.recipe.backbone].title
 
-    @staticmethod
-    def networks(recipe: StudentsRecipe) -> nn.ModuleDict:
+    def networks(self) -> nn.ModuleDict:
         "An ensemble for each receptive field, and the largest value of normal maps."
+        recipe = self.recipe
         averages = BACKBONES[recipe.backbone].averages
         nets = nn.ModuleDict({str(p): Ensemble(p, recipe, averages) for p in recipe.receptive})
         nets.register_buffer('farthest', torch.tensor(1.))
         return initialise(nets, generator_of(recipe.seed, 24))
 
-    def training(self, images: Tensor, textures: Tensor) -> StudentsTraining:
-        "The training of these networks; see `fitting.Training`."
+    def training(self, images: Tensor, textures: Tensor | None) -> StudentsTraining:
+        "The training of these networks, which wants textures; see `fitting.Training`."
+        if textures is None: raise ValueError('Uninformed Students learn from textures; give some')
         return StudentsTraining(self.nets, images, textures, self.recipe)
 
     def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         "Of (B, 3, H, W) uint8: no reconstruction; disagreement (B, 1, H, W) in 0..1, scores (B,)."
         maps = torch.cat([map_of(self.nets, x) for part in batch.split(1) for x in few_at_a_time(part)])
-        return None, 1 / (1 + (self.nets.farthest / maps).square()), inside(maps, self.region, 0.).amax((1, 2, 3))
+        scores = inside(maps, self.region, 0.).amax((1, 2, 3))
+        return None, 1 / (1 + (self.nets.get_buffer('farthest') / maps).square()), scores
 
 # %% ../nbs/47_students.ipynb #b49c6449
 def fit(
@@ -299,8 +313,7 @@ def fit(
     recipe: StudentsRecipe | None = None,           # None: `demo()`
     device: str | torch.device | None = None,       # None: a GPU where there is one
     textures: Tensor | None = None,                 # (N, 3, H, W) uint8 for the teacher; None: the built-in photographs
-    # keeps the run, and goes on from what is there; None: nothing is kept
-    run_dir: str | Path | None = None,
+    run_dir: str | Path | None = None,              # keeps the run, and goes on from it; None: nothing is kept
 ) -> StudentsDetector:                              # with thresholds, unless recipe.holdout is 0
     "Train teachers and students (Bergmann et al., 2020), set the thresholds. Same seed, same bits on a CPU."
     recipe = recipe or demo()

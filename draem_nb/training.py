@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 # %% auto #0
 __all__ = ['OnStep', 'HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'RandomCrops',
@@ -44,7 +44,9 @@ from .supervision import SideHeads, supervision_weight
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
 class HoldsOut(Protocol):
-    "A recipe of any method."
+    "A recipe of any method: a dataclass that says which images are held out."
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
     @property
     def holdout(self) -> float:
         "Share of the normal images that are held out."
@@ -240,10 +242,8 @@ def recent_losses(losses: Tensor, done: int, n: int, remedy: str) -> list[float]
 
 # %% ../nbs/07_training.ipynb #a5e18a57
 class Trainer(ResumableRun):
-    """The state of a run, and its steps.
-
-    `images` (N, 3, H, W) and `textures` (M, 3, H, W) are uint8 on the host; `indices`: the images to train on, None
-    for all."""
+    """The state of a run, and its steps. `images` (N, 3, H, W) and `textures` (M, 3, H, W) are uint8 on the host;
+    `indices`: the images to train on, None for all."""
     def step(self) -> None:
         "One optimiser step on one simulated batch; no device-to-host copy."
         batch = self.batch = self.ahead(self.done) if self.ahead else self.host_batch(self.done, self.batch)
