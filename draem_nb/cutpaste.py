@@ -35,6 +35,7 @@ __all__ = ['load', 'CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw
 # %% ../nbs/22_cutpaste.ipynb #0900ca95
 _Range = tuple[Positive, Positive]      # (low, high)
 
+# %% ../nbs/22_cutpaste.ipynb #cf19ea65
 @as_recipe
 class CutPasteRecipe(BaseRecipe):
     "All choices of one run; the defaults are the paper's. Impossible values are refused with a `ValueError`."

@@ -22,6 +22,14 @@ import urllib.parse
 import urllib.request
 import warnings
 import zlib
+
+# %% auto #0
+__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_categories', 'read_image', 'DiskFull', 'replacing',
+           'write_json', 'read_json', 'remove_leftovers', 'temporary_folder', 'content_hash', 'load_images',
+           'large_zeros', 'large_part', 'ClassTensors', 'CategoryData', 'load_category', 'demo_category', 'check',
+           'download_mvtec', 'download_dtd']
+
+# %% ../nbs/00_data.ipynb #f192446f
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,12 +40,6 @@ from http.client import HTTPException
 from numbers import Integral
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
-
-# %% auto #0
-__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_categories', 'read_image', 'DiskFull', 'replacing',
-           'write_json', 'read_json', 'remove_leftovers', 'temporary_folder', 'content_hash', 'load_images',
-           'large_zeros', 'large_part', 'ClassTensors', 'CategoryData', 'load_category', 'demo_category', 'check',
-           'download_mvtec', 'download_dtd']
 
 # %% ../nbs/00_data.ipynb #e2780278
 import numpy as np
@@ -394,6 +396,7 @@ _UNKNOWN = dict(
     weak='The masks only surround the defects: they are shown in pictures, and pixel metrics are undefined.',
     none='The defects of this class have no masks: pixel metrics are undefined.')
 
+# %% ../nbs/00_data.ipynb #44376ce7
 def load_category(
     root: str | Path,                 # folder that holds the classes; a data set of one class may be given itself
     name: str,                        # the class

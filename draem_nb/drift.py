@@ -63,6 +63,7 @@ def in_words(table: pd.DataFrame, n: int, m: int, false_alarms: float = 0.01) ->
     return (f'The line has changed: {found}; {test}. Look whether light, camera and parts are as before, and calibrate '
             'again if they stay so.')
 
+# %% ../nbs/14b_drift.ipynb #ee445549
 def picture(held_out: pd.DataFrame, new: pd.DataFrame, table: pd.DataFrame) -> Figure:
     "A panel for each quantity: the held-out images and the new ones, a dot each; `table` as `changes` gives it."
     fig, axes = plt.subplots(1, len(table), figsize=(plots.WIDTH, 2.2), sharey=True, layout='constrained')

@@ -88,6 +88,7 @@ def wilson_interval(successes: int, n: int) -> list[float] | None:
     return [(centre - half) / (1 + z * z / n) if successes else 0., (centre + half) / (1 + z * z / n)
             if successes < n else 1.]
 
+# %% ../nbs/10_evaluation.ipynb #162150e6
 def _operating_point(detector: object, found: Detections, labels: torch.Tensor) -> dict | None:
     "What the detector's threshold does on the test images; None without a threshold or without images."
     threshold, held_out = getattr(detector, 'threshold', None), getattr(detector, 'held_out_scores', [])
@@ -131,6 +132,7 @@ def _from_counts(normal: np.ndarray, defect: np.ndarray, covered: np.ndarray | N
     if covered is not None: values['aupro'] = np.array([_area_to(x, y, 0.3) for x, y in zip(fpr, start(covered))])
     return values
 
+# %% ../nbs/10_evaluation.ipynb #f3aba54e
 def _area_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     inside = x < limit
     x, y = np.append(x[inside], limit), np.append(y[inside], np.interp(limit, x, y))
@@ -192,6 +194,7 @@ def _drawn(found: Detections, masks: np.ndarray, weights: np.ndarray,
     return {part: _values(weights, counts.get(part), names)
             for part, names in dict(image=('auroc', 'ap'), pixel=('auroc', 'ap', 'aupro')).items()}
 
+# %% ../nbs/10_evaluation.ipynb #a2a5c629
 def _values(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> dict[str, np.ndarray | None]:
     if counts is None or not counts[0].any() or not counts[1].any(): return dict.fromkeys(names)
     normal, defect, regions = counts
@@ -276,6 +279,7 @@ def _changes(recipe: Recipe) -> dict:
     except ValueError: named = official()
     return changed_fields(recipe, named, (*_NAMED, *_BY_OTHER_NAMES, *_WITHOUT_EFFECT))
 
+# %% ../nbs/10_evaluation.ipynb #37c5fe83
 def _conditions(detector: object, category: CategoryData, mask_rule: str) -> dict:
     "What the metrics rest on; the recipe's part only where the detector has a recipe of ours."
     conditions, recipe = (dict(category=category.name, size=list(category.size), mask_rule=mask_rule),
@@ -483,6 +487,7 @@ def _unlike_published(c: dict) -> list[str]:
     if c.get('unlike_published') is None: return [*words, f'{c["size"][0]} x {c["size"][1]} pixels']
     return words + [f'{field} {here} instead of {there}' for field, (here, there) in c['unlike_published'].items()]
 
+# %% ../nbs/10_evaluation.ipynb #091916fd
 def differing_conditions(results: dict) -> list[str]:
     "How the conditions of a run differ from those of its method's published numbers, in words."
     c = results['conditions']
@@ -561,6 +566,7 @@ def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
     rows.loc[several, 'conditions'] += ', data ' + rows.data[several].str[:8]
     return rows.drop_duplicates(['category', 'conditions', 'seed'])
 
+# %% ../nbs/10_evaluation.ipynb #a6a871a1
 def runs_table(runs: Sequence[dict]) -> pd.DataFrame:
     """A row for each class and set of conditions: mean and standard deviation over seeds, percent, and the mean limits
     of the seeds' intervals; how many seeds, on which devices."""
@@ -579,6 +585,7 @@ def _published(metric: str) -> pd.DataFrame:
     suffix = '_auroc' if metric == 'pixel AUROC' else '_ap'
     return paper_table('localization').filter(regex=f'{suffix}$').rename(columns=lambda name: name.removesuffix(suffix))
 
+# %% ../nbs/10_evaluation.ipynb #798cc192
 def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd.DataFrame, list[str]]:
     """The paper's table for 'image AUROC', 'pixel AUROC' or 'pixel AP' (any other metric: none published) with one
     column of ours for each set of conditions; and what is missing, in words."""

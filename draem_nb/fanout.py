@@ -5,6 +5,10 @@
 # %% ../nbs/13_fanout.ipynb #66538fec
 from __future__ import annotations
 
+# %% auto #0
+__all__ = ['plan', 'estimate', 'local_size', 'fan_out', 'table']
+
+# %% ../nbs/13_fanout.ipynb #13e6cfcb
 import argparse
 import contextlib
 import dataclasses
@@ -30,6 +34,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
+# %% ../nbs/13_fanout.ipynb #2b008350
 import pandas as pd
 
 import draem_nb
@@ -37,9 +42,6 @@ from . import reports
 from .cli import value_of
 from .data import DEMO_CATEGORIES, find_categories, read_json, temporary_folder
 from .reports import RunFailed, default_folder, locked, report_notebook, run_report
-
-# %% auto #0
-__all__ = ['plan', 'estimate', 'local_size', 'fan_out', 'table']
 
 # %% ../nbs/13_fanout.ipynb #f02ced6e
 def plan(param_sets: list[dict], runs_dir: str | Path = 'runs', name: str | Path = 'category') -> pd.DataFrame:
@@ -56,6 +58,7 @@ def plan(param_sets: list[dict], runs_dir: str | Path = 'runs', name: str | Path
         rows.append(row)
     return pd.DataFrame(rows)
 
+# %% ../nbs/13_fanout.ipynb #31176a32
 def _other_recipe(run_dir: Path, params: dict) -> str:
     "A sentence where the folder's run was trained by a recipe that is no longer this one."
     if 'recipe' not in params or not (run_dir / 'run.json').exists(): return ''
@@ -218,6 +221,7 @@ def _on_worker(job: dict) -> dict:
     if not job['home'] and folder.is_dir(): outcome['packed'] = _packed(folder, outcome['status'] == 'complete')
     return outcome
 
+# %% ../nbs/13_fanout.ipynb #71890d9b
 def _threads(job: dict) -> int:
     from dask.system import CPU_COUNT
     return job['threads'] or int(os.environ.get('DRAEM_NB_THREADS', 0)) or CPU_COUNT
@@ -236,6 +240,7 @@ def local_size(n_runs: int) -> tuple[int, int, int]:
 # In every worker: a terminal sends Ctrl-C to all, and the command ends its workers itself.
 _PRELOAD = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)'
 
+# %% ../nbs/13_fanout.ipynb #64b80a7b
 @contextmanager
 def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iterator[object]:
     "A client of the cluster at that address, or of one made here, on the loopback address only."
@@ -440,6 +445,7 @@ def _received(job: dict, outcome: dict, board: _Board) -> dict:
     except (OSError, ValueError) as e: outcome = dict(reason=f'its result could not be stored here: {e}')
     return _failed(run_dir, outcome, board)
 
+# %% ../nbs/13_fanout.ipynb #10876c26
 def _failed(run_dir: Path, outcome: dict, board: _Board) -> dict:
     kept = run_dir / 'report.failed.ipynb'
     board.end(run_dir.name, 'failed', '\n'.join([f"{run_dir.name}: failed: {outcome['reason']}",
@@ -477,6 +483,7 @@ def _results(client: object, todo: dict[int, dict], resources: dict, patience: f
                 raise ValueError(f'no worker is left at {client.scheduler.address}; start some, and the same '
                                  'command goes on')
 
+# %% ../nbs/13_fanout.ipynb #e1236c94
 def _why(error: BaseException) -> str:
     if type(error).__name__ == 'KilledWorker':
         return 'every worker that tried it died; most often because memory ran out'
@@ -535,6 +542,7 @@ def _table_parser() -> argparse.ArgumentParser:
     option('--dry-run', action='store_true', help='show the plan and an estimate of the time')
     return parser
 
+# %% ../nbs/13_fanout.ipynb #ea944c84
 def _number(text: str, kind: type, least: float) -> float:
     with contextlib.suppress(ValueError):
         if (value := kind(text)) >= least: return value
@@ -560,6 +568,7 @@ def _param_sets(options: argparse.Namespace) -> list[dict]:
     return [dict(shared, category=c, method=m, recipe=r, seed=s) for m in options.methods for r in options.recipes
             for c in classes for s in options.seeds]
 
+# %% ../nbs/13_fanout.ipynb #aadecf8d
 def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
     print(planned[['category', 'method', 'recipe', 'seed', 'todo', 'run_dir',
                    *(['why'] if planned.why.any() else [])]].to_string(index=False))

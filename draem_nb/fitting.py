@@ -284,6 +284,7 @@ class NetworkDetector(NetworkMethod):
 # %% ../nbs/40b_fitting.ipynb #d751001f
 Trained = TypeVar('Trained', bound=NetworkDetector)
 
+# %% ../nbs/40b_fitting.ipynb #4b8e4018
 def fit_networks(
     detector: Trained,                          # that has learned nothing yet
     category: CategoryData,                     # its normal training images are used, nothing else

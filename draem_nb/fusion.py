@@ -53,6 +53,7 @@ def demo() -> FusionRecipe:
     "For a CPU, the only one: 192 px, 500 steps of 4 images, 3,000 pieces."
     return FusionRecipe()
 
+# %% ../nbs/45b_fusion.ipynb #4bdff4bd
 def by_name(name: str) -> FusionRecipe:
     "`'demo'`; any other name raises `ValueError`."
     if name != 'demo': raise ValueError(f'unknown recipe {name!r}; fusion has: demo')
@@ -88,6 +89,7 @@ class Witnesses(KeptDetector):
 # %% ../nbs/45b_fusion.ipynb #ce32ae83
 _EDGE = 1e-6        # maps are held this far from 0 and 1, where log odds are infinite
 
+# %% ../nbs/45b_fusion.ipynb #cf7a21b6
 class FusionDetector(Witnesses):
     "Both witnesses as one detector. `fit` makes it, `save` keeps it, `load` brings it back."
     recipe: FusionRecipe
@@ -146,4 +148,5 @@ def fit(
         keep_run(detector, about, Path(run_dir))
     return detector
 
+# %% ../nbs/45b_fusion.ipynb #26b2dec7
 load = FusionDetector.load

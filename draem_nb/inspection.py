@@ -98,6 +98,7 @@ def look(
             paths = [path for path in paths if path not in unreadable]
     return [], None
 
+# %% ../nbs/14_inspection.ipynb #d66ac2a0
 def verdict(detector: AnomalyDetector, score: float, defect_pixels: int) -> dict[str, object]:
     "Threshold, margin, verdict and note of one image; nothing where the detector has no threshold."
     if detector.threshold is None: return {}
@@ -120,6 +121,7 @@ def largest_region(mask: np.ndarray) -> dict[str, int]:
     return dict(defect_pixels=int(sizes.max()), defect_left=columns.start, defect_top=rows.start,
                 defect_width=columns.stop - columns.start, defect_height=rows.stop - rows.start)
 
+# %% ../nbs/14_inspection.ipynb #56d11485
 def save_pictures(
     detector: AnomalyDetector,
     path: Path,             # of the image

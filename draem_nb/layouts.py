@@ -115,6 +115,7 @@ def _pixel_limit() -> int:
     if not value.isdecimal(): raise ValueError(f'DRAEM_NB_MAX_PIXELS is {value!r}; it must be a whole number')
     return int(value)
 
+# %% ../nbs/00b_layouts.ipynb #c59a199e
 @contextmanager
 def open_image(
     path: str | Path,

@@ -209,9 +209,8 @@ _BUFFER = 2**25
 
 # %% ../nbs/04_networks.ipynb #11a56926
 class WinogradConv2d(nn.Module):
-    """A trained 3 x 3 convolution (stride 1, padding 1) for prediction, channels-last.
-
-    (B, C, H, W) -> (B, O, H, W); H and W multiples of 4."""
+    """A trained 3 x 3 convolution (stride 1, padding 1) for prediction, channels-last: (B, C, H, W) -> (B, O, H, W), H
+    and W multiples of 4."""
     weight: Tensor              # (36, O, C)
     bias: Tensor                # (O,)
     to_points: Tensor           # (36, 1, 6, 6)
@@ -231,8 +230,7 @@ class WinogradConv2d(nn.Module):
         y = x.new_empty(B, h, 4, w, 4, O)
         for part, out in zip(x.split(n := max(1, _BUFFER // (144 * C * h * w))), y.split(n)):
             tiles = nn.functional.conv2d(part.reshape(-1, 1, H, W), self.to_points, stride=4, padding=1)
-            tiles = tiles.view(len(part), C, 36, h * w)
-            product = self.weight @ tiles.permute(2, 1, 0, 3).reshape(36, C, -1)
+            product = self.weight @ tiles.view(len(part), C, 36, h * w).permute(2, 1, 0, 3).reshape(36, C, -1)
             pixels = (self.to_pixels @ product.flatten(1)).view(4, 4, O, len(part), h, w)
             torch.add(pixels.permute(3, 4, 0, 5, 1, 2), self.bias, out=out)
         return y.view(B, H, W, O).permute(0, 3, 1, 2)

@@ -59,6 +59,7 @@ STYLE = sns.axes_style('whitegrid') | {
     'axes.spines.top': False, 'axes.spines.right': False, 'grid.color': '#e8e8e8', 'axes.edgecolor': '#b0b0b0',
     'patch.force_edgecolor': False, 'axes.prop_cycle': plt.cycler(color=OTHERS), 'lines.linewidth': 2}
 
+# %% ../nbs/11_plots.ipynb #38967304
 def set_style() -> None:
     "Use the style of the reports for every later figure of this process, one's own included."
     plt.rcParams.update(STYLE)
@@ -382,6 +383,7 @@ def _loss_panel(ax: Axes, step: pd.Series, loss: pd.Series) -> None:
 # %% ../nbs/11_plots.ipynb #eb46f376
 _LOSS_NAMES = dict(ssim='SSIM loss', l2='L2 loss', focal='focal loss')
 
+# %% ../nbs/11_plots.ipynb #2f2c21fe
 @_styled
 def training_curves(
     # columns step, one for each loss, and lr where there is a learning rate; one row a logged step

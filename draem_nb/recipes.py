@@ -32,6 +32,7 @@ _Side = Annotated[int, Field(ge=1, le=65536)]
 Size = _Side | tuple[_Side, _Side]
 _T = TypeVar('_T')
 
+# %% ../nbs/06_recipes.ipynb #928ac919
 @dataclass_transform(frozen_default=True)
 def as_recipe(cls: type[_T]) -> type[_T]:
     """The class as a frozen dataclass whose values pydantic checks by their types and bounds, strictly; the first fault

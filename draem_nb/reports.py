@@ -23,6 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+# %% auto #0
+__all__ = ['check_parameters', 'default_folder', 'peak_memory_mib', 'timing', 'finish', 'Figures', 'styled', 'as_csv',
+           'RunFailed', 'to_html', 'locked', 'RunResult', 'run_report', 'run_many', 'metrics_table', 'read_part',
+           'run_command']
+
+# %% ../nbs/12_reports.ipynb #6df8e8e7
 import pandas as pd
 from IPython.display import display
 from jinja2 import DictLoader
@@ -37,11 +43,6 @@ from .cli import main as main, report_names as report_names         # scripts im
 from .data import (DEMO_CATEGORIES, content_hash, read_json, remove_leftovers, replacing, temporary_folder,
                            write_json)
 from .layouts import as_markdown, find_classes, find_images, list_files, shown
-
-# %% auto #0
-__all__ = ['check_parameters', 'default_folder', 'peak_memory_mib', 'timing', 'finish', 'Figures', 'styled', 'as_csv',
-           'RunFailed', 'to_html', 'locked', 'RunResult', 'run_report', 'run_many', 'metrics_table', 'read_part',
-           'run_command']
 
 # %% ../nbs/12_reports.ipynb #ae478176
 def check_parameters(name: str | Path, params: dict) -> dict:
@@ -356,6 +357,7 @@ def _noted(files: dict[str, Path], known: dict) -> dict[str, list]:
     # what is missing, its reader will say
     return {name: note(name, path) for name, path in files.items() if path.is_file()}
 
+# %% ../nbs/12_reports.ipynb #b5364075
 def _changed(run_dir: Path, asked: dict) -> str:
     """In words, the files that are not as they were when the run was made; nothing where that cannot be
     said, as on another machine."""

@@ -26,7 +26,7 @@ from .simulator import generator_of, image_indices
 
 # %% auto #0
 __all__ = ['load', 'RiadRecipe', 'published', 'demo', 'by_name', 'disjoint_masks', 'inpaint', 'UNet', 'riad_losses',
-           'RiadTraining', 'RiadDetector', 'fit']
+           'RiadTraining', 'RiadMethod', 'RiadDetector', 'fit']
 
 # %% ../nbs/48_riad.ipynb #6ef80533
 @as_recipe
@@ -154,8 +154,8 @@ class RiadTraining(Training):
 _AT_ONCE = 4        # images; each goes through the network three times
 
 # %% ../nbs/48_riad.ipynb #6f469d5a
-class RiadDetector(NetworkDetector):
-    "A U-Net that inpaints. `fit` makes it, `save` keeps it, `load` brings it back."
+class RiadMethod(NetworkDetector):
+    "A U-Net that learns to inpaint, and the masks of a test image."
     method, recipe_type = 'riad', RiadRecipe
     recipe: RiadRecipe
 
@@ -173,6 +173,9 @@ class RiadDetector(NetworkDetector):
         draw = lambda k: disjoint_masks(self.size, k, self.recipe.sets, generator_of(self.recipe.seed, 12, k))
         return [draw(k).to(self.device) for k in self.recipe.cells]
 
+# %% ../nbs/48_riad.ipynb #e5ee3712
+class RiadDetector(RiadMethod):
+    "A U-Net that inpaints. `fit` makes it, `save` keeps it, `load` brings it back."
     def maps_and_scores(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Of (B, 3, H, W) uint8: the reconstruction in 0..1, its error (B, 1, H, W), scores (B,)."
         reconstructions, errors = [], []

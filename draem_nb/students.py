@@ -27,7 +27,7 @@ from .textures import load_textures
 # %% auto #0
 __all__ = ['wants_textures', 'load', 'StudentsRecipe', 'published', 'demo', 'by_name', 'PatchNet', 'draw_patches', 'knowledge',
            'compactness', 'Ensemble', 'initialise', 'ensembles', 'map_of', 'lesson_of', 'distil', 'teach', 'moments',
-           'measure_teachers', 'measure_students', 'StudentsTraining', 'StudentsDetector', 'fit']
+           'measure_teachers', 'measure_students', 'StudentsTraining', 'StudentsMethod', 'StudentsDetector', 'fit']
 
 # %% ../nbs/47_students.ipynb #0433fe73
 wants_textures = True       # the teacher learns on them
@@ -85,6 +85,7 @@ _LAYERS: dict[int, Sequence[tuple[int, int] | None]] = {
            33: [(5, 1), None, (5, 2), None, (2, 2), (4, 0)],                         # width 0: the descriptor's
            65: [(5, 1), None, (5, 1), None, (5, 1), None, (4, 2), (1, 0)]}
 
+# %% ../nbs/47_students.ipynb #8f6c13e0
 class PatchNet(nn.Module):
     "(B, 3, p, p) in 0..1 -> descriptors (B, D, 1, 1); of larger images every 2^poolings-th, `dense` gives all."
     def __init__(self, receptive: int, width: int, descriptor: int):
@@ -278,8 +279,8 @@ class StudentsTraining(Training):
         return [shown for _, shown in losses]
 
 # %% ../nbs/47_students.ipynb #cc87268a
-class StudentsDetector(NetworkDetector):
-    "Teachers and their students. `fit` makes it, `save` keeps it, `load` brings it back."
+class StudentsMethod(NetworkDetector):
+    "Teachers and their students, and how they learn."
     method, recipe_type = 'students', StudentsRecipe
     recipe: StudentsRecipe
 
@@ -301,6 +302,9 @@ class StudentsDetector(NetworkDetector):
         if textures is None: raise ValueError('Uninformed Students learn from textures; give some')
         return StudentsTraining(self.nets, images, textures, self.recipe)
 
+# %% ../nbs/47_students.ipynb #64941d78
+class StudentsDetector(StudentsMethod):
+    "Teachers and their students. `fit` makes it, `save` keeps it, `load` brings it back."
     def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         "Of (B, 3, H, W) uint8: no reconstruction; disagreement (B, 1, H, W) in 0..1, scores (B,)."
         maps = torch.cat([map_of(self.nets, x) for part in batch.split(1) for x in few_at_a_time(part)])

@@ -90,6 +90,7 @@ def memory_format_of(recipe: Recipe) -> torch.memory_format:
     "The recipe's memory format as PyTorch names it."
     return {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}[recipe.memory_format]
 
+# %% ../nbs/07_training.ipynb #1046c770
 def move(net: Net, device: torch.device, memory_format: torch.memory_format = torch.channels_last) -> Net:
     "The network itself, on the device, with its kernels in that memory format."
     to: Callable[..., Net] = net.to         # the annotations of PyTorch know no memory_format

@@ -28,6 +28,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+# %% auto #0
+__all__ = ['PATIENCE', 'COLUMNS', 'MOST', 'Arrivals', 'Verdicts', 'Report', 'watch', 'Listener', 'main']
+
+# %% ../nbs/14c_watch.ipynb #c3b69c68
 from . import gallery
 from .data import replacing
 from .detector import AnomalyDetector
@@ -36,12 +40,10 @@ from .layouts import find_files, shown
 from .reports import locked
 from .tiling import load_detector
 
-# %% auto #0
-__all__ = ['PATIENCE', 'COLUMNS', 'MOST', 'Arrivals', 'Verdicts', 'Report', 'watch', 'Listener', 'main']
-
 # %% ../nbs/14c_watch.ipynb #7d9511de
 PATIENCE = 10       # looks at an unchanged file that does not decode, before it is called unreadable
 
+# %% ../nbs/14c_watch.ipynb #ded8597a
 class Arrivals:
     "The photos of a folder that are complete and not judged yet. Each call of `look` looks once."
     def __init__(self, folder: Path, judged: set[tuple[str, int, int]]) -> None:
@@ -72,6 +74,7 @@ COLUMNS = ('file', 'bytes', 'changed_ns', 'score', 'threshold', 'margin', 'verdi
            'defect_left', 'defect_top', 'defect_width', 'defect_height', 'seconds')
 MOST = 10_000       # rows that are kept in memory, for the report
 
+# %% ../nbs/14c_watch.ipynb #0113ec80
 class Verdicts:
     "The table verdicts.csv of a watched folder: read at the start, one line longer with each `add`."
     def __init__(self, path: Path) -> None:
@@ -281,6 +284,7 @@ def _closed(tell: Listener | None) -> str:
     tell.close()
     return f'; the listener did not take {tell.lost} of them ({tell.reason})' if tell.lost else ''
 
+# %% ../nbs/14c_watch.ipynb #de605026
 def _summary(latencies: list[float], busy: float, lost: str = '') -> str:
     "Throughput and latency in words; `busy`: seconds from the first verdict to the last."
     if not latencies: return 'watched; no photo was judged'

@@ -145,8 +145,8 @@ FAULTS = {
                                                 'test_detector', 'exceeded'),
     'reconstructions left in BGR': ('detector', "values.flip(1) if color == 'bgr' else values", 'values',
                                     'test_detector', 'channel_order'),
-    'images antialiased whatever the recipe says': ('detector', 'self.antialias = recipe.antialias',
-                                                    'self.antialias = True', 'test_detector', 'without_antialiasing'),
+    'images antialiased whatever the recipe says': ('detector', 'recipe.color, recipe.antialias',
+                                                    'recipe.color, True', 'test_detector', 'without_antialiasing'),
 }
 
 
