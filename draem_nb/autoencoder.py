@@ -142,10 +142,10 @@ def fit(
     if category.size != check_size(recipe.size):
         raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
                          f'{recipe.size}; load it with size={recipe.size}')
-    kept, held_out = split_held_out(len(category.train), recipe)
+    kept, held_out = split_held_out(len(category.train), recipe, category.groups)
     generator = torch.Generator().manual_seed(recipe.seed)
     net = _initialise(Autoencoder(category.size, recipe.bottleneck), generator).to(device)
     losses = _train(net, category.train[kept].to(device), recipe, generator, f'autoencoder, {category.name}')
     detector = AutoencoderDetector(net, recipe, losses)
     detector.region = category.region
-    return detector.calibrate(category.train[held_out]) if len(held_out) else detector
+    return detector.calibrate_on(category, held_out)

@@ -87,7 +87,8 @@ def value_of(key: str, default: object, text: str = '') -> Callable[[str], objec
     return parse
 
 # %% ../nbs/12b_cli.ipynb #95298c54
-_TASKS = {'train and test': ('category', 'table'), 'use a detector': ('inspect', 'watch', 'calibrate', 'export'),
+_TASKS = {'train and test': ('category', 'table'), 
+          'use a detector': ('inspect', 'watch', 'correct', 'calibrate', 'export'),
           'compare and understand': ('compare', 'summary', 'ablation', 'learning_curve', 'official'),
           'see what there is': ('list',)}
 
@@ -118,14 +119,15 @@ def _parser(own: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='report', required=True, metavar='COMMAND', help=argparse.SUPPRESS)
     about = dict(list='the classes and the runs that there are',
                  table='every class, seed and recipe side by side, on this machine or a cluster, then the summary',
-                 watch='judge the photos of a folder as they arrive, a JSON line for each')
+                 watch='judge the photos of a folder as they arrive, a JSON line for each',
+                 correct='take up the verdicts that a person corrected in verdicts.csv; nothing is trained')
     for name in (*report_names(), *own):
         about[name] = _notebook_says(name)[0]
         _add_report(commands.add_parser(name, description=about[name], allow_abbrev=False), name)
     there = commands.add_parser('list', description=about['list'])
     there.add_argument('--data-root', help='folder of the classes (default: the built-in ones)')
     there.add_argument('--runs-dir', default='runs', help='(default: runs)')
-    for name in ('table', 'watch'): commands.add_parser(name, add_help=False)       # they parse their own
+    for name in ('table', 'watch', 'correct'): commands.add_parser(name, add_help=False)       # they parse their own
     parser.description = 'Find defects on surfaces.\n\n' + _commands_by_task(about)
     return parser
 
@@ -144,6 +146,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ['watch']:
         from draem_nb.watch import main as watch
         return watch(argv[1:])
+    if argv[:1] == ['correct']:
+        from draem_nb.corrections import main as correct
+        return correct(argv[1:])
     own = tuple(name for name in argv[:1] if name.endswith('.ipynb') and Path(name).is_file())
     params = vars(_parser(own).parse_args(argv))
     from draem_nb.reports import run_command

@@ -415,7 +415,7 @@ def fit(
                          f'load it with size={recipe.size}')
     about = describe_run('cutpaste', category, recipe, device)
     if run_dir and is_there(Path(run_dir), about): return CutPasteDetector.load(run_dir, device)
-    kept, held_out = split_held_out(len(category.train), recipe)
+    kept, held_out = split_held_out(len(category.train), recipe, category.groups)
     images = category.train[kept].to(device)
     windows = dict(images=category.size, patches=(recipe.patch,) * 2)
     trained = {name: train_network(images, recipe, window, name) for name, window in windows.items()}
@@ -423,7 +423,7 @@ def fit(
     losses = {name: losses for name, (_, losses) in trained.items()}
     detector = CutPasteDetector(recipe, nets, *_describe_normal(nets, images, recipe), losses)
     detector.region = category.region
-    if len(held_out): detector.calibrate(category.train[held_out])
+    detector.calibrate_on(category, held_out)
     if run_dir: keep_run(detector, about, Path(run_dir))
     return detector
 

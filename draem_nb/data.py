@@ -5,6 +5,7 @@
 # %% ../nbs/00_data.ipynb #dd575691
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import gzip
@@ -50,7 +51,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from .layouts import ClassFiles, UnreadableImage, find_classes, find_images, list_files, open_image, shown
+from .layouts import (ClassFiles, UnreadableImage, find_classes, find_images, groups_of, list_files, open_image,
+                              shown)
 from .regions import OUTSIDE, read_region
 
 # %% ../nbs/00_data.ipynb #70255cf4
@@ -338,6 +340,7 @@ class ClassTensors:
     notes: tuple[str, ...] = ()   # what a reader of the numbers has to know
     antialias: bool = True        # how larger images were shrunk, see `load_images`
     region: torch.Tensor | None = None  # (H, W) bool, what is looked at (14d_regions); None: everything
+    groups: tuple[str, ...] = ()  # the part that each of N training images shows, see 00b_layouts; empty: not known
 
 # %% ../nbs/00_data.ipynb #cfab2aed
 class CategoryData(ClassTensors):
@@ -406,6 +409,7 @@ def load_category(
     antialias: bool = True,           # of the images, see `load_images`
     # what is looked at, see 14d_regions; None: region.png in the class's folder, else everything
     region: str | Path | Sequence[int] | None = None,
+    groups: str | None = None,        # tells which training images show the same part, see `layouts.groups_of`
 ) -> CategoryData:
     "A class in any layout, resized to `size`. Anything missing or unreadable raises an error that names it."
     size, files = check_size(size), list_files(root, name, layout)
@@ -419,8 +423,11 @@ def load_category(
     weak = None if files.ground_truth != 'weak' else masks
     if not known: masks, masks_official = (large_zeros(masks.shape, torch.bool) for _ in range(2))
     notes = (*files.notes, *cut_note) if known else (*files.notes, *cut_note, _UNKNOWN[files.ground_truth])
+    of = groups_of(files.train, files.folder, groups)
+    if len(set(of)) < len(of):
+        notes += (f'Training images are held out part by part: {len(of)} show {len(set(of))} parts.',)
     return CategoryData(name, files.folder.parent, size, train, test, masks, masks_official, labels,
-                        files.kinds, files.test, files.train, known, weak, notes, antialias, looked_at)
+                        files.kinds, files.test, files.train, known, weak, notes, antialias, looked_at, of)
 
 # %% ../nbs/00_data.ipynb #c0f8ed38
 DEMO_CATEGORIES = ('brick', 'gravel', 'grass')
@@ -556,7 +563,9 @@ def demo_category(
 ) -> Path: # the class's folder, root/name: load it with load_category(path.parent, name)
     "Write a built-in class in the MVTec layout, unless it is there already."
     if name not in DEMO_CATEGORIES:
-        raise ValueError(f"unknown demo class {name!r}; there are: {', '.join(DEMO_CATEGORIES)}")
+        near = difflib.get_close_matches(name.lower(), DEMO_CATEGORIES, 1)
+        raise ValueError(f"unknown demo class {name!r}; there are: {', '.join(DEMO_CATEGORIES)}"
+                         + (f'; did you mean {near[0]}?' if near else ''))
     folder = Path(root if root is not None else _project_folder() / 'data' / 'demo') / name
     marker = json.dumps(dict(demo=name, seed=seed, version=_DEMO_VERSION))
     if _is_whole(folder, marker): return folder

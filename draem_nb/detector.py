@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, check_size, find_images, load_images, read_image, replacing, write_json
+from .data import (CategoryData, check_size, find_images, large_part, load_images, read_image, replacing,
+                           write_json)
 from .losses import reconstruction_error
 from .networks import Draem, fold_batchnorm, winograd
 from .recipes import Recipe, demo, official
@@ -143,19 +144,29 @@ def above(values: Tensor, threshold: float | None) -> Tensor | None:
 
 # %% ../nbs/08_detector.ipynb #211ccbf8
 _CALIBRATION = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
+_MORE = dict(held_out_groups=[], n_corrected=0, false_alarms=None)      # written where they say something
+
+def _fits(n: int, held_out_groups: object, n_corrected: object, false_alarms: object) -> bool:
+    "Whether these belong to a calibration of n images."
+    return (isinstance(held_out_groups, list) and len(held_out_groups) in (0, n)
+            and all(isinstance(group, str) for group in held_out_groups)
+            and type(n_corrected) is int and 0 <= n_corrected <= n
+            and (false_alarms is None or isinstance(false_alarms, float) and 0 < false_alarms < 1))
 
 def _read_calibration(path: Path) -> dict[str, object]:
     "The content of a threshold.json; `ValueError` where it is not what `save_calibration` writes."
     try: values = json.loads(path.read_text())
     except (ValueError, RecursionError): values = None
+    more = {name: values.pop(name) for name in _MORE if name in values} if isinstance(values, dict) else {}
     known = isinstance(values, dict) and set(values) == set(_CALIBRATION)
     known = known and isinstance(values['held_out_scores'], list)
+    known = known and _fits(len(values['held_out_scores']), **_MORE | more)
     numbers = [*(values[name] for name in _CALIBRATION[:3]), *values['held_out_scores']] if known else []
     finite = [isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers]
     if not known or not all(finite):
         raise ValueError(f'{path} is damaged or not ours: it must hold {", ".join(_CALIBRATION)}, all of them finite '
                          'numbers, and nothing else; delete it and calibrate again')
-    return values
+    return values | _MORE | more
 
 def _read_statistics(path: Path, n: int) -> np.ndarray:
     "The content of a held_out.json of n images, (n, 4); `ValueError` where it is not what `save_calibration` writes."
@@ -247,6 +258,9 @@ class Calibration(WithRegion):
     threshold: float | None = None      # of the score
     pixel_threshold: float | None = None                # of the map
     held_out_scores: Sequence[float] = ()               # of the normal images that both come from
+    held_out_groups: Sequence[str] = ()                 # which of them show the same part; empty: not known
+    n_corrected: int = 0                # the last so many of them were added by corrections, see 14f_corrections
+    false_alarms: float | None = None   # the share of false alarms that the threshold was asked to promise
     held_out_statistics: np.ndarray | None = None       # (n, 4) of the same, see `image_statistics`; None: not kept
 
     @property
@@ -258,7 +272,8 @@ class Calibration(WithRegion):
         "Write region.png and, with thresholds, threshold.json and held_out.json, for `load_calibration`."
         self.save_region(run_dir)
         if self.threshold is None: return
-        write_json({name: getattr(self, name) for name in _CALIBRATION}, Path(run_dir) / 'threshold.json')
+        more = {name: value for name in _MORE if (value := getattr(self, name))}
+        write_json({name: getattr(self, name) for name in _CALIBRATION} | more, Path(run_dir) / 'threshold.json')
         write_statistics(self.held_out_statistics, Path(run_dir) / 'held_out.json')
 
     def load_calibration(self, run_dir: str | Path) -> None:
@@ -302,19 +317,30 @@ class AnomalyDetector(Predictor):
     mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
     has_map: bool = True                # False: it scores images alone; its maps are for pictures, not for metrics
 
-    def calibrate(self, normal_images: Images, quantile: float | None = None) -> Self:
-        "Set both thresholds from normal images that were not trained on; gives the detector itself."
+    def calibrate(self, normal_images: Images, quantile: float | None = None, groups: Sequence[str] = ()) -> Self:
+        """Set both thresholds from normal images that were not trained on; gives the detector itself.
+
+        `groups`: the part that each image shows, where that is known."""
         quantile = self.quantile if quantile is None else quantile
         if not isinstance(quantile, Real) or not 0 <= quantile <= 1:
             raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
         found = self.predict(normal_images)
         if not len(found):
             raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
-        self.quantile, self.held_out_scores = quantile, found.scores.tolist()
+        if len(groups) not in (0, len(found)):
+            raise ValueError(f'there are {len(groups)} groups for {len(found)} images; give one for each, or none')
+        self.quantile, self.held_out_scores, self.held_out_groups = quantile, found.scores.tolist(), list(groups)
+        self.n_corrected, self.false_alarms = 0, None
         self.threshold = upper_quantile(found.scores.numpy(), self.quantile)
         self.pixel_threshold = max(self.pixel_floor, upper_quantile(self.pixels(found.maps).numpy(), self.quantile))
         self.held_out_statistics = self.statistics(normal_images)
         return self
+
+    def calibrate_on(self, category: CategoryData, held_out: Tensor) -> Self:
+        "`calibrate` with those training images of a class that were held out, by index; no images, no threshold."
+        if not len(held_out): return self
+        groups = [category.groups[i] for i in held_out.tolist()] if category.groups else ()
+        return self.calibrate(large_part(category.train, held_out), groups=groups)
 
     def statistics(self, images: Images) -> np.ndarray:
         "The numbers of `image_statistics` for images as `predict` takes them, at the size that the detector looks at."
@@ -443,8 +469,7 @@ def fit(
     textures = load_textures(None, recipe.size, recipe.antialias) if textures is None else textures
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
         detector = Detector.load(train(category, textures, recipe, folder, device), device)
-        _, held_out = split_held_out(len(category.train), recipe)
+        _, held_out = split_held_out(len(category.train), recipe, category.groups)
         detector.region = category.region
-        if len(held_out): detector.calibrate(category.train[held_out])
-        detector.save_calibration(folder)
+        detector.calibrate_on(category, held_out).save_calibration(folder)
     return detector

@@ -92,14 +92,15 @@ def wilson_interval(successes: int, n: int) -> list[float] | None:
 def _operating_point(detector: object, found: Detections, labels: torch.Tensor) -> dict | None:
     "What the detector's threshold does on the test images; None without a threshold or without images."
     threshold, held_out = getattr(detector, 'threshold', None), getattr(detector, 'held_out_scores', [])
+    groups = getattr(detector, 'held_out_groups', ())
     if threshold is None or not len(labels): return None
     called = found.scores > threshold
     hits, alarms = int((called & labels).sum()), int((called & ~labels).sum())
     good, bad = int((~labels).sum()), int(labels.sum())
     return dict(threshold=threshold, pixel_threshold=getattr(detector, 'pixel_threshold', None),
                 quantile=getattr(detector, 'quantile', None),
-                n_held_out=len(held_out), promised_false_alarm_rate=promised_rate(held_out, threshold)
-                if held_out else None,
+                n_held_out=len(held_out), n_held_out_parts=len(set(groups)) or None,
+                promised_false_alarm_rate=promised_rate(held_out, threshold, groups) if held_out else None,
                 false_alarm_rate=alarms / good if good else None, false_alarm_interval=wilson_interval(alarms, good),
                 n_good=good,
                 precision=hits / (hits + alarms) if hits + alarms else None, recall=hits / bad if bad else None,
@@ -345,9 +346,10 @@ def results_in_words(results: dict) -> list[str]:
                  'defective images** (recall) and raises a false alarm on '
                  f'**{given("false_alarm_rate", "false_alarm_interval")} of the good ones**; precision '
                  f'{given("precision", "precision_interval")}, F1 {given("f1", "f1_interval")}.')
+    of_parts = f' of {n} parts' if (n := point.get('n_held_out_parts')) else ''
     if (promised := point['promised_false_alarm_rate']) is not None:
         lines.append(f'The threshold promised {percent(promised)} of false alarms: that is all that '
-                     f'{point["n_held_out"]} held-out normal images can promise.')
+                     f'{point["n_held_out"]} held-out normal images{of_parts} can promise.')
         if got := point['false_alarm_interval']:
             lines[-1] += (f' The promise lies {"inside" if got[0] <= promised <= got[1] else "**outside**"} the '
                           'interval of what it got.')

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, large_part
+from .data import CategoryData
 from .fitting import KeptDetector, MethodRecipe, describe_run, is_there, keep_run
 from .networks import fold_batchnorm
 from .recipes import Count, Positive, as_recipe
@@ -276,7 +276,7 @@ def fit_detector(
     if category.size != detector.size:
         raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
                          f'{recipe.size}; load it with size={recipe.size}')
-    kept, held_out = split_held_out(len(images), recipe)
+    kept, held_out = split_held_out(len(images), recipe, category.groups)
     about = describe_run(detector.method, category, recipe, device)
     if run_dir and is_there(Path(run_dir), about): return type(detector).load(run_dir, device)
     batches = _batches(images, kept, device, f'{detector.method}, {category.name}')
@@ -284,6 +284,6 @@ def fit_detector(
     normal = _batches(images, (held_out if len(held_out) else kept)[:32], device, 'the farthest normal pixel')
     detector.farthest = max(1e-6, *(float(detector.distances(part)[0].max()) for part in normal))
     detector.region = category.region
-    if len(held_out): detector.calibrate(large_part(images, held_out))
+    detector.calibrate_on(category, held_out)
     if run_dir: keep_run(detector, about, Path(run_dir))
     return detector

@@ -63,14 +63,15 @@ def describe_run(method: str, category: CategoryData, recipe: HoldsOut, device: 
                  textures: Tensor | None = None) -> dict:
     """What run.json says of a run; the recipe is a dataclass with seed and holdout;
     `textures` where it learns from some."""
-    names = [category.train_paths[i].name for i in split_held_out(len(category.train), recipe)[1].tolist()]
+    held_out = split_held_out(len(category.train), recipe, category.groups)[1].tolist()
+    names = [category.train_paths[i].name for i in held_out]
     of = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
     source = {} if textures is None else dict(textures_fingerprint=fingerprint(textures), n_textures=len(textures))
     return dict(method=method, category=category.name, recipe=dataclasses.asdict(recipe), seed=recipe.seed,
                 fingerprint=category.fingerprint, **source, n_train=len(category.train) - len(names), held_out=names,
                 device=f'{device.type}: {of}', threads=torch.get_num_threads(), versions=versions())
 
-_IDENTITY = ('method', 'category', 'fingerprint', 'textures_fingerprint', 'recipe')
+_IDENTITY = ('method', 'category', 'fingerprint', 'textures_fingerprint', 'recipe', 'held_out')
 
 def refuse_another(run_dir: Path, about: dict) -> None:
     "`ValueError` where the folder holds another run than the one that `describe_run` is about."
@@ -296,7 +297,7 @@ def fit_networks(
     if category.size != detector.size:
         raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
                          f'{recipe.size}; load it with size={recipe.size}')
-    kept, held_out = split_held_out(len(images), recipe)
+    kept, held_out = split_held_out(len(images), recipe, category.groups)
     about = describe_run(detector.method, category, recipe, detector.device, textures)
     if run_dir: refuse_another(Path(run_dir), about)            # a finished run takes no step below
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as place:
@@ -309,6 +310,6 @@ def fit_networks(
         detector.nets.eval()
         detector.region = category.region
         if (folder / 'threshold.json').exists(): detector.load_calibration(folder)
-        elif len(held_out): detector.calibrate(large_part(images, held_out))
+        elif len(held_out): detector.calibrate_on(category, held_out)
         detector.save_calibration(folder)
     return detector

@@ -139,10 +139,10 @@ def fit(
         detector.parts = dict(
             feature_draem=feature_draem.fit(category, painted_recipe(recipe), device, textures, painted_dir),
             memory=memory.fit(category, memory_recipe(recipe), device, run_dir=memory_dir))
-    kept, held_out = split_held_out(len(images), recipe)
+    kept, held_out = split_held_out(len(images), recipe, category.groups)
     detector.measure(large_part(images, (held_out if len(held_out) else kept)[:128]))
     detector.region = category.region
-    if len(held_out): detector.calibrate(large_part(images, held_out))
+    detector.calibrate_on(category, held_out)
     if run_dir:
         shutil.copy(painted_dir / 'losses.csv', run_dir)       # where a report looks for them
         keep_run(detector, about, Path(run_dir))

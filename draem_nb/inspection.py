@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,34 +25,44 @@ from .layouts import UnreadableImage
 from .regions import inside
 
 # %% auto #0
-__all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold', 'calibrate', 'threshold_interval', 'look',
-           'verdict', 'largest_region', 'save_pictures']
+__all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold', 'calibrate', 'save_beside',
+           'threshold_interval', 'look', 'verdict', 'largest_region', 'save_pictures']
 
 # %% ../nbs/14_inspection.ipynb #ba6b57e2
-def promised_rate(scores: Sequence[float], threshold: float) -> float:
-    """Largest expected share of false alarms, 0..1, when scores above `threshold` alarm;
-    `scores`: of held-out good images."""
-    return (int(np.sum(np.asarray(scores) > threshold)) + 1) / (len(scores) + 1)
+def _shares(n: int, groups: Sequence[str]) -> tuple[np.ndarray, int]:
+    "How much each of n held-out images counts in the promise, and how many parts they show."
+    if len(groups) not in (0, n):
+        raise ValueError(f'there are {len(groups)} groups for {n} scores; give one for each, or none')
+    sizes = Counter(groups)
+    return np.array([1 / sizes[group] for group in groups]) if groups else np.ones(n), len(sizes) or n
+
+def promised_rate(scores: Sequence[float], threshold: float, groups: Sequence[str] = ()) -> float:
+    """Largest expected share of false alarms, 0..1, when scores above `threshold` alarm.
+
+    `scores`: of held-out good images; `groups`: the part that each of them shows, empty where each shows its own."""
+    shares, n_parts = _shares(len(scores), groups)
+    return (float(shares[np.asarray(scores) > threshold].sum()) + 1) / (n_parts + 1)
 
 def smallest_rate(n: int) -> float:
-    "The smallest share of false alarms that `n` held-out good images can promise."
+    "The smallest share of false alarms that `n` held-out good parts can promise."
     return 1 / (n + 1)
 
 # %% ../nbs/14_inspection.ipynb #fc68f032
-def threshold_for(scores: Sequence[float], false_alarms: float) -> float:
-    """The lowest threshold that promises at most this share of false alarms, 0..1; from the
-    scores of held-out good images.
+def threshold_for(scores: Sequence[float], false_alarms: float, groups: Sequence[str] = ()) -> float:
+    """The lowest threshold that promises at most this share of false alarms, 0..1; arguments as in `promised_rate`.
 
     `ValueError` where the share is out of range, or where so few images cannot promise it."""
-    n = len(scores)
     if not 0 < false_alarms < 1:
         raise ValueError(f'false_alarms is {false_alarms}; it must be a share between 0 and 1, such as 0.01')
-    k = math.ceil((n + 1) * (1 - false_alarms) - 1e-9)          # 1e-9: 20 * (1 - 0.05) must not become 20
-    if k > n:
-        need = math.ceil(1 / false_alarms - 1e-9) - 1
-        raise ValueError(f'{n} held-out good images cannot promise {false_alarms:.2%} of false alarms: they promise '
-                         f'{smallest_rate(n):.2%} at best; calibrate with at least {need} good images')
-    return float(np.sort(scores)[k - 1]) if k else -math.inf
+    shares, n_parts = _shares(len(scores), groups)
+    ranked = np.argsort(scores, kind='stable')
+    above = shares[ranked][::-1].cumsum()[::-1] - shares[ranked]        # of each score: what lies above it
+    kept = above + 1 <= false_alarms * (n_parts + 1) + 1e-9             # 1e-9: 20 * 0.05 must not be less than 1
+    if not kept.any():
+        need, what = math.ceil(1 / false_alarms - 1e-9) - 1, 'parts' if groups else 'images'
+        raise ValueError(f'{n_parts} held-out good {what} cannot promise {false_alarms:.2%} of false alarms: they '
+                         f'promise {smallest_rate(n_parts):.2%} at best; calibrate with at least {need} good {what}')
+    return float(np.asarray(scores)[ranked[kept.argmax()]])
 
 # %% ../nbs/14_inspection.ipynb #b2422c9e
 def choose_threshold(detector: AnomalyDetector, threshold: float | None = None,
@@ -62,22 +75,45 @@ def choose_threshold(detector: AnomalyDetector, threshold: float | None = None,
     if threshold is not None and detector.pixel_threshold is None:
         raise ValueError('this run held out no images, so its pixels have no threshold; draem_nb calibrate sets both')
     if threshold is not None: detector.threshold = threshold
-    if false_alarms is not None: detector.threshold = threshold_for(detector.held_out_scores, false_alarms)
+    if false_alarms is not None: detector.threshold = threshold_for(detector.held_out_scores, false_alarms,
+                                                                    detector.held_out_groups)
 
-def calibrate(detector: AnomalyDetector, images: Sequence[str | Path] | np.ndarray | Tensor,
-              false_alarms: float) -> None:
-    "Set both thresholds of a detector from good images (as `predict` takes them) for a share of false alarms, 0..1."
-    threshold_for(range(len(images)), false_alarms)         # a share that cannot be promised is refused before the work
-    detector.calibrate(images)
-    detector.threshold = threshold_for(detector.held_out_scores, false_alarms)
+def calibrate(
+    detector: AnomalyDetector,
+    images: Sequence[str | Path] | np.ndarray | Tensor,     # good ones, not trained on
+    false_alarms: float,                # the share to promise, 0..1
+    groups: Sequence[str] = (),         # as in `promised_rate`
+    corrected: Sequence[Path] = (),     # more of them, each a part of its own: what 14f_corrections remembers
+) -> None:
+    "Set both thresholds of a detector for a share of false alarms."
+    if groups: groups = [*groups, *(f'corrected {path.stem}' for path in corrected)]
+    images = [*images, *corrected] if len(corrected) else images
+    threshold_for(range(len(images)), false_alarms, groups)     # what cannot be promised is refused before the work
+    detector.calibrate(images, groups=groups)
+    detector.n_corrected, detector.false_alarms = len(corrected), false_alarms
+    detector.threshold = threshold_for(detector.held_out_scores, false_alarms, groups)
+
+def save_beside(detector: AnomalyDetector, run_dir: Path) -> str | None:
+    "Keep the thresholds of a detector in its run; gives the name of the copy of the old ones, if there were any."
+    kept = None
+    if (run_dir / 'threshold.json').exists():
+        now, numbers = time.strftime('%Y%m%d-%H%M%S'), ('', *(f'-{i}' for i in range(2, 99)))
+        kept = next(name for i in numbers if not (run_dir / (name := f'threshold-before-{now}{i}.json')).exists())
+        shutil.copy2(run_dir / 'threshold.json', run_dir / kept)
+    detector.save_calibration(run_dir)
+    return kept
 
 # %% ../nbs/14_inspection.ipynb #44f87bc5
-def threshold_interval(scores: Sequence[float], threshold: float, level: float = 0.9) -> tuple[float, float]:
-    "Where a threshold could lie if other good images were held out; `scores`: of those that were, at least one."
-    ranked = np.sort(scores)
-    below = stats.binom(len(ranked), np.sum(ranked <= threshold) / (len(ranked) + 1))
-    low, high = (int(np.clip(below.ppf(p), 1, len(ranked))) for p in ((1 - level) / 2, (1 + level) / 2))
-    return min(float(ranked[low - 1]), threshold), max(float(ranked[high - 1]), threshold)
+def threshold_interval(scores: Sequence[float], threshold: float, level: float = 0.9,
+                       groups: Sequence[str] = ()) -> tuple[float, float]:
+    "Where a threshold could lie if other good images were held out; as `promised_rate`, with at least one score."
+    shares, n_parts = _shares(len(scores), groups)
+    order = np.argsort(scores, kind='stable')
+    ranked, reached = np.asarray(scores, float)[order], shares[order].cumsum()      # reached: parts up to each score
+    below = stats.binom(n_parts, shares[order][ranked <= threshold].sum() / (n_parts + 1))
+    ranks = (np.clip(below.ppf(p), 1, n_parts) for p in ((1 - level) / 2, (1 + level) / 2))
+    low, high = (float(ranked[min(np.searchsorted(reached, rank - 1e-9), len(ranked) - 1)]) for rank in ranks)
+    return min(low, threshold), max(high, threshold)
 
 # %% ../nbs/14_inspection.ipynb #26180cd3
 def look(
@@ -104,7 +140,8 @@ def verdict(detector: AnomalyDetector, score: float, defect_pixels: int) -> dict
     if detector.threshold is None: return {}
     anomalous, notes = score > detector.threshold, []
     if detector.n_held_out:
-        low, high = threshold_interval(detector.held_out_scores, detector.threshold)
+        low, high = threshold_interval(detector.held_out_scores, detector.threshold,
+                                       groups=detector.held_out_groups)
         if low <= score <= high: notes.append('borderline')
     if anomalous and not defect_pixels: notes.append('no pixel exceeds its own threshold')
     if defect_pixels and not anomalous: notes.append('some pixels exceed their own threshold')

@@ -19,7 +19,7 @@ from . import (cutpaste, dagan, detector, feature_draem, fusion, ganomaly, gauss
                       plots, recipes, riad, students, tiling)
 from .autoencoder import Autoencoder, AutoencoderDetector, AutoencoderRecipe
 from .autoencoder import fit as fit_autoencoder
-from .data import CategoryData, check_size, large_part, read_json, replacing
+from .data import CategoryData, check_size, read_json, replacing
 from .detector import AnomalyDetector
 from .fitting import describe_run, is_there, keep_run
 from .simulator import AnomalySimulator
@@ -55,10 +55,10 @@ class _Draem:
         if recipe.image_size is None: return detector.fit(category, recipe, device, textures, run_dir)
         with tempfile.TemporaryDirectory() as scratch:
             train(category, textures, recipe, folder := Path(run_dir or scratch), device)
-            found, held_out = self.load(folder, device), split_held_out(len(category.train), recipe)[1]
+            found = self.load(folder, device)
+            held_out = split_held_out(len(category.train), recipe, category.groups)[1]
             found.region = category.region
-            if len(held_out): found.calibrate(large_part(category.train, held_out))
-            found.save_calibration(folder)
+            found.calibrate_on(category, held_out).save_calibration(folder)
             return found
 
     def examples(self, images: Tensor, recipe: recipes.Recipe, textures: Tensor) -> Figure:

@@ -40,8 +40,8 @@ from pandas.io.formats.style import Styler
 from . import gallery
 from .cli import folder_parameter, report_notebook, report_parameters
 from .cli import main as main, report_names as report_names         # scripts import them from here
-from .data import (DEMO_CATEGORIES, content_hash, read_json, remove_leftovers, replacing, temporary_folder,
-                           write_json)
+from .data import (DEMO_CATEGORIES, content_hash, demo_category, read_json, remove_leftovers, replacing,
+                           temporary_folder, write_json)
 from .layouts import as_markdown, find_classes, find_images, list_files, shown
 
 # %% ../nbs/12_reports.ipynb #ae478176
@@ -412,6 +412,28 @@ def _begin(run_dir: Path, asked: dict) -> None:
     except OSError as e:
         raise ValueError(f'cannot write to run folder {run_dir} ({e.strerror}); choose another one') from None
 
+# %% ../nbs/12_reports.ipynb #e66d12da
+def _check_start(name: str | Path, asked: dict) -> None:
+    "An error for parameters of a report of ours that are sure to fail."
+    if str(name).endswith('.ipynb'): return             # one's own may know other methods
+    for key in ('run_dir', 'first', 'second'):          # of reports that look at runs
+        path = asked.get(key) and Path(asked[key])
+        if path and not (path.is_file() or (path / 'checkpoint.pt').is_file()):
+            raise FileNotFoundError(f'{key} is {shown(path)}, which holds no checkpoint.pt; '
+                                    'give the folder of a trained run')
+    if asked.get('images') and not Path(asked['images']).exists():
+        raise FileNotFoundError(f"images is {shown(asked['images'])}, which does not exist; give a folder of images")
+    if asked.get('category', DEMO_CATEGORIES[0]) not in DEMO_CATEGORIES and not asked.get('data_root'):
+        demo_category(asked['category'])                # which names those there are
+    if asked.get('recipe'):
+        from draem_nb.methods import recipe_of          # here, not at the start: that module is slow to import
+        given = asked.get('overrides') or {}
+        given = json.loads(given) if isinstance(given, str) else given
+        recipe_of(asked.get('method', 'draem'), asked['recipe'], **given)
+    if asked.get('device'):
+        from draem_nb.training import pick_device
+        pick_device(asked['device'])
+
 # %% ../nbs/12_reports.ipynb #dd28390f
 def run_report(
     name: str | Path,      # a report's name, or the path of a notebook with a cell tagged `parameters`
@@ -427,7 +449,8 @@ def run_report(
     if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)
     if 'images' in asked and (run_dir / 'metrics.json').exists():       # the verdicts of an inspection stay
         raise ValueError(f'{run_dir} holds a report already; choose another folder, or leave out_dir out')
-    inputs = _noted(_files_read(asked), {})             # what is wrong with them is said before there is a folder
+    _check_start(name, asked)           # what is wrong is said before there is a folder
+    inputs = _noted(_files_read(asked), {})
     with locked(run_dir, wait=wait):
         if folder == 'run_dir' and _already(run_dir, asked):
             return _finished(run_dir, ran=False)   # made by another command just now

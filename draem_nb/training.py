@@ -54,16 +54,24 @@ class HoldsOut(Protocol):
     def seed(self) -> int:
         "Of every random choice."
 
-def split_held_out(n_images: int, recipe: HoldsOut) -> tuple[Tensor, Tensor]:
-    """Indices of the normal images that are trained on and of those held out for the threshold, both ascending; by
-    holdout and seed of any recipe."""
+def split_held_out(
+    n_images: int,
+    recipe: HoldsOut,
+    groups: Sequence[str] = (),     # n_images names: images of one group are held out together; empty: each by itself
+) -> tuple[Tensor, Tensor]:         # indices of the images to train on and of those held out, both ascending
+    "Which normal images are held out for the threshold, by the recipe's holdout and seed."
     n_held_out = max(1, round(recipe.holdout * n_images)) if recipe.holdout else 0
-    if n_images <= n_held_out:
-        raise ValueError(f'{n_images} normal image in train/good is not enough: one is held out for the threshold, so '
-                         'at least 2 are '
-                         f'needed (or the recipe field holdout=0, which gives scores without verdicts)')
-    order = np.random.default_rng([recipe.seed, 2]).permutation(n_images)
-    return torch.from_numpy(np.sort(order[n_held_out:])), torch.from_numpy(np.sort(order[:n_held_out]))
+    parts = list(dict.fromkeys(groups or range(n_images)))
+    if n_images <= n_held_out or n_held_out and len(parts) < 2:
+        raise ValueError(f'{len(parts)} normal {"part" if groups else "image"} in train/good is not enough: one is '
+                         'held out for the threshold, so at least 2 are needed '
+                         '(or the recipe field holdout=0, which gives scores without verdicts)')
+    number = {part: i for i, part in enumerate(parts)}
+    of = np.array([number[part] for part in groups or range(n_images)])
+    order = np.random.default_rng([recipe.seed, 2]).permutation(len(parts))
+    reached = np.searchsorted(np.bincount(of)[order].cumsum(), n_held_out) + 1 if n_held_out else 0
+    is_held_out = np.isin(of, order[:min(reached, len(parts) - 1)])
+    return torch.from_numpy(np.flatnonzero(~is_held_out)), torch.from_numpy(np.flatnonzero(is_held_out))
 
 # %% ../nbs/07_training.ipynb #7464acbb
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -306,8 +314,8 @@ def _claim(run_dir: Path, run: dict, resume: bool) -> None:
         new = json.loads(json.dumps(run))
         differ = [f'{k} {old["recipe"].get(k)!r} there, {v!r} now'
                   for k, v in new['recipe'].items() if old['recipe'].get(k) != v]
-        differ += [f'other {k.replace("_", " ")}' for k in ('category', 'fingerprint', 'textures_fingerprint')
-                   if old[k] != new[k]]
+        differ += [f'other {k.replace("_", " ")}'
+                   for k in ('category', 'fingerprint', 'textures_fingerprint', 'held_out') if old[k] != new[k]]
         if differ:
             raise ValueError(f'{run_dir} holds a run with another recipe or data ({"; ".join(differ)}); choose another '
                              'run_dir or delete that one')
@@ -396,7 +404,7 @@ def train(
 ) -> Path:                                      # the checkpoint
     "Train both networks (paper, section 3); see `Recipe` for all choices. A finished run returns at once."
     device, run_dir = pick_device(device), Path(run_dir)
-    fit, held_out = split_held_out(len(category.train), recipe)
+    fit, held_out = split_held_out(len(category.train), recipe, category.groups)
     _check_fits(category, recipe)
     trainer = Trainer(category.train, textures, recipe, device, fit)
     checkpoint = run_dir / 'checkpoint.pt'

@@ -12,6 +12,9 @@ from PIL import Image
 from draem_nb.data import check, find_categories, load_category
 from draem_nb.evaluation import evaluate
 from draem_nb.layouts import LAYOUTS, _tiles, detect_layout, find_classes, list_files
+from draem_nb.recipes import demo
+from draem_nb.reports import main
+from draem_nb.training import split_held_out
 
 BOX = (8, 8, 24, 24)    # where the defects are: a quarter of 32 x 32
 
@@ -194,6 +197,10 @@ def test_magnetic_tile(tree):
         assert sorted(set(files.kinds)) == ['blowhole', 'fray',
                                             'good'] and all(p.suffix == '.jpg' for p in files.train + files.test)
         assert '(8 and 2 groups)' in category.notes[0]
+        assert category.notes[-1] == 'Training images are held out part by part: 48 show 8 parts.'
+        held_out = split_held_out(48, demo(), category.groups)[1].tolist()
+        # one whole tile, not five photographs
+        assert len(held_out) == 6 and len({category.groups[i] for i in held_out}) == 1
 
 
 def plain(tree, masks=''):
@@ -226,10 +233,10 @@ def test_plain_folder_without_masks(tree):
         list_files(tree.root, 'cup')
 
 
-def test_plain_folder_of_good_parts_alone_is_named(tree):
+def test_plain_folder_of_good_parts_alone(tree):
     tree.image(*(f'cup/good/{i}.png' for i in range(5)))
-    assert find_categories(tree.root) == [] and find_categories(tree.root, 'folder') == ['cup']
-    category = load_category(tree.root, 'cup', 32, layout='folder')
+    assert find_categories(tree.root) == find_categories(tree.root, 'folder') == ['cup']
+    category = load_category(tree.root, 'cup', 32)
     assert len(category.train) == 4 and category.kinds == ['good'] and category.masks_known
 
 
@@ -303,3 +310,53 @@ def test_real_names_of_magnetic_tile():
     good = list((Path(os.environ['DRAEM_NB_REAL_DATA']) / 'magnetic_tile').glob('t*/good/*.jpg'))
     tiles = _tiles([p.stem for p in good])
     assert len(good) == 952 and len(tiles) == 156 and max(map(len, tiles)) <= 12
+
+
+# --- what people have
+
+@pytest.mark.parametrize('good, bad', [('OK', 'NG'), ('ok', 'nok'), ('Good', 'Bad'), ('good', 'defect'), ('ok', None)])
+def test_good_and_bad_by_other_names(tree, good, bad):
+    tree.image(*(f'cup/{good}/{i:02}.png' for i in range(10)))
+    if bad: tree.image(*(f'cup/{bad}/{i}.png' for i in range(2)))
+    if bad == 'NG':
+        for i in range(2): tree.mask(f'cup/masks/{i}.png')
+    files, category = loaded(tree, 'cup', 'folder')
+    assert len(files.train) == 8 and files.kinds == ['good'] * 2 + ['bad'] * (2 if bad else 0)
+    assert ('no image of a defect' in category.notes[1]) if bad is None else category.masks_known == (bad == 'NG')
+
+
+def test_a_folder_of_images_alone(tree):
+    tree.image(*(f'cup/{i:02}.png' for i in range(10)))
+    files, _ = loaded(tree, 'cup', 'flat')
+    assert len(files.train) == 8 and files.kinds == ['good'] * 2
+    assert list_files(tree.root / 'cup', 'cup').layout == 'flat'        # the folder itself may be the root
+
+
+def test_folders_of_a_class_are_no_classes(tree):
+    tree.image('cup/train/good/0.png', 'cup/test/good/0.png', 'mug/train/0.png', 'mug/test/1.png')
+    assert find_categories(tree.root) == ['cup'] and find_categories(tree.root / 'cup') == []
+    assert find_categories(tree.root / 'mug') == []
+
+
+def test_what_was_found_and_what_is_expected_and_what_was_meant(tree):
+    tree.image('brick/good/0.png', 'brick/good/1.png', 'screw/left/0.png', 'screw/right/0.png', 'screw/right/1.png')
+    says = r'screw has no train/good; .*it holds left \(1 images\), right \(2 images\); expected are train/good'
+    with pytest.raises(FileNotFoundError, match=says): list_files(tree.root, 'screw')
+    with pytest.raises(ValueError, match="unknown class 'Brik' in .*; there are: brick; did you mean brick?"):
+        list_files(tree.root, 'Brik')
+    tree.image('brick/ok/0.png')
+    with pytest.raises(ValueError, match='has good and ok, which mean the same; keep one of them'):
+        list_files(tree.root, 'brick')
+
+
+@pytest.mark.parametrize('argv, says', [
+    (['category', '--category', 'brik'], 'did you mean brick?'),
+    (['category', '--method', 'memry'], "unknown method 'memry'"),
+    (['category', '--recipe', 'fast'], "unknown recipe 'fast'"),
+    (['category', '--overrides', '{"size": 100}'], 'multiples of 32'),
+    (['category', '--device', 'cuda:99'], "device='cuda:99' was asked for"),
+    (['inspect', '--run-dir', 'nothing', '--images', '.'], 'run_dir is nothing, which holds no checkpoint.pt')])
+def test_a_failed_start_leaves_no_folder(tmp_path, monkeypatch, capsys, argv, says):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 1 and says in capsys.readouterr().err
+    assert not list(tmp_path.glob('[!c]*'))       # beside the cache of this test
