@@ -170,6 +170,7 @@ def kills(maker: Maker, names: list[str], n: int, seed: int) -> list[str]:
         job, began = maker.job(name), time.monotonic()
         if (process := job.start()).wait() or job.leftovers():
             faults.append(f'{name}, undisturbed: {process.stderr.read()[-500:]} {job.leftovers()}')
+            return faults
         undisturbed[name] = time.monotonic() - began, job.results()
         print(f'{name}, undisturbed: {undisturbed[name][0]:.1f} s', flush=True)
     completed = 0
