@@ -256,6 +256,12 @@ _TEMPLATE = """
 <style>
 main { max-width: 1100px; margin: 0 auto; padding: 1em 2em; }
 main img { max-width: 100%; height: auto; }
+main td { white-space: normal; overflow-wrap: anywhere; min-width: 3em; }
+.jp-OutputArea-output { overflow-x: auto; }
+@media (max-width: 700px) {  /* a phone: figures stay legible, and are moved sideways */
+  main { padding: 0.5em; }
+  main .jp-RenderedImage img { max-width: none; width: 700px; }
+}
 details.code > summary { color: #aaa; cursor: pointer; font: 11px sans-serif; }
 .jp-Cell.jp-mod-noOutputs { padding-top: 0; padding-bottom: 0; }
 </style>
