@@ -368,7 +368,7 @@ def trained(method, **fields):
 def network(request, demo):
     "A method that trains networks of its own, a class at its size, and the class of its training."
     module = methods.method(request.param)
-    training = next(value for name, value in vars(module).items() if name.endswith('Training'))
+    training = next(value for name, value in vars(module).items() if name.endswith('Training') and name != 'Training')
     return request.param, load_category(demo, 'gravel', TRAINED[request.param]['size']), training
 
 
