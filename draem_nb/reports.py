@@ -40,8 +40,8 @@ from pandas.io.formats.style import Styler
 from . import gallery
 from .cli import folder_parameter, report_notebook, report_parameters
 from .cli import main as main, report_names as report_names         # scripts import them from here
-from .data import (DEMO_CATEGORIES, content_hash, demo_category, read_json, remove_leftovers, replacing,
-                           temporary_folder, write_json)
+from .data import (DEMO_CATEGORIES, check_size, content_hash, demo_category, read_json, remove_leftovers,
+                           replacing, temporary_folder, write_json)
 from .layouts import as_markdown, find_classes, find_images, list_files, shown
 
 # %% ../nbs/12_reports.ipynb #ae478176
@@ -435,7 +435,7 @@ def _check_start(name: str | Path, asked: dict) -> None:
         from draem_nb.methods import recipe_of          # here, not at the start: that module is slow to import
         given = asked.get('overrides') or {}
         given = json.loads(given) if isinstance(given, str) else given
-        recipe_of(asked.get('method', 'draem'), asked['recipe'], **given)
+        check_size(recipe_of(asked.get('method', 'draem'), asked['recipe'], **given).size)
     if asked.get('device'):
         from draem_nb.training import pick_device
         pick_device(asked['device'])
