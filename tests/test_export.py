@@ -3,12 +3,13 @@ import json
 
 import numpy as np
 import onnxruntime
+import openvino
 import pytest
 import torch
 from PIL import Image
 
 from draem_nb.detector import Detector
-from draem_nb.export import check_export, export_onnx, summary
+from draem_nb.export import check_export, export_onnx, export_openvino, summary
 from draem_nb.networks import Draem
 from draem_nb.recipes import demo
 
@@ -29,5 +30,10 @@ def test_files_of_any_size_get_the_scores_and_verdicts_of_pytorch(tmp_path, colo
     detector.threshold, detector.pixel_threshold = float(scores[:2].mean()), 0.5
     checked = check_export(detector, export_onnx(detector, tmp_path / 'whole.onnx'), images)
     assert summary(checked)['largest map difference'] < 1e-2 and not checked['verdict differs'].any()
+    file = export_openvino(detector, tmp_path / 'whole.xml')
+    checked = check_export(detector, file, images)
+    assert summary(checked)['largest map difference'] < 1e-2 and not checked['verdict differs'].any()
+    model = openvino.Core().read_model(file)
+    assert model.get_rt_info(['draem_nb', 'threshold']).astype(float) == detector.threshold
     about = onnxruntime.InferenceSession(str(tmp_path / 'whole.onnx')).get_modelmeta().custom_metadata_map
     assert json.loads(about['threshold']) == detector.threshold and json.loads(about['recipe'])['color'] == color
