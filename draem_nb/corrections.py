@@ -80,7 +80,7 @@ def remember(corrections: dict[Path, str], run_dir: Path) -> None:
 # %% ../nbs/14f_corrections.ipynb #1cf0134d
 def recalibrate(detector: AnomalyDetector, good: list[Path]) -> None:
     "Choose the threshold of the score again for the same promise, with good images beside the held-out ones."
-    if not detector.n_held_out:
+    if not detector.n_held_out or detector.threshold is None:
         raise ValueError('this run held out no images, so there is nothing to add to; '
                          'draem_nb calibrate sets a threshold')
     if detector.false_alarms is None:
@@ -97,11 +97,16 @@ def recalibrate(detector: AnomalyDetector, good: list[Path]) -> None:
     detector.threshold = threshold_for(detector.held_out_scores, detector.false_alarms, detector.held_out_groups)
 
 # %% ../nbs/14f_corrections.ipynb #05883fb1
+def _alarms(detector: AnomalyDetector, images: list[Path]) -> int:
+    "How many of the images alarm."
+    found = detector.predict(images).is_anomalous if images else None
+    return 0 if found is None else int(found.sum())
+
 def recall_in_words(detector: AnomalyDetector, run_dir: str | Path) -> str:
     "How many of the parts that were called bad alarm at the threshold, in a sentence; nothing where there are none."
     if not (bad := corrected(run_dir)['bad']) or detector.threshold is None: return ''
-    hits = int(detector.predict(bad).is_anomalous.sum())
-    low, high = wilson_interval(hits, len(bad))
+    hits = _alarms(detector, bad)
+    low, high = wilson_interval(hits, len(bad)) or (0., 1.)
     return (f'Of {len(bad)} parts that were called bad by a correction, {hits} exceed the threshold: recall '
             f'{hits / len(bad):.0%} ({low:.0%} to {high:.0%}).')
 
@@ -135,10 +140,11 @@ def correct(run_dir: Path, corrections: dict[Path, str], device: str | None = No
 
 # %% ../nbs/14f_corrections.ipynb #ceb074c7
 def _threshold_in_words(detector: AnomalyDetector, before: float, kept: str | None, good: list[Path]) -> str:
+    assert detector.threshold is not None           # `recalibrate` has set it
     promised = promised_rate(detector.held_out_scores, detector.threshold, detector.held_out_groups)
     said = (f'The threshold is {detector.threshold:.4f}, it was {before:.4f} ({kept}); with {detector.n_held_out} good '
             f'images, {len(good)} of them by correction, it promises at most {promised:.1%} of false alarms.')
-    if good and (alarms := int(detector.predict(good).is_anomalous.sum())):
+    if alarms := _alarms(detector, good):
         said += (f' {alarms} of the images called good still exceed it: draem_nb calibrate --false-alarms sets a '
                  'lower rate.')
     return said

@@ -355,11 +355,10 @@ def groups_of(
     if not search.groups:
         raise ValueError(f'groups={pattern!r} has no brackets; put them around what names the part: "(part\\d+)_"')
     names = [path.relative_to(folder).as_posix() for path in paths]
-    found = [search.search(name) for name in names]
-    if None in found:
-        raise ValueError(f'groups={pattern!r} does not match {shown(names[found.index(None)])}; '
-                         'it must match every image')
-    return tuple('/'.join(filter(None, of.groups())) for of in found)
+    found = {name: search.search(name) for name in names}
+    if strange := [name for name, of in found.items() if of is None]:
+        raise ValueError(f'groups={pattern!r} does not match {shown(strange[0])}; it must match every image')
+    return tuple('/'.join(filter(None, of.groups())) for of in found.values() if of)
 
 # %% ../nbs/00b_layouts.ipynb #ea7953e3
 _GOOD, _BAD = ('good', 'ok'), ('bad', 'ng', 'nok', 'ko', 'defect', 'defects', 'defective')     # in small letters
@@ -378,6 +377,16 @@ def _plain_mask(bad: Path, image: Path) -> Path | None:
     return next((path for path in tried if path.is_file()), None)
 
 # %% ../nbs/00b_layouts.ipynb #e8db178b
+def _plain_defects(folder: Path, bad: Path) -> tuple[list[Path], list[str], list[Path | None]]:
+    "The images of defects, their types, and their masks: all of them or none."
+    defects = [p for p in _images(bad) if not p.stem.endswith('_mask')]
+    kinds = [p.relative_to(bad).parts[0] if p.parent != bad else 'bad' for p in defects]
+    masks = [_plain_mask(bad, p) for p in defects]
+    if any(masks) and not all(masks):
+        missing = defects[masks.index(None)]
+        raise _missing_mask(missing, folder / 'masks' / f'{missing.relative_to(bad).with_suffix("")}.png')
+    return defects, kinds, masks
+
 def _plain(folder: Path, layout: str = 'folder', good_alone: bool = False) -> ClassFiles:
     "`good_alone`: all images of the folder itself are good ones."
     of = {names: [] if good_alone else _named(folder, names) for names in (_GOOD, _BAD)}
@@ -386,12 +395,7 @@ def _plain(folder: Path, layout: str = 'folder', good_alone: bool = False) -> Cl
             raise ValueError(f'{folder} has {found[0].name} and {found[1].name}, which mean the same; keep one of them')
     good_folder, bad = (found[0] if found else None for found in of.values())
     good = {p.relative_to(folder).as_posix(): p for p in _required_images(good_folder or folder)}
-    defects = [] if bad is None else [p for p in _images(bad) if not p.stem.endswith('_mask')]
-    kinds = [p.relative_to(bad).parts[0] if p.parent != bad else 'bad' for p in defects]
-    masks = [_plain_mask(bad, p) for p in defects]
-    if any(masks) and not all(masks):
-        missing = defects[masks.index(None)]
-        raise _missing_mask(missing, folder / 'masks' / f'{missing.relative_to(bad).with_suffix("")}.png')
+    defects, kinds, masks = _plain_defects(folder, bad) if bad else ([], [], [])
     aside = _test_share(list(good), 0.2)
     train, held = ([p for name, p in good.items() if (name in aside) == side] for side in (False, True))
     notes = [f'{len(held)} of {len(good)} good images were held aside for the test, by the hash of their names.']

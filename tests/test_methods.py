@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional as F
 from PIL import Image
 from torch import nn
 
@@ -128,7 +129,8 @@ def demo(tmp_path_factory) -> Path:
     ('padim', dict(size=[64, 96], channels=10), padim.PadimDetector),
     ('gaussian_ad', dict(size=64), gaussian_ad.GaussianDetector),
     ('feature_draem', dict(size=64, steps=3, width=8), feature_draem.FeatureDraemDetector),
-    ('fusion', dict(size=64, steps=3, width=8, pieces=50, candidates=2000), fusion.FusionDetector)])
+    ('fusion', dict(size=64, steps=3, width=8, pieces=50, candidates=2000, draem_size=32, draem_steps=3),
+     fusion.FusionDetector)])
 def test_a_report_and_an_inspection_by_another_method(demo, tmp_path, capsys, method, overrides, detector):
     assert main(['category', '--method', method, '--category', 'gravel', '--data-root', str(demo), '--kinds',
                  '["hole"]', '--seed', '2',
@@ -255,27 +257,40 @@ def test_feature_draem_stopped_and_resumed_ends_with_the_same_bits(demo, tmp_pat
         feature_draem.load(tmp_path / 'padim', 'cpu')
 
 
-def test_two_witnesses_stopped_and_resumed_end_with_the_same_bits(demo, tmp_path, monkeypatch):
+def small_fusion(**fields) -> fusion.FusionRecipe:
+    small = dict(size=64, steps=6, width=8, batch=2, checkpoint_every=4, pieces=50, draem_size=32, draem_steps=3)
+    return fusion.demo().replace(**small | fields)
+
+
+def test_three_witnesses_stopped_and_resumed_end_with_the_same_bits(demo, tmp_path, monkeypatch):
     category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
-    recipe = fusion.demo().replace(size=64, steps=6, width=8, batch=2, checkpoint_every=4, pieces=50)
-    fit = lambda run_dir: fusion.fit(category, recipe, 'cpu', textures, tmp_path / run_dir)
+    fit = lambda run_dir: fusion.fit(category, small_fusion(), 'cpu', textures, tmp_path / run_dir)
     whole = fit('whole')
     stop_at_step_5(fit, 'stopped', monkeypatch)
     found = fit('stopped').predict(category.test)
     assert (torch.equal(found.maps, whole.predict(category.test).maps)
             and torch.equal(found.scores, whole.predict(category.test).scores))
-    with torch.no_grad(): odds, z = whole.log_odds(category.test[:4]), whole.evidence(category.test[:4])
-    assert torch.allclose(z[:, 0], ((odds - whole.mean[:, None, None]) / whole.std[:, None, None]).mean(1), atol=1e-5)
+    assert not (tmp_path / 'whole' / 'parts').exists()          # weights are kept once
+    with torch.no_grad(): odds = whole.log_odds(category.test[:4])
     # each says the same alone
-    apart = [whole.parts[name].predict(category.test[:4]).maps for name in ('feature_draem', 'memory')]
-    assert all(torch.allclose(alone.clamp(1e-6, 1 - 1e-6).logit(), said, atol=1e-4)
-               for alone, said in zip(apart, odds.unbind(1)))
+    small = fusion.shrink(category.test[:4], 32)
+    parts = (whole.draem, small), (whole.features, category.test[:4]), (whole.memory, category.test[:4])
+    for said, (part, images) in zip(odds.unbind(1), parts):
+        alone = part.predict(images).maps[:, None].clamp(1e-6, 1 - 1e-6).logit()
+        assert torch.allclose(F.interpolate(alone, (64, 64), mode='bilinear')[:, 0], said, atol=1e-4)
 
 
-def test_two_witnesses_without_held_out_images_have_scores_and_no_verdicts(demo):
+def test_surprise_is_the_share_of_normal_values_above():
+    values = torch.rand(200_000, generator=torch.Generator().manual_seed(1))
+    asked = torch.tensor([0.1, 0.5, 0.9, 0.99])
+    assert torch.allclose(fusion.Surprise.of(values)(asked), -torch.log(1 - asked), rtol=0.03, atol=0.01)
+    order = fusion.Surprise.of(values)(torch.tensor([0.2, 0.999, 0.9999, 1.5, 3.]))
+    assert (order.diff() > 0).all()                             # beyond all normal values it still rises
+
+
+def test_three_witnesses_without_held_out_images_have_scores_and_no_verdicts(demo):
     category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
-    found = fusion.fit(category, fusion.demo().replace(size=64, steps=2, width=8, pieces=50, holdout=0.),
-                       'cpu', textures)
+    found = fusion.fit(category, small_fusion(steps=2, holdout=0.), 'cpu', textures)
     seen = found.predict(category.test)
     assert seen.is_anomalous is None and seen.scores.isfinite().all()
     # the scale is that of the images it learned from
