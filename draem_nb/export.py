@@ -35,24 +35,32 @@ if TYPE_CHECKING:
 __all__ = ['export_onnx', 'export_openvino', 'exported_outputs', 'check_export', 'summary']
 
 # %% ../nbs/15_export.ipynb #15e00006
+def _passes(detector: Detector) -> list[onnx.NodeProto]:
+    "`values` -> `clipped`: Pillow shrinks the rows, rounds, then shrinks the columns, and rounds again."
+    from onnx import helper
+    how: dict[str, Any] = dict(mode='linear', coordinate_transformation_mode='half_pixel')
+    if not detector.antialias: passes = [('values', 'size', 'clipped', dict(axes=[2, 3]))]
+    else: passes = [('values', 'width', 'rows', dict(axes=[3], antialias=1, exclude_outside=1)),
+                    ('rows', 'heights', 'clipped', dict(axes=[2], antialias=1, exclude_outside=1))]
+    return [node for given, size, made, more in passes for node in (
+        helper.make_node('Resize', [given, '', '', size], [f'{made}_exact'], **how, **more),
+        helper.make_node('Add', [f'{made}_exact', 'half'], [f'{made}_up']),
+        helper.make_node('Floor', [f'{made}_up'], [f'{made}_whole']),
+        helper.make_node('Clip', [f'{made}_whole', 'low', 'high'], [made]))]
+
+# %% ../nbs/15_export.ipynb #4e80c2d9
 def _before(detector: Detector) -> onnx.ModelProto:
     "`image` uint8 RGB of any size -> `x` (B, 3, H, W) in 0..1, as `as_images` and `Detector` make it."
     from onnx import TensorProto, helper, numpy_helper
     order = [0, 1, 2] if detector.color == 'rgb' else [2, 1, 0]
-    constants = dict(size=np.array(detector.size, np.int64), order=np.array(order, np.int64),
-                     low=np.float32(0), high=np.float32(255))
-    smooth, value = int(detector.antialias), helper.make_tensor_value_info
-    how: dict[str, Any] = dict(mode='linear', coordinate_transformation_mode='half_pixel',
-                               antialias=smooth, exclude_outside=smooth)
-    nodes = [
-        helper.make_node('Gather', ['image', 'order'], ['ordered'], axis=1),
-        helper.make_node('Cast', ['ordered'], ['values'], to=TensorProto.FLOAT),
-        helper.make_node('Shape', ['image'], ['batch_and_channels'], start=0, end=2),
-        helper.make_node('Concat', ['batch_and_channels', 'size'], ['shape'], axis=0),
-        helper.make_node('Resize', ['values', '', '', 'shape'], ['resized'], **how),
-        helper.make_node('Round', ['resized'], ['whole']),
-        helper.make_node('Clip', ['whole', 'low', 'high'], ['clipped']),
-        helper.make_node('Div', ['clipped', 'high'], ['x'])]
+    height, width = (np.array([side], np.int64) for side in detector.size)
+    sizes = dict(width=width, heights=height) if detector.antialias else dict(size=np.array(detector.size, np.int64))
+    constants = dict(order=np.array(order, np.int64), low=np.float32(0), high=np.float32(255), half=np.float32(0.5),
+                     **sizes)
+    value = helper.make_tensor_value_info
+    nodes = [helper.make_node('Gather', ['image', 'order'], ['ordered'], axis=1),
+             helper.make_node('Cast', ['ordered'], ['values'], to=TensorProto.FLOAT),
+             *_passes(detector), helper.make_node('Div', ['clipped', 'high'], ['x'])]
     stored = [numpy_helper.from_array(np.asarray(constant), name) for name, constant in constants.items()]
     image = value('image', TensorProto.UINT8, ['batch', 3, 'height', 'width'])
     x = value('x', TensorProto.FLOAT, ['batch', 3, *detector.size])
@@ -116,28 +124,33 @@ def export_onnx(detector: Detector, path: str | Path) -> Path:
     return Path(path)
 
 # %% ../nbs/15_export.ipynb #15e00021
+def _interpolations(model: openvino.Model, detector: Detector) -> list[openvino.Node]:
+    "Those that bring the image to the detector's size, in order; the nets have others behind them."
+    found = [node for node in model.get_ordered_ops() if node.get_type_name() == 'Interpolate']
+    return found[:2 if detector.antialias else 1]
+
 def _read_openvino(detector: Detector, file: Path) -> openvino.Model:
     "OpenVINO's model of an ONNX file, with the resizing of Pillow."
     from openvino import Core
     from openvino import opset15 as ops
     model = Core().read_model(file)
     if detector.antialias:
-        first = next(node for node in model.get_ordered_ops() if node.get_type_name() == 'Interpolate')
-        size, axes = (ops.constant(np.array(pair, np.int64)) for pair in (detector.size, (2, 3)))
-        resized = ops.interpolate(first.input_value(0), size, 'bilinear_pillow', 'sizes', axes=axes, antialias=True)
-        first.output(0).replace(resized.output(0))
+        for node, axis in zip(_interpolations(model, detector), (3, 2)):
+            size, axes = (ops.constant(np.array([one], np.int64)) for one in (detector.size[axis - 2], axis))
+            resized = ops.interpolate(node.input_value(0), size, 'bilinear_pillow', 'sizes', axes=axes, antialias=True)
+            node.output(0).replace(resized.output(0))
     for name, value in _about(detector).items(): model.set_rt_info(value, ['draem_nb', name])
     return model
 
-def _in_int8(model: openvino.Model, images: Tensor) -> openvino.Model:
+def _in_int8(model: openvino.Model, detector: Detector, images: Tensor) -> openvino.Model:
     "The convolutions in int8; the resizing and the mean of the score stay as they are."
     import nncf
     nncf.set_log_level(logging.ERROR)
-    resize = next(op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() == 'Interpolate')
+    resize = [node.get_friendly_name() for node in _interpolations(model, detector)]
     mean = [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() == 'AvgPool']
     pixels = nncf.Dataset([image.numpy() for image in images.split(1)])
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action='ignore'):   # it draws bars
-        return nncf.quantize(model, pixels, subset_size=len(images), ignored_scope=nncf.IgnoredScope([resize, *mean]))
+        return nncf.quantize(model, pixels, subset_size=len(images), ignored_scope=nncf.IgnoredScope([*resize, *mean]))
 
 # %% ../nbs/15_export.ipynb #15e00022
 def export_openvino(
@@ -156,7 +169,7 @@ def export_openvino(
         raise ValueError(f'export needs the package {e.name}; {remedy}') from None
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         model = _read_openvino(detector, export_onnx(detector, Path(folder) / 'whole.onnx'))
-        if int8 is not None: model = _in_int8(model, int8)
+        if int8 is not None: model = _in_int8(model, detector, int8)
         openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
         for end in ('.bin', '.xml'): os.replace((Path(folder) / path.name).with_suffix(end), path.with_suffix(end))
     return path
