@@ -137,9 +137,7 @@ def _add_report(command: argparse.ArgumentParser, name: str) -> None:
                              default=argparse.SUPPRESS, help=f'{text} (default: {default})'.replace('%', '%%'))
 
 # %% ../nbs/12b_cli.ipynb #c6f54332
-def main(argv: list[str] | None = None) -> int:
-    "The command `draem_nb`. Its exit status is that of `reports.run_command`; 2 where the options are wrong."
-    argv = sys.argv[1:] if argv is None else argv
+def _run(argv: list[str]) -> int:
     if argv[:1] == ['table']:
         from draem_nb.fanout import table
         return table(argv[1:])
@@ -153,3 +151,11 @@ def main(argv: list[str] | None = None) -> int:
     params = vars(_parser(own).parse_args(argv))
     from draem_nb.reports import run_command
     return run_command(params.pop('report'), params)
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `draem_nb`. Its exit status is that of `reports.run_command`; 2 where the options are wrong,
+    130 after Ctrl-C."""
+    try: return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:           # while a module is imported; a report tells its own story
+        print('stopped', file=sys.stderr)
+        return 130

@@ -39,11 +39,12 @@ def _passes(detector: Detector) -> list[onnx.NodeProto]:
     "`values` -> `clipped`: Pillow shrinks the rows, rounds, then shrinks the columns, and rounds again."
     from onnx import helper
     how: dict[str, Any] = dict(mode='linear', coordinate_transformation_mode='half_pixel')
-    if not detector.antialias: passes = [('values', 'size', 'clipped', dict(axes=[2, 3]))]
-    else: passes = [('values', 'width', 'rows', dict(axes=[3], antialias=1, exclude_outside=1)),
-                    ('rows', 'heights', 'clipped', dict(axes=[2], antialias=1, exclude_outside=1))]
-    return [node for given, size, made, more in passes for node in (
-        helper.make_node('Resize', [given, '', '', size], [f'{made}_exact'], **how, **more),
+    passes: list[tuple[str, str, str, list[int]]] = [('values', 'size', 'clipped', [2, 3])]
+    if detector.antialias:
+        passes = [('values', 'width', 'rows', [3]), ('rows', 'heights', 'clipped', [2])]
+        how |= dict(antialias=1, exclude_outside=1)
+    return [node for given, size, made, axes in passes for node in (
+        helper.make_node('Resize', [given, '', '', size], [f'{made}_exact'], axes=axes, **how),
         helper.make_node('Add', [f'{made}_exact', 'half'], [f'{made}_up']),
         helper.make_node('Floor', [f'{made}_up'], [f'{made}_whole']),
         helper.make_node('Clip', [f'{made}_whole', 'low', 'high'], [made]))]

@@ -525,3 +525,9 @@ def test_a_checkpoint_cut_anywhere(made, tmp_path):
 
 def test_every_layout_on_an_empty_folder(tmp_path):
     for layout in LAYOUTS: tried(lambda layout=layout: list_files(tmp_path, tmp_path.name, layout))
+
+
+def test_ctrl_c_before_a_report_starts_is_one_word(monkeypatch, capsys):
+    def interrupted(argv): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, '_run', interrupted)
+    assert cli.main(['category']) == 130 and capsys.readouterr().err == 'stopped\n'
