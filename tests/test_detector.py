@@ -64,11 +64,11 @@ def test_a_checkpoint_that_does_not_say_it_was_antialiased(root, tmp_path):
     assert Detector.load(path, 'cpu').antialias
 
 
-@pytest.mark.parametrize('dtype', ['uint16', 'int16', 'int32', 'int64', 'bool'])
-def test_other_whole_numbers_are_refused_in_one_sentence(dtype):
+@pytest.mark.parametrize('dtype, remedy', [*((whole, '; divide by the largest value') for whole in (
+    'uint16', 'int16', 'int32', 'int64')), ('bool', '$')])
+def test_other_whole_numbers_are_refused_in_one_sentence(dtype, remedy):
     for images in (np.ones((1, 8, 8, 3), dtype), torch.ones(1, 3, 8, 8).to(getattr(torch, dtype))):
-        with pytest.raises(ValueError, match=f'images must be uint8, or float in 0..1, not {dtype}; divide by the '
-                           'largest value'):
+        with pytest.raises(ValueError, match=f'images must be uint8, or float in 0..1, not {dtype}{remedy}'):
             as_images(images, (8, 8))
     with pytest.raises(ValueError, match='not float in 0 .. 255'): as_images(np.array([[0., 255.]]), (8, 8))
     with pytest.raises(ValueError, match='not float in nan .. nan'):
