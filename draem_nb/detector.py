@@ -117,8 +117,9 @@ def _as_batch(images: np.ndarray | Tensor) -> Tensor:
     if not all(batch.shape[1:]): raise ValueError(f'images must have pixels, got {tuple(images.shape)}')
     if batch.dtype == torch.uint8: return batch
     if not batch.is_floating_point():
-        raise ValueError(f'images must be uint8, or float in 0..1, not {str(batch.dtype).removeprefix("torch.")}; '
-                         'divide by the largest value there can be (65535. for 16 bits)')
+        remedy = '' if batch.dtype == torch.bool else '; divide by the largest value there can be (65535. for 16 bits)'
+        kind = str(batch.dtype).removeprefix('torch.')
+        raise ValueError(f'images must be uint8, or float in 0..1, not {kind}{remedy}')
     if batch.numel() and not (0 <= batch.min() and batch.max() <= 1):
         raise ValueError(f'images must be uint8, or float in 0..1, not float in {batch.min():g} .. {batch.max():g}')
     return (batch * 255).round().to(torch.uint8)
