@@ -24,7 +24,7 @@ from draem_nb.watch import COLUMNS, watch
 
 
 class Brightness(AnomalyDetector):
-    size, device = (8, 8), torch.device('cpu')
+    size, device = (32, 32), torch.device('cpu')
 
     def maps_and_scores(self, batch):
         maps = batch.float().mean(1, keepdim=True) / 255
@@ -59,7 +59,7 @@ def test_an_unchanged_line_is_called_changed_as_rarely_as_stated():
 @pytest.mark.parametrize('name, change', [('brightness', lambda x: x * 0.6),
                                           ('red - green', lambda x: x * torch.tensor([1, 0.8, 1]).view(1, 3, 1, 1))])
 def test_a_changed_line_is_named(name, change):
-    images = torch.randint(100, 120, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(100, 120, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     detector = Brightness().calibrate(images[:30])
     before, now = drift.held_out_table(detector), change(images[30:].float()).byte()
     found = drift.changes(before, drift.table_of(detector.predict(now).scores, detector.statistics(now)))
@@ -105,14 +105,14 @@ def test_a_file_that_grows_is_judged_once_and_when_it_is_whole(tmp_path, monkeyp
     parts = iter([data[:10], data[:30], None, None, None, data])        # it pauses in the middle, for three looks
     monkeypatch.setattr('draem_nb.watch.time.sleep', lambda _: (folder / 'a.png').write_bytes(part)
                         if (part := next(parts, None)) else None)
-    detector = Brightness().calibrate(torch.full((5, 3, 8, 8), 90, dtype=torch.uint8))
+    detector = Brightness().calibrate(torch.full((5, 3, 32, 32), 90, dtype=torch.uint8))
     [row] = watch(detector, folder, tmp_path / 'out', 0, looks=20)
     assert (row['verdict'], row['bytes'], row['score']) == ('anomalous', len(data), pytest.approx(200 / 255, abs=1e-4))
 
 
 def test_a_second_watch_and_a_folder_in_itself_are_refused(tmp_path):
     (folder := tmp_path / 'in').mkdir()
-    detector = Brightness().calibrate(torch.full((5, 3, 8, 8), 90, dtype=torch.uint8))
+    detector = Brightness().calibrate(torch.full((5, 3, 32, 32), 90, dtype=torch.uint8))
     Image.new('L', (40, 40), 200).save(folder / 'a.png')
     next(first := watch(detector, folder, tmp_path / 'out', 0))
     with pytest.raises(ValueError, match='is in use by another command'):
@@ -166,7 +166,7 @@ def test_watch_needs_a_run_with_a_threshold_and_a_known_option(run, tmp_path, ca
 
 def test_the_report_of_a_watch_stays_small_and_begins_at_midnight(tmp_path):
     (folder := tmp_path / 'in').mkdir()
-    detector = Brightness().calibrate(torch.full((5, 3, 8, 8), 90, dtype=torch.uint8))
+    detector = Brightness().calibrate(torch.full((5, 3, 32, 32), 90, dtype=torch.uint8))
     now = time.time_ns()
     (tmp_path / 'out').mkdir()
     with open(tmp_path / 'out' / 'verdicts.csv', 'w') as file:

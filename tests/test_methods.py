@@ -345,8 +345,9 @@ def test_a_report_names_what_is_wrong(demo, tmp_path):
     for params, says in ((dict(method='magic'), 'there are: draem, autoencoder, cutpaste, memory, padim, gaussian_ad, '
                           'feature_draem'), (dict(method='memory', recipe='official'), 'a memory has: demo'),
                          (dict(method='padim', overrides=dict(steps=3)), 'unknown recipe field steps')):
-        with pytest.raises(RunFailed, match=says):
+        with pytest.raises(ValueError, match=says):         # before there is a folder
             run_report('category', dict(category='gravel', data_root=str(demo)) | params, tmp_path / 'run')
+        assert not (tmp_path / 'run').exists()
 
 
 def test_images_of_which_there_are_few_or_all_alike(demo, tmp_path):

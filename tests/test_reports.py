@@ -361,7 +361,7 @@ def test_compare_needs_two_runs_of_one_class(parts, tmp_path):
     assert compared('same') is True
     (Path(large) / 'inputs.json').write_text(json.dumps(files | {'train/good/0.png': [1, 2, 'c' * 64]}))
     assert compared('different') is False
-    with pytest.raises(RunFailed, match='is not the folder of a run'):
+    with pytest.raises(FileNotFoundError, match='holds no checkpoint.pt; give the folder of a trained run'):
         run_report('compare', dict(first=first, second=str(tmp_path / 'none'), data_root=str(parts)), tmp_path / 'c2')
     with pytest.raises(ValueError, match='a comparison needs first and second'): reports.default_folder('compare', {})
 
