@@ -403,7 +403,7 @@ class Detector(TrainedDraem):
         with damage_named(checkpoint):
             # older checkpoints do not say it: all were antialiased
             recipe = Recipe(**{'antialias': True} | state['recipe'])
-            detector = cls(_filled(recipe, state['net']), recipe, pick_device(device))
+            detector = cls(networks_with(recipe, state['net']), recipe, pick_device(device))
         detector.load_calibration(checkpoint.parent)
         return detector
 
@@ -412,12 +412,13 @@ class Detector(TrainedDraem):
         """From the authors' pair `<run>_<category>_.pckl`, `<run>_<category>__seg.pckl`: BGR, 256 px without
         antialiasing, their scoring and mask rule; no threshold until `calibrate`."""
         recipe, state = _read_released(path, seg_path)
-        detector = cls(_filled(recipe, state), recipe, device)
+        detector = cls(networks_with(recipe, state), recipe, device)
         detector.mask_rule = 'official'
         return detector
 
 # %% ../nbs/08_detector.ipynb #87ced72e
-def _filled(recipe: Recipe, state: dict[str, Tensor]) -> Draem:
+def networks_with(recipe: Recipe, state: dict[str, Tensor]) -> Draem:
+    "The networks of a recipe with these weights, for prediction; `ValueError` where they do not fit."
     with torch.device('meta'):
         net = Draem(recipe.base_width, recipe.base_channels, recipe.reconstructive, recipe.discriminative)
     try: net.load_state_dict(state, assign=True)

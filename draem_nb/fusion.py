@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import shutil
 import tempfile
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,12 +17,11 @@ from torch.nn import functional as F
 
 from . import feature_draem, memory
 from .data import CategoryData, check_size, large_part
-from .detector import Detector
+from .detector import Detector, networks_with
 from .features import BACKBONES
 from .feature_draem import FeatureDraemDetector, FeatureDraemRecipe
 from .fitting import KeptDetector, describe_run, is_there, keep_run
 from .memory import MemoryDetector, MemoryRecipe
-from .networks import Draem
 from .recipes import Count, Recipe, Size, as_recipe, compact
 from .textures import load_textures
 from .training import load_checkpoint, pick_device, split_held_out, train
@@ -125,14 +123,13 @@ class Witnesses(KeptDetector):
     def __init__(self, recipe: FusionRecipe, device: str | torch.device | None = None):
         super().__init__(recipe, device)
         self.backbone = BACKBONES[recipe.backbone].title        # what tables call the network that two look through
-        self.net = Draem(compact().base_width, compact().base_channels)
         self.features = FeatureDraemDetector(painted_recipe(recipe), self.device)
         self.memory = MemoryDetector(memory_recipe(recipe), self.device)
 
-    @cached_property
-    def draem(self) -> Detector:
-        "DRAEM as a detector of its own, at its own size; asked for when `net` has learned."
-        return Detector(self.net.eval(), draem_recipe(self.recipe), self.device)
+    def take_draem(self, weights: dict[str, Tensor]) -> None:
+        "Make DRAEM of these weights, a detector of its own, at its own size."
+        recipe = draem_recipe(self.recipe)
+        self.weights, self.draem = weights, Detector(networks_with(recipe, weights), recipe, self.device)
 
     def log_odds(self, batch: Tensor) -> Tensor:
         "(B, 3, H, W) uint8 on the device -> (B, 3, H, W): log odds of DRAEM, of `feature_draem` and of `memory`."
@@ -169,12 +166,12 @@ class FusionDetector(WitnessesOnOneScale):
     def state(self) -> dict:
         "What all three learned, and the scales."
         scales = [dict(levels=scale.levels, excess=scale.excess) for scale in self.scales]
-        return dict(draem=self.net.state_dict(), feature_draem=self.features.state(), memory=self.memory.state(),
+        return dict(draem=self.weights, feature_draem=self.features.state(), memory=self.memory.state(),
                     scales=scales, highest=self.highest)
 
     def take(self, state: dict, path: Path) -> None:
         "Be what `state` gave."
-        self.net.load_state_dict(state['draem'])
+        self.take_draem(state['draem'])
         self.features.take(state['feature_draem'], path)
         self.memory.take(state['memory'], path)
         self.scales = [Surprise(scale['levels'].cpu(), float(scale['excess'])) for scale in state['scales']]
@@ -189,7 +186,7 @@ def fit_parts(category: CategoryData, recipe: FusionRecipe, device: torch.device
     detector.memory = memory.fit(category, memory_recipe(recipe), device, run_dir=folder / 'memory')
     small = shrunken(category, recipe.draem_size)
     kept = train(small, shrink(textures, recipe.draem_size), draem_recipe(recipe), folder / 'draem', device)
-    detector.net.load_state_dict(load_checkpoint(kept, device)['net'])
+    detector.take_draem(load_checkpoint(kept)['net'])
     return detector
 
 # %% ../nbs/45b_fusion.ipynb #0d3b6ef7
