@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 # %% auto #0
-__all__ = ['OnStep', 'HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'RandomCrops',
-           'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer',
-           'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
+__all__ = ['OnStep', 'HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'threads_for',
+           'RandomCrops', 'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses',
+           'Trainer', 'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
 
 # %% ../nbs/07_training.ipynb #59a72d7f
 import numba
@@ -103,6 +103,17 @@ def move(net: Net, device: torch.device, memory_format: torch.memory_format = to
     "The network itself, on the device, with its kernels in that memory format."
     to: Callable[..., Net] = net.to         # the annotations of PyTorch know no memory_format
     return to(device, memory_format=memory_format)
+
+# %% ../nbs/07_training.ipynb #c40d7e1f
+_NARROW = 16        # base_width up to which a second thread gains little, see the table
+
+@contextlib.contextmanager
+def threads_for(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    "Within, PyTorch has the number of threads that suits the networks: one for narrow ones on a CPU."
+    before = torch.get_num_threads()
+    if device.type == 'cpu' and recipe.base_width <= _NARROW: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 # %% ../nbs/07_training.ipynb #8004a3c3
 class RandomCrops:
@@ -408,11 +419,13 @@ def train(
     _check_fits(category, recipe)
     trainer = Trainer(category.train, textures, recipe, device, fit)
     checkpoint = run_dir / 'checkpoint.pt'
-    _claim(run_dir, _describe(category, textures, trainer, held_out), resume)
-    if checkpoint.exists():
-        with damage_named(checkpoint): trainer.load_state_dict(load_checkpoint(checkpoint, device))
-    _check_snapshots(trainer, snapshots, run_dir)
-    if _train_on(trainer, run_dir, category.name, snapshots, on_step):
+    with threads_for(recipe, device):
+        _claim(run_dir, _describe(category, textures, trainer, held_out), resume)
+        if checkpoint.exists():
+            with damage_named(checkpoint): trainer.load_state_dict(load_checkpoint(checkpoint, device))
+        _check_snapshots(trainer, snapshots, run_dir)
+        stopped = _train_on(trainer, run_dir, category.name, snapshots, on_step)
+    if stopped:
         raise KeyboardInterrupt(f'stopped at step {trainer.done} of {trainer.total}; {checkpoint} is written, run '
                                 'again to go on')
     return checkpoint
