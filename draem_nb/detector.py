@@ -145,13 +145,13 @@ def above(values: Tensor, threshold: float | None) -> Tensor | None:
 
 # %% ../nbs/08_detector.ipynb #211ccbf8
 _CALIBRATION = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
-_MORE = dict(held_out_groups=[], n_corrected=0, false_alarms=None)      # written where they say something
+_MORE = dict(held_out_groups=[], n_corrected=0, false_alarms=None, cross_fit=0)     # written where they say something
 
-def _fits(n: int, held_out_groups: object, n_corrected: object, false_alarms: object) -> bool:
+def _fits(n: int, held_out_groups: object, n_corrected: object, false_alarms: object, cross_fit: object) -> bool:
     "Whether these belong to a calibration of n images."
     return (isinstance(held_out_groups, list) and len(held_out_groups) in (0, n)
             and all(isinstance(group, str) for group in held_out_groups)
-            and type(n_corrected) is int and 0 <= n_corrected <= n
+            and type(n_corrected) is int and 0 <= n_corrected <= n and type(cross_fit) is int and 0 <= cross_fit <= n
             and (false_alarms is None or isinstance(false_alarms, float) and 0 < false_alarms < 1))
 
 def _read_calibration(path: Path) -> dict[str, object]:
@@ -262,6 +262,7 @@ class Calibration(WithRegion):
     held_out_groups: Sequence[str] = ()                 # which of them show the same part; empty: not known
     n_corrected: int = 0                # the last so many of them were added by corrections, see 14f_corrections
     false_alarms: float | None = None   # the share of false alarms that the threshold was asked to promise
+    cross_fit: int = 0                  # so many other detectors scored the held-out images, see 14_inspection; 0: this one
     held_out_statistics: np.ndarray | None = None       # (n, 4) of the same, see `image_statistics`; None: not kept
 
     @property
@@ -331,7 +332,7 @@ class AnomalyDetector(Predictor):
         if len(groups) not in (0, len(found)):
             raise ValueError(f'there are {len(groups)} groups for {len(found)} images; give one for each, or none')
         self.quantile, self.held_out_scores, self.held_out_groups = quantile, found.scores.tolist(), list(groups)
-        self.n_corrected, self.false_alarms = 0, None
+        self.n_corrected, self.false_alarms, self.cross_fit = 0, None, 0
         self.threshold = upper_quantile(found.scores.numpy(), self.quantile)
         self.pixel_threshold = max(self.pixel_floor, upper_quantile(self.pixels(found.maps).numpy(), self.quantile))
         self.held_out_statistics = self.statistics(normal_images)

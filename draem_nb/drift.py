@@ -22,9 +22,12 @@ __all__ = ['held_out_table', 'table_of', 'changes', 'can_tell', 'in_words', 'pic
 
 # %% ../nbs/14b_drift.ipynb #7241b2e6
 def held_out_table(detector: AnomalyDetector) -> pd.DataFrame | None:
-    "A row for each held-out image: its score and the numbers of `image_statistics`; None where they were not kept."
+    """A row for each held-out image: its score and the numbers of `image_statistics`; None where they were not kept.
+
+    Without the scores where other detectors gave them (cross-fitted ones): those of new images differ on any line."""
     if detector.held_out_statistics is None: return None
-    return table_of(detector.held_out_scores, detector.held_out_statistics)
+    table = table_of(detector.held_out_scores, detector.held_out_statistics)
+    return table.drop(columns='score') if detector.cross_fit else table
 
 def table_of(scores: Sequence[float] | np.ndarray, statistics: np.ndarray) -> pd.DataFrame:
     "The (n,) scores and (n, 4) statistics of n images as a table with five columns."
@@ -41,7 +44,7 @@ def changes(
         raise ValueError(f'false_alarms is {false_alarms}; it must be a share between 0 and 1, such as 0.01')
     if not (len(held_out) and len(new)): raise ValueError('a comparison needs at least one held-out and one new image')
     p = [ks_2samp(held_out[name], new[name]).pvalue for name in held_out]
-    return pd.DataFrame({'held-out median': held_out.median(), 'new median': new.median(), 'p': p,
+    return pd.DataFrame({'held-out median': held_out.median(), 'new median': new[list(held_out)].median(), 'p': p,
                          'changed': np.array(p) <= false_alarms / len(p)})
 
 def can_tell(n: int, m: int, false_alarms: float = 0.01) -> bool:
@@ -56,8 +59,7 @@ def in_words(table: pd.DataFrame, n: int, m: int, false_alarms: float = 0.01) ->
         return f'{n} held-out and {m} new images are too few to tell whether the line has changed.'
     test = f'on an unchanged line, this test finds a change in at most {false_alarms:.0%} of the inspections'
     if not table.changed.any():
-        return ('No change of the line: scores, brightness, sharpness and colour are as those of '
-                f'{n} held-out images; {test}.')
+        return f'No change of the line: {", ".join(table.index)} are as those of {n} held-out images; {test}.'
     found = ', '.join(f"{name} ({row['held-out median']:.3g} before, {row['new median']:.3g} now)"
                       for name, row in table[table.changed].iterrows())
     return (f'The line has changed: {found}; {test}. Look whether light, camera and parts are as before, and calibrate '

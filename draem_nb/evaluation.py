@@ -340,12 +340,16 @@ def results_in_words(results: dict) -> list[str]:
              'test images give.',
              f'Pixels by the mask rule `{rule}`; by the rule `{other["mask_rule"]}` pixel AP is '
              f'{percent(other["pixel"]["ap"])}, pixel AUROC {percent(other["pixel"]["auroc"])}.']
+    no_defects = not results['image']['n_anomalous']
+    if no_defects:
+        lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, all of them '
+                 'good: nothing says how many defects are found.']
     if point is None: return lines
     given = lambda name, limits: sure(point[name], point[limits])
-    lines.append(f'At the threshold {point["threshold"]:.3f} it finds **{given("recall", "recall_interval")} of the '
-                 'defective images** (recall) and raises a false alarm on '
-                 f'**{given("false_alarm_rate", "false_alarm_interval")} of the good ones**; precision '
-                 f'{given("precision", "precision_interval")}, F1 {given("f1", "f1_interval")}.')
+    alarms = f'raises a false alarm on **{given("false_alarm_rate", "false_alarm_interval")} of the good ones**'
+    lines.append(f'At the threshold {point["threshold"]:.3f} it ' + (f'{alarms}.' if no_defects else
+                 f'finds **{given("recall", "recall_interval")} of the defective images** (recall) and {alarms}; '
+                 f'precision {given("precision", "precision_interval")}, F1 {given("f1", "f1_interval")}.'))
     of_parts = f' of {n} parts' if (n := point.get('n_held_out_parts')) else ''
     if (promised := point['promised_false_alarm_rate']) is not None:
         lines.append(f'The threshold promised {percent(promised)} of false alarms: that is all that '
@@ -400,6 +404,7 @@ def compare(
     labels: torch.Tensor,   # (N,) bool
     draws: int = 1000,
     seed: int = 0,
+    region: torch.Tensor | None = None,     # as in `evaluate_maps`
 # a row a metric: first, second, difference (second - first), low, high; fractions, nan where undefined
 ) -> pd.DataFrame:
     """Paired bootstrap over images: 95 % interval of the difference of each metric.
@@ -409,8 +414,8 @@ def compare(
         raise ValueError(f'the two detectors and the masks must be of the same images: maps {tuple(first.maps.shape)} '
                          f'and {tuple(second.maps.shape)}, masks {tuple(masks.shape)}')
     weights, bools = _weights(labels, draws, seed), (np.asarray(masks, bool), np.asarray(labels, bool))
-    drawn = [_drawn(found, bools[0], weights, bools[1]) for found in (first, second)]
-    exact = [dict(image=evaluate_scores(found.scores, labels), pixel=evaluate_maps(found.maps, masks))
+    drawn = [_drawn(found, bools[0], weights, bools[1], region) for found in (first, second)]
+    exact = [dict(image=evaluate_scores(found.scores, labels), pixel=evaluate_maps(found.maps, masks, region=region))
              for found in (first, second)]
     rows = {}
     for part, names in drawn[0].items():

@@ -157,8 +157,8 @@ class WitnessesOnOneScale(Witnesses):
     def measure(self, images: Tensor) -> None:
         "Take the scale of each witness from (N, 3, H, W) uint8 normal images."
         odds = torch.cat([self.log_odds(part.to(self.device)).cpu() for part in images.split(16)])
-        self.scales = [Surprise.of(of) for of in odds.unbind(1)]
-        self.highest = float(max(self.surprise(part).sum(1).max() for part in odds.split(16)))
+        self.scales = [Surprise.of(self.pixels(of)) for of in odds.unbind(1)]         # of the region alone
+        self.highest = float(max(self.pixels(self.surprise(part).sum(1)).max() for part in odds.split(16)))
 
 # %% ../nbs/45b_fusion.ipynb #91b0d7fe
 class FusionDetector(WitnessesOnOneScale):
@@ -206,8 +206,8 @@ def fit(
         parts = Path(folder) / 'parts'
         detector = fit_parts(category, recipe, device, textures, parts)
         kept, held_out = split_held_out(len(images), recipe, category.groups)
-        detector.measure(large_part(images, (held_out if len(held_out) else kept)[:128]))
         detector.region = category.region
+        detector.measure(large_part(images, (held_out if len(held_out) else kept)[:128]))
         detector.calibrate_on(category, held_out)
         if run_dir:
             shutil.copy(parts / 'draem' / 'losses.csv', run_dir)       # where a report looks for them

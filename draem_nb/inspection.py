@@ -5,28 +5,31 @@
 # %% ../nbs/14_inspection.ipynb #d0ef10ff
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage, stats
-from torch import Tensor, from_numpy
+from torch import Tensor, empty, from_numpy
 from torch.nn import functional as F
 
 from . import plots
-from .data import read_image, replacing
-from .detector import AnomalyDetector, Detections
-from .layouts import UnreadableImage
+from .data import CategoryData, large_part, read_image, read_json, replacing
+from .detector import AnomalyDetector, Detections, upper_quantile
+from .layouts import UnreadableImage, list_files, shown
 from .regions import inside
 
 # %% auto #0
-__all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold', 'calibrate', 'save_beside',
-           'threshold_interval', 'look', 'verdict', 'largest_region', 'save_pictures']
+__all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold', 'calibrate', 'trained_on', 'save_beside',
+           'folds_of', 'cross_fit', 'calibrate_across', 'threshold_interval', 'look', 'verdict', 'largest_region',
+           'save_pictures']
 
 # %% ../nbs/14_inspection.ipynb #ba6b57e2
 def _shares(n: int, groups: Sequence[str]) -> tuple[np.ndarray, int]:
@@ -93,6 +96,16 @@ def calibrate(
     detector.n_corrected, detector.false_alarms = len(corrected), false_alarms
     detector.threshold = threshold_for(detector.held_out_scores, false_alarms, groups)
 
+def trained_on(run_dir: Path) -> dict[str, str]:
+    "The images that a run has learned from, sha256 -> name; empty where that cannot be said, as without its data."
+    try:
+        noted, asked, about = (read_json(run_dir / f'{name}.json') for name in ('inputs', 'parameters', 'run'))
+        files = list_files(asked['data_root'], asked['category'], asked.get('layout'))
+        learned = {shown(os.path.relpath(path, files.folder)) for path in files.train
+                   if path.name not in about['held_out']}
+    except (OSError, ValueError, KeyError, TypeError): return {}
+    return {note[2]: name for name, note in noted.items() if name in learned}
+
 def save_beside(detector: AnomalyDetector, run_dir: Path) -> str | None:
     "Keep the thresholds of a detector in its run; gives the name of the copy of the old ones, if there were any."
     kept = None
@@ -102,6 +115,57 @@ def save_beside(detector: AnomalyDetector, run_dir: Path) -> str | None:
         shutil.copy2(run_dir / 'threshold.json', run_dir / kept)
     detector.save_calibration(run_dir)
     return kept
+
+# %% ../nbs/14_inspection.ipynb #beb01fdc
+def folds_of(n: int, k: int, groups: Sequence[str] = (), seed: int = 0) -> np.ndarray:
+    "With which of k folds, 0..k-1, each of n images is left out, (n,); `groups` as in `promised_rate`."
+    parts, what = list(dict.fromkeys(groups or range(n))), 'parts' if groups else 'images'
+    if k != int(k) or not 2 <= k <= len(parts):
+        raise ValueError(f'cross_fit is {k}; it must be a whole number from 2 to {len(parts)}, the number of {what}')
+    dealt = dict(zip(parts, np.random.default_rng([seed, 3]).permutation(len(parts)) % int(k)))
+    return np.array([dealt[part] for part in groups or range(n)])
+
+def cross_fit(
+    category: CategoryData,
+    fit: Callable[[CategoryData], AnomalyDetector],     # makes a detector of its training images, with none held out
+    folds: np.ndarray,                                  # (n,), as `folds_of` gives it
+) -> tuple[Tensor, Tensor]:                             # scores (n,), maps (n, H, W)
+    "What is said of each of the n training images by a detector that learned from the other folds."
+    scores, maps = empty(len(folds)), empty(len(folds), *category.size)
+    for fold in np.unique(folds):
+        kept, left_out = np.flatnonzero(folds != fold), from_numpy(np.flatnonzero(folds == fold))
+        others = dataclasses.replace(category, train=large_part(category.train, from_numpy(kept)),
+                                     train_paths=[category.train_paths[i] for i in kept],
+                                     groups=tuple(category.groups[i] for i in kept if category.groups))
+        seen = fit(others).predict(large_part(category.train, left_out))
+        scores[left_out], maps[left_out] = seen.scores, seen.maps
+    return scores, maps
+
+# %% ../nbs/14_inspection.ipynb #40058589
+def calibrate_across(
+    detector: AnomalyDetector,
+    category: CategoryData,             # that it learned from
+    fit: Callable[[CategoryData], AnomalyDetector],     # as in `cross_fit`
+    k: int,                             # folds
+    false_alarms: float | None = None,  # the share to promise, 0..1; None: the smallest
+    n_learned: int | None = None,       # images that `detector` itself learned from; None: all
+) -> None:
+    "Set both thresholds of a detector by `cross_fit`. `ValueError` where a fold's detector would learn from more."
+    groups, n = list(category.groups), len(category.train)
+    if false_alarms is None: false_alarms = smallest_rate(_shares(n, groups)[1])
+    threshold_for(range(n), false_alarms, groups)               # what cannot be promised is refused before the work
+    most = n - int(np.bincount(folds := folds_of(n, k, groups)).min())
+    if n_learned is not None and most > n_learned:
+        raise ValueError(f'with cross_fit={k} a detector would learn from {most} images, but the one of this run learned '
+                         f'from {n_learned}, so the promise would be too bold; choose a smaller cross_fit, or train '
+                         'with the recipe field holdout=0')
+    scores, maps = cross_fit(category, fit, folds)
+    detector.held_out_scores, detector.held_out_groups = scores.tolist(), groups
+    detector.n_corrected, detector.false_alarms, detector.cross_fit = 0, false_alarms, int(k)
+    detector.held_out_statistics = detector.statistics(category.train)
+    detector.pixel_threshold = max(detector.pixel_floor,
+                                   upper_quantile(detector.pixels(maps).numpy(), detector.quantile))
+    detector.threshold = threshold_for(detector.held_out_scores, false_alarms, groups)
 
 # %% ../nbs/14_inspection.ipynb #44f87bc5
 def threshold_interval(scores: Sequence[float], threshold: float, level: float = 0.9,

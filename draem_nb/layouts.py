@@ -394,7 +394,8 @@ def _plain(folder: Path, layout: str = 'folder', good_alone: bool = False) -> Cl
         if len(found) > 1:
             raise ValueError(f'{folder} has {found[0].name} and {found[1].name}, which mean the same; keep one of them')
     good_folder, bad = (found[0] if found else None for found in of.values())
-    good = {p.relative_to(folder).as_posix(): p for p in _required_images(good_folder or folder)}
+    good = {p.relative_to(folder).as_posix(): p for p in _required_images(good_folder or folder)
+            if p != folder / 'region.png'}      # says where to look, see 14d_regions
     defects, kinds, masks = _plain_defects(folder, bad) if bad else ([], [], [])
     aside = _test_share(list(good), 0.2)
     train, held = ([p for name, p in good.items() if (name in aside) == side] for side in (False, True))
@@ -429,7 +430,7 @@ def _is_plain(folder: Path) -> bool:
 
 def _is_flat(folder: Path) -> bool:
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith('.')]
-    images = any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries)
+    images = any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries if entry.name != 'region.png')
     return images and not any(entry.is_dir() for entry in entries) and folder.resolve().name.lower() not in _PARTS
 
 def _is_kolektor(folder: Path) -> bool:
@@ -509,10 +510,13 @@ def list_files(
         raise ValueError(f"{root} is itself a class; give the folder that holds it as root "
                          f"and {root.resolve().name!r} as the class")
     if name and Path(name).name == name and (root / name).is_dir():
+        meant = f'; {shown(root)} is itself a class, did you mean {next(iter(there))}?' if own and there else ''
         raise FileNotFoundError(f"the class folder {root / name} has no train/good; put images of good parts there"
                                 + (f" (or another layout than {layout!r} fits)" if layout else '')
-                                + f"; {_what_is_there(root / name)}; {_EXPECTED}")
+                                + f"; {_what_is_there(root / name)}; {_EXPECTED}{meant}")
     near = difflib.get_close_matches(name.lower(), {of.lower(): of for of in there}, 1)
     meant = f"; did you mean {next(of for of in there if of.lower() == near[0])}?" if near else ''
+    if root.resolve().name.lower() in _PARTS and (above := find_classes(root.resolve().parent, layout)):
+        meant = f"; this folder is a part of the class {next(iter(above))}: give the folder above it"
     none = f'none (a class is a folder with train/good, or good and bad); {_what_is_there(root)}; {_EXPECTED}'
     raise ValueError(f"unknown class {name!r} in {root}; there are: {', '.join(there) or none}{meant}")

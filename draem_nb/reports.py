@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,17 @@ def check_parameters(name: str | Path, params: dict) -> dict:
                          f"{', '.join(known)}")
     return {key: params.get(key, default) for key, (default, _) in known.items()}
 
+# %% ../nbs/12_reports.ipynb #7fe7a21d
+def _new_folder(report: str, p: dict) -> Path:
+    "In the run, a folder of this moment for a look at images; `p`: all parameters."
+    if not (p['run_dir'] and (p['images'] or p.get('cross_fit'))):
+        raise ValueError(f'{report} needs run_dir, the folder of a trained run, and images, a folder of '
+                         'images to look at' + ', or cross_fit' * ('cross_fit' in p))
+    of = Path(p['images']).resolve().name[:80] if p['images'] else 'cross-fit'
+    new = Path(p['run_dir']) / f"{report}-{of}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(path for i in range(1, 1000)
+                if not (path := new if i == 1 else new.with_name(f'{new.name}-{i}')).exists())
+
 # %% ../nbs/12_reports.ipynb #b4be6701
 def default_folder(
     name: str | Path,     # the report
@@ -63,13 +75,7 @@ def default_folder(
     `runs/brick-demo-seed0/inspect-photos-20261127-081500`."""
     p = check_parameters(name, params)
     report = Path(name).stem
-    if report in ('inspect', 'calibrate', 'export'):
-        if not (p['run_dir'] and p['images']):
-            raise ValueError(f'{report} needs run_dir, the folder of a trained run, and images, a folder of '
-                             'images to look at')
-        new = Path(p['run_dir']) / f"{report}-{Path(p['images']).resolve().name[:80]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return next(path for i in range(1, 1000)
-                    if not (path := new if i == 1 else new.with_name(f'{new.name}-{i}')).exists())
+    if report in ('inspect', 'calibrate', 'export'): return _new_folder(report, p)
     if report == 'compare':
         if not (p['first'] and p['second']):
             raise ValueError('a comparison needs first and second, the folders of two trained runs of one class')
@@ -191,9 +197,10 @@ class _Console:
 class RunFailed(RuntimeError):
     """A report that failed.
 
-    `.reason`: the error in one line; `.notebook`: the notebook with the error in it, if there is one."""
-    def __init__(self, reason: str, notebook: Path | None, last_lines: str = '') -> None:
-        self.reason, self.notebook = reason, notebook
+    `.reason`: the error in one line; `.notebook`: the notebook with the error in it, if there is one; `.is_plain`:
+    the input was wrong, not the program, so that the reason says all there is to say."""
+    def __init__(self, reason: str, notebook: Path | None, last_lines: str = '', is_plain: bool = False) -> None:
+        self.reason, self.notebook, self.is_plain = reason, notebook, is_plain
         where = f'\nThe notebook with the error is kept: {notebook}' if notebook else ''
         super().__init__(f'{reason}{where}' + (f'\n{last_lines}' if last_lines else ''))
 
@@ -440,6 +447,22 @@ def _check_start(name: str | Path, asked: dict) -> None:
         from draem_nb.training import pick_device
         pick_device(asked['device'])
 
+# %% ../nbs/12_reports.ipynb #664e3995
+_BEGUN = {'parameters.json', 'inputs.json', 'report.failed.ipynb', 'figures'}    # all that there is before any work
+
+@contextlib.contextmanager
+def _taken_back(run_dir: Path, is_ours: bool) -> Iterator[None]:
+    "Within, a report of ours that fails by its input, before it has worked, leaves no folder that was not there."
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try: yield
+    except RunFailed as failed:
+        begun = run_dir in made and {path.name for path in run_dir.iterdir()} <= _BEGUN
+        if not (is_ours and failed.is_plain and begun): raise
+        shutil.rmtree(run_dir)
+        for folder in made[1:]:
+            with contextlib.suppress(OSError): folder.rmdir()           # not empty: another command is at work there
+        raise RunFailed(failed.reason, None) from None
+
 # %% ../nbs/12_reports.ipynb #dd28390f
 def run_report(
     name: str | Path,      # a report's name, or the path of a notebook with a cell tagged `parameters`
@@ -457,7 +480,7 @@ def run_report(
         raise ValueError(f'{run_dir} holds a report already; choose another folder, or leave out_dir out')
     _check_start(name, asked)           # what is wrong is said before there is a folder
     inputs = _noted(_files_read(asked), {})
-    with locked(run_dir, wait=wait):
+    with _taken_back(run_dir, is_ours=not str(name).endswith('.ipynb')), locked(run_dir, wait=wait):
         if folder == 'run_dir' and _already(run_dir, asked):
             return _finished(run_dir, ran=False)   # made by another command just now
         _begin(run_dir, asked)
@@ -481,7 +504,7 @@ def _run(notebook: Path, params: dict, run_dir: Path) -> None:
         return
     kept = _keep(temporary, run_dir / 'report.failed.ipynb', _reason(error)) if temporary.exists() else None
     if isinstance(error, KeyboardInterrupt): raise error
-    raise RunFailed(_reason(error), kept, _last_lines(error)) from None
+    raise RunFailed(_reason(error), kept, _last_lines(error), getattr(error, 'ename', '') in _PLAIN) from None
 
 # %% ../nbs/12_reports.ipynb #5c625500
 def run_many(

@@ -72,7 +72,7 @@ class OnTiles(AnomalyDetector):
         if (recipe := getattr(detector, 'recipe', None)) is not None: self.recipe = recipe
         self.window = getattr(recipe, 'score_window', 21)
         for name in ('antialias', 'quantile', 'pixel_floor', 'threshold', 'pixel_threshold', 'held_out_scores',
-                     'held_out_groups', 'n_corrected', 'false_alarms', 'held_out_statistics', 'region'):
+                     'held_out_groups', 'n_corrected', 'false_alarms', 'cross_fit', 'held_out_statistics', 'region'):
             setattr(self, name, getattr(detector, name))
         detector.region = None          # it is of whole images, not of tiles
 

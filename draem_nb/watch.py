@@ -71,7 +71,7 @@ class Arrivals:
 
 # %% ../nbs/14c_watch.ipynb #fbe7888d
 COLUMNS = ('file', 'bytes', 'changed_ns', 'score', 'threshold', 'margin', 'verdict', 'note', 'defect_pixels',
-           'defect_left', 'defect_top', 'defect_width', 'defect_height', 'seconds')
+           'defect_left', 'defect_top', 'defect_width', 'defect_height', 'seconds', 'correction')
 MOST = 10_000       # rows that are kept in memory, for the report
 
 # %% ../nbs/14c_watch.ipynb #0113ec80

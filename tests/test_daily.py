@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from draem_nb import drift, methods
+from draem_nb.corrections import read_corrections
 from draem_nb.data import demo_category, load_category
 from draem_nb.detector import STATISTICS, AnomalyDetector
 from draem_nb.reports import main
@@ -108,6 +109,10 @@ def test_a_file_that_grows_is_judged_once_and_when_it_is_whole(tmp_path, monkeyp
     detector = Brightness().calibrate(torch.full((5, 3, 32, 32), 90, dtype=torch.uint8))
     [row] = watch(detector, folder, tmp_path / 'out', 0, looks=20)
     assert (row['verdict'], row['bytes'], row['score']) == ('anomalous', len(data), pytest.approx(200 / 255, abs=1e-4))
+    with open(tmp_path / 'out' / 'verdicts.csv') as file: [kept] = rows = list(csv.DictReader(file))
+    assert kept['correction'] == ''                                     # a column for a person
+    (copy := tmp_path / 'copy.csv').write_text(','.join(kept) + '\n' + ','.join((kept | dict(correction='good')).values()))
+    assert read_corrections(copy) == {folder / 'a.png': 'good'} and rows
 
 
 def test_a_second_watch_and_a_folder_in_itself_are_refused(tmp_path):

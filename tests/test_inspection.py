@@ -1,16 +1,20 @@
 """Another operating point for a detector that is trained: by command, kept beside the old one, and
 never by less than was promised."""
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from draem_nb import methods
-from draem_nb.data import demo_category, load_category
-from draem_nb.inspection import promised_rate, smallest_rate, threshold_for, threshold_interval
-from draem_nb.reports import main
+from draem_nb.data import demo_category, load_category, write_json
+from draem_nb.drift import held_out_table
+from draem_nb.inspection import (folds_of, promised_rate, smallest_rate, threshold_for, threshold_interval,
+                                 trained_on)
+from draem_nb.reports import _files_read, _noted, main
 
 
 @pytest.fixture(scope='module')
@@ -159,6 +163,56 @@ def test_calibrate_by_part(run, tmp_path, capsys):
     assert json.loads((tmp_path / 'report' / 'metrics.json').read_text())['promised'] == pytest.approx(
         1 / (len(set(new['held_out_groups'])) + 1)
     )
+
+
+# --- few images
+
+
+@pytest.fixture(scope='module')
+def few(tmp_path_factory):
+    "A run of twelve photos of six parts, none of them held out, and its photos."
+    root, folder = tmp_path_factory.mktemp('few'), tmp_path_factory.mktemp('few-run')
+    for i, path in enumerate(sorted((demo_category('brick') / 'train' / 'good').glob('*.png'))[:15]):
+        (to := root / 'cup' / 'good').mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to / f'part{i // 2:02}_{i}.png')
+    asked = dict(category='cup', data_root=str(root), layout=None, region=None, groups=r'(part\d+)_')
+    data = load_category(root, 'cup', 64, groups=asked['groups'])
+    methods.fit('padim', data, methods.recipe_of('padim', size=64, holdout=0), 'cpu', run_dir=folder)
+    write_json(asked, folder / 'parameters.json')
+    write_json(_noted(_files_read(asked), {}), folder / 'inputs.json')
+    return folder, data
+
+
+def test_cross_fitted_scores_are_of_images_that_were_not_learned(few, tmp_path, capsys):
+    folder, data = few
+    ask = lambda k, out: main(['calibrate', '--run-dir', str(folder), '--cross-fit', k, '--device', 'cpu', '--out-dir',
+                               str(tmp_path / out)])
+    assert ask('3', 'report') == 0
+    kept, parts = json.loads((folder / 'threshold.json').read_text()), list(dict.fromkeys(data.groups))
+    assert kept['held_out_groups'] == list(data.groups) and kept['cross_fit'] == 3
+    assert kept['threshold'] == max(kept['held_out_scores']) and kept['false_alarms'] == 1 / (len(parts) + 1)
+    folds, rows = folds_of(len(data.train), 3, data.groups), torch.arange(len(data.train))
+    for fold in range(3):                                       # by hand
+        learned = dataclasses.replace(data, train=data.train[folds != fold], groups=(), train_paths=[
+            path for path, of in zip(data.train_paths, folds) if of != fold])
+        detector = methods.fit('padim', learned, methods.recipe_of('padim', size=64, holdout=0), 'cpu')
+        scores = detector.predict(data.train[folds == fold]).scores
+        assert [kept['held_out_scores'][i] for i in rows[folds == fold]] == pytest.approx(scores.tolist())
+    detector = methods.load(folder, 'cpu')                      # what was kept says that others gave the scores
+    assert detector.cross_fit == 3 and 'score' not in held_out_table(detector)
+    assert ask('40', 'more') == 1 and f'from 2 to {len(parts)}, the number of parts' in capsys.readouterr().err
+
+
+def test_no_promise_from_images_that_were_learned(few, run, tmp_path, capsys):
+    folder, data = few
+    before = (folder / 'threshold.json').read_bytes() if (folder / 'threshold.json').exists() else None
+    assert set(trained_on(folder).values()) == {f'good/{path.name}' for path in data.train_paths}
+    assert trained_on(run[0]) == {}                             # it has not noted its files
+    assert main(['calibrate', '--run-dir', str(folder), '--images', str(data.train_paths[0].parent), '--device',
+                 'cpu']) == 1
+    assert f'and {len(data.train) - 1} more of these images, so it finds them too normal' in capsys.readouterr().err
+    assert ((folder / 'threshold.json').read_bytes() if before else None) == before
+    assert not list(folder.glob('calibrate-*'))                 # a failed start leaves no folder
 
 
 # --- corrections

@@ -360,3 +360,39 @@ def test_a_failed_start_leaves_no_folder(tmp_path, monkeypatch, capsys, argv, sa
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 1 and says in capsys.readouterr().err
     assert not list(tmp_path.glob('[!c]*'))       # beside the cache of this test
+
+
+def test_a_start_that_fails_by_its_images_leaves_no_folder(tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tree.image(*(f'cup/good/{i}.png' for i in range(5)), 'cup/bad/0.png')
+    ask = lambda *more: main(['category', '--category', 'cup', '--data-root', 'data', '--method', 'padim', '--overrides',
+                              '{"size": 32}', '--run-dir', 'new/folder', *more])
+    before = set(tmp_path.rglob('[!c]*')) - set((tmp_path / 'cache').rglob('*'))
+    assert ask('--kinds', '["scratch"]') == 1
+    assert 'no test images of kind scratch; there are: bad, good' in (said := capsys.readouterr().err)
+    assert 'notebook' not in said                               # nothing but its sentence is left of it
+    (tree.root / 'cup' / 'good' / '9.png').write_bytes(b'no image')
+    assert ask() == 1 and 'cannot read the image data/cup/good/9.png' in capsys.readouterr().err
+    (tree.root / 'cup' / 'good' / '9.png').unlink()
+    assert set(tmp_path.rglob('[!c]*')) - set((tmp_path / 'cache').rglob('*')) == before
+    (tmp_path / 'new' / 'folder').mkdir(parents=True)           # a folder that was there stays
+    assert ask('--kinds', '["scratch"]') == 1 and (tmp_path / 'new' / 'folder' / 'report.failed.ipynb').exists()
+
+
+def test_a_folder_too_low_or_too_high_is_answered_by_the_class_that_was_meant(tree):
+    tree.image(*(f'data/cup/good/{i}.png' for i in range(3)))
+    cup = tree.root / 'data' / 'cup'
+    with pytest.raises(FileNotFoundError, match='is itself a class, did you mean cup?'): list_files(cup, 'good')
+    with pytest.raises(ValueError, match='a part of the class cup: give the folder above it'):
+        list_files(cup / 'good', 'cup')
+
+
+def test_the_region_beside_photos_is_no_photo(tree):
+    tree.image(*(f'cup/{i:02}.png' for i in range(10)))
+    Image.new('L', (32, 32), 255).save(tree.root / 'cup' / 'region.png')
+    files = list_files(tree.root, 'cup')
+    assert len(files.train) + len(files.test) == 10 and not [p for p in files.train + files.test if p.stem == 'region']
+    assert load_category(tree.root, 'cup', 32).region.all()
+    (tree.root / 'mug').mkdir()
+    Image.new('L', (32, 32), 255).save(tree.root / 'mug' / 'region.png')
+    assert find_categories(tree.root) == ['cup']

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from draem_nb import methods, metrics
-from draem_nb.data import demo_category, load_category
-from draem_nb.reports import _files_read, main, report_names, report_parameters
+from draem_nb import evaluation, fusion, methods, metrics
+from draem_nb.data import demo_category, load_category, write_json
+from draem_nb.reports import RunFailed, _files_read, main, report_names, report_parameters, run_report
 
 TINY = dict(
     draem=dict(base_width=4, base_channels=4, steps=2), autoencoder=dict(steps=2), padim={}, gaussian_ad={},
@@ -130,3 +130,38 @@ def test_a_damaged_region_of_a_run_is_named(photos, tmp_path):
 def test_every_parameter_of_every_report_is_explained():
     assert not [(name, key) for name in report_names() for key, (_, text) in report_parameters(name).items()
                 if len(text) < 5]
+
+
+def test_a_comparison_counts_the_pixels_of_the_region(photos, tmp_path):
+    for name, region in (('a', MIDDLE), ('b', MIDDLE), ('whole', None)):
+        data = load_category(photos, 'brick', 64, region=region)
+        recipe = methods.recipe_of('padim', size=64, seed=dict(a=0, b=1, whole=0)[name])
+        methods.fit('padim', data, recipe, 'cpu', run_dir=tmp_path / name)
+        write_json(dict(region=region), tmp_path / name / 'parameters.json')
+    ask = lambda second: run_report('compare', dict(first=str(tmp_path / 'a'), second=str(tmp_path / second),
+                                                    data_root=str(photos)), tmp_path / f'with {second}')
+    found, data = ask('b').metrics['metrics'], load_category(photos, 'brick', 64, region=MIDDLE)
+    for which in ('first', 'second'):
+        detector = methods.load(tmp_path / dict(first='a', second='b')[which], 'cpu')
+        of = evaluation.evaluate(detector, data)
+        assert found['pixel AUROC'][which] == pytest.approx(of['pixel']['auroc'])
+        assert found['AUPRO'][which] == pytest.approx(of['pixel']['aupro'])
+    with pytest.raises(RunFailed, match='do not look at the same region'): ask('whole')
+
+
+def test_scales_of_fusion_come_from_the_region_alone():
+    class Given(fusion.WitnessesOnOneScale):
+        "Its log odds are its images."
+        def __init__(self): self.device, self.scales = torch.device('cpu'), []
+        def log_odds(self, batch): return batch
+    detector, g = Given(), torch.Generator().manual_seed(0)
+    detector.region = torch.zeros(8, 8, dtype=torch.bool)
+    detector.region[2:6, 2:6] = True
+    inside, odds = torch.rand(20, 3, 4, 4, generator=g), torch.full((20, 3, 8, 8), 9.)        # gray around is surprising
+    odds[:, :, 2:6, 2:6] = inside
+    detector.measure(odds)
+    scales, highest = detector.scales, detector.highest
+    detector.region = None
+    detector.measure(inside)
+    assert all(torch.equal(a.levels, b.levels) and a.excess == b.excess for a, b in zip(scales, detector.scales))
+    assert highest == detector.highest

@@ -78,6 +78,7 @@ def test_one_name_or_one_file_does_not_end_an_inspection(trained, tmp_path, capf
     assert {row['file'] for row in rows[1:]} == {shown(photos / name) for name in NAMES}
     assert all(row['verdict'] in ('normal', 'anomalous') and float(row['margin'])
                == pytest.approx(float(row['score']) - float(row['threshold']), abs=2e-6) for row in rows[1:])
+    assert all(row['defect_pixels'].isdecimal() for row in rows[1:])         # whole numbers, not 7.000000
     metrics = json.loads((tmp_path / 'seen' / 'metrics.json').read_text())
     assert (metrics['images'], metrics['unreadable'], metrics['not_looked_at']) == (len(NAMES) + 1, 1, 2)
     page = (tmp_path / 'seen' / 'report.html').read_text()
@@ -86,7 +87,7 @@ def test_one_name_or_one_file_does_not_end_an_inspection(trained, tmp_path, capf
     assert len(list((tmp_path / 'seen' / 'overlays').iterdir())) == len(NAMES) and scripts(page) == ['script']
 
 
-def test_nothing_from_the_data_is_executed(tmp_path):
+def test_nothing_from_the_data_is_executed(tmp_path, capfd):
     "The three attacks as kinds of defect and as a class, in the report of a class."
     from draem_nb.data import demo_category
     names = [a.replace('/', '') for a in ATTACKS]
@@ -105,6 +106,8 @@ def test_nothing_from_the_data_is_executed(tmp_path):
     for method, overrides in (('draem', tiny), ('cutpaste', dict(steps=3, width=4, batch=2, stride=8))):
         page = run_report('category', dict(category=names[2], method=method, data_root=str(tmp_path),
                                            overrides=overrides), tmp_path / method).report.read_text()
+        assert '1 file not looked at' in capfd.readouterr().out         # on the console as well
+        assert page.index('1 file not looked at') < page.index('The data</h2>' if 'The data</h2>' in page else 'The data<')
         assert scripts(page) == ['script'] and '<svg' not in page and '&lt;svg onload' in page
         policy, refused = 'http-equiv="Content-Security-Policy"', "default-src 'none'"
         assert re.search(f'<meta (content="{refused}[^>]*{policy}|{policy}[^>]*{refused})', page)

@@ -1,0 +1,92 @@
+"""The scores of good images that 14_inspection shows, made from the data sets that they are of.
+
+    python nbs/make_scores.py parts --seed 0 /data     # data/scores/parts.csv: Magnetic Tile, held out by tile, by photo
+    python nbs/make_scores.py few --draws 0 10 /data   # data/scores/few.csv: thirty images, held out and cross-fitted
+
+/data holds the classes `magnetic_tile` (Huang et al., 2018) and `visa/capsules` (Zou et al., 2022). A part of a table
+that is made again replaces the rows of before; seeds and draws may be made one after another."""
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from draem_nb import inspection, memory
+from draem_nb.data import CategoryData, load_category
+from draem_nb.layouts import groups_of
+from draem_nb.training import split_held_out
+
+SCORES = Path(__file__).resolve().parents[1] / 'data' / 'scores'
+
+
+def table_of(of: str, parts: list[str] | tuple[str, ...], scores: torch.Tensor) -> pd.DataFrame:
+    return pd.DataFrame({'of': of, 'part': parts, 'score': np.round(scores.numpy().astype(float), 2)})
+
+
+def parts(root: Path, seed: int) -> pd.DataFrame:
+    "Held-out, good and defective photos of Magnetic Tile, by a memory of the others; one part a tile, or one a photo."
+    recipe, rows = memory.MemoryRecipe(seed=seed), []
+    for by, pattern in (('image', '(.+)'), ('tile', None)):
+        data = load_category(root, 'magnetic_tile', recipe.size, groups=pattern)
+        detector = memory.fit(data, recipe, 'cpu')
+        held_out = split_held_out(len(data.train), recipe, data.groups)[1].tolist()
+        tiles, good = groups_of(data.train_paths, data.root), [p for p, bad in zip(data.paths, data.labels) if not bad]
+        scores = detector.predict(data.test).scores
+        found = [table_of('held out', [tiles[i] for i in held_out], torch.tensor(detector.held_out_scores)),
+                 table_of('defect', [''] * int(data.labels.sum()), scores[data.labels]),
+                 table_of('good', groups_of(good, data.root), scores[~data.labels])]
+        rows += [table.assign(method='memory', by=by, seed=seed) for table in found]
+    table = pd.concat(rows)
+    names = {name: f't{i}' for i, name in enumerate(dict.fromkeys(table.part[table.part != '']), 1)}
+    return table.assign(part=table.part.map(names).fillna(''))[['method', 'by', 'seed', 'of', 'part', 'score']]
+
+
+def drawn(data: CategoryData, n: int, g: np.random.Generator) -> tuple[CategoryData, np.ndarray]:
+    "A class of about n training images, whole parts, and the places of up to a hundred images of other parts."
+    groups = np.array(data.groups or np.arange(len(data.train)).astype(str))
+    order = g.permutation(np.unique(groups))
+    reached = int(np.searchsorted(np.cumsum([(groups == part).sum() for part in order]), n)) + 1
+    kept, rest = (np.flatnonzero(np.isin(groups, of)) for of in (order[:reached], order[reached:]))
+    some = dataclasses.replace(data, train=data.train[kept], train_paths=[data.train_paths[i] for i in kept],
+                               groups=tuple(groups[kept]) if data.groups else ())
+    return some, g.permutation(rest)[:100]
+
+
+def few(root: Path, draw: int) -> pd.DataFrame:
+    "About thirty images: scores by holding out a tenth, by five folds, and of new images; small images, a small memory."
+    recipe, rows = memory.MemoryRecipe(size=128, pieces=1000, candidates=20_000), []
+    for folder, name in ((root / 'visa', 'capsules'), (root, 'magnetic_tile')):
+        data, g = load_category(folder, name, recipe.size), np.random.default_rng([draw, 4])
+        some, new = drawn(data, 30, g)
+        holding, all_of_it = (memory.fit(some, dataclasses.replace(recipe, holdout=h), 'cpu') for h in (recipe.holdout, 0))
+        across, _ = inspection.cross_fit(some, lambda of: memory.fit(of, dataclasses.replace(recipe, holdout=0), 'cpu'),
+                                         inspection.folds_of(len(some.train), 5, some.groups))
+        none, tomorrow = [''] * len(new), data.train[new]
+        found = [table_of('held out', holding.held_out_groups or [''] * holding.n_held_out,
+                          torch.tensor(holding.held_out_scores)), table_of('cross-fitted', some.groups or [''] * 30, across),
+                 table_of('new, a tenth held out', none, holding.predict(tomorrow).scores),
+                 table_of('new, all learned', none, all_of_it.predict(tomorrow).scores)]
+        rows += [table.assign(**{'class': name, 'draw': draw}) for table in found]
+    return pd.concat(rows)[['class', 'draw', 'of', 'part', 'score']]
+
+
+def keep(made: pd.DataFrame, file: Path, key: str) -> None:
+    "Put rows into a table in place of those with the same key."
+    if file.exists():
+        old = pd.read_csv(file, dtype=dict(part=str), keep_default_na=False)
+        made = pd.concat([old[~old[key].isin(made[key])], made])
+    made.sort_values(key, kind='stable').to_csv(file, index=False)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('table', choices=('parts', 'few'))
+    parser.add_argument('root', type=Path)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--draws', type=int, nargs=2, default=(0, 10), help='the first one, and the one after the last')
+    asked = parser.parse_args()
+    if asked.table == 'parts': keep(parts(asked.root, asked.seed), SCORES / 'parts.csv', 'seed')
+    else:
+        for draw in range(*asked.draws): keep(few(asked.root, draw), SCORES / 'few.csv', 'draw')
