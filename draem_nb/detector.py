@@ -262,7 +262,7 @@ class Calibration(WithRegion):
     held_out_groups: Sequence[str] = ()                 # which of them show the same part; empty: not known
     n_corrected: int = 0                # the last so many of them were added by corrections, see 14f_corrections
     false_alarms: float | None = None   # the share of false alarms that the threshold was asked to promise
-    cross_fit: int = 0                  # so many other detectors scored the held-out images, see 14_inspection; 0: this one
+    cross_fit: int = 0                  # so many others scored the held-out images, see 14_inspection; 0: this one
     held_out_statistics: np.ndarray | None = None       # (n, 4) of the same, see `image_statistics`; None: not kept
 
     @property

@@ -342,8 +342,8 @@ def results_in_words(results: dict) -> list[str]:
              f'{percent(other["pixel"]["ap"])}, pixel AUROC {percent(other["pixel"]["auroc"])}.']
     no_defects = not results['image']['n_anomalous']
     if no_defects:
-        lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, all of them '
-                 'good: nothing says how many defects are found.']
+        lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, all of '
+                 'them good: nothing says how many defects are found.']
     if point is None: return lines
     given = lambda name, limits: sure(point[name], point[limits])
     alarms = f'raises a false alarm on **{given("false_alarm_rate", "false_alarm_interval")} of the good ones**'

@@ -100,11 +100,11 @@ def detector(
         raise ValueError('this needs test images and a detector with a threshold; draem_nb calibrate sets one')
     found = fitted.predict(category.test, reconstructions=True)
     order, low, high = found.scores.argsort(descending=True), float(found.scores.min()), float(found.scores.max())
-    wide = dict(continuous_update=False, readout_format='.4g', layout=dict(width='45%'))
+    wide = dict(continuous_update=False, layout=dict(width='45%'))
     low, high = min(low, fitted.threshold), max(high, fitted.threshold)
     knobs = dict(image=ipywidgets.IntSlider(value=0, min=0, max=len(order) - 1, description='image', **wide),
                  threshold=ipywidgets.FloatSlider(value=fitted.threshold, min=low, max=high, step=(high - low) / 500,
-                                                  description='threshold', **wide))
+                                                  description='threshold', readout_format='.4g', **wide))
 
     def draw(values: dict[str, Any]) -> tuple[str, Figure]:
         i, threshold = int(order[values['image']]), values['threshold']

@@ -75,9 +75,9 @@ def _other_recipe(run_dir: Path, params: dict) -> str:
             "the runs" if differ else '')
 
 # %% ../nbs/13_fanout.ipynb #027eb3de
-def estimate(planned: pd.DataFrame, n_workers: int, name: str | Path = 'category') -> tuple[float, str] | None:
-    """Seconds that the runs of a plan may take, and from what that is taken: complete runs of the same recipe in the
-    folder, else of any; None without any."""
+def estimate(planned: pd.DataFrame, n_workers: int, name: str | Path = 'category') -> float | None:
+    """Seconds that the runs of a plan may take, by complete runs of the same method and recipe in the folder; None
+    where one of them has none: runs of other recipes say nothing of it."""
     like = lambda row: json.dumps([row.get('method', 'draem'), row.get('recipe'), row.get('overrides') or {}],
                                   sort_keys=True)
     known: dict[str, list[float]] = {}
@@ -87,13 +87,10 @@ def estimate(planned: pd.DataFrame, n_workers: int, name: str | Path = 'category
                 held = read_json(done.parent / 'parameters.json')
                 if held['report'] == Path(name).stem:
                     known.setdefault(like(held), []).append(read_json(done.parent / 'timing.json')['seconds'])
-    if not known: return None
-    rows, every = ([row for row in planned.to_dict('records') if row['todo'] == 'run'],
-                   [s for found in known.values() for s in found])
-    each = [statistics.median(known.get(like(row), every)) for row in rows]
-    source = 'complete runs' + ('' if all(like(row) in known for row in rows) else ', some of other recipes: '
-                                'a rough guess')
-    return (max(sum(each) / n_workers, max(each)) if each else 0.), source
+    rows = [row for row in planned.to_dict('records') if row['todo'] == 'run']
+    if any(like(row) not in known for row in rows): return None
+    each = [statistics.median(known[like(row)]) for row in rows]
+    return max(sum(each) / n_workers, max(each)) if each else 0.
 
 # %% ../nbs/13_fanout.ipynb #99b52526
 _OUTCOME = 'outcome of the run: '
@@ -575,8 +572,8 @@ def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
     counts, n = Counter(planned.todo), _n_workers(options, len(planned))
     known = estimate(planned, n)
     print(f"{counts['run']} to run, {counts['complete']} complete, {counts['refused']} refused; "
-          + (f'about {_about(known[0])} on {n} worker{"s" * (n > 1)}, by {known[1]}'
-          if known else 'no estimate: there is no complete run yet'))
+          + ('no estimate: for some there is no complete run of the same method and recipe' if known is None else
+             f'about {_about(known)} on {n} worker{"s" * (n > 1)}, by complete runs'))
 
 def _n_workers(options: argparse.Namespace, n_runs: int) -> int:
     if options.workers or options.scheduler == 'local': return options.workers or local_size(n_runs)[0]

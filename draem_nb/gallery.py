@@ -37,11 +37,15 @@ _STYLE = """<style>
   overflow-wrap: anywhere; background: white; }
 .gallery figure.alarm { border-color: #D55E00; }
 .gallery figure[hidden] { display: none; }
-.gallery img { width: 100%; display: block; cursor: zoom-in; }
+.gallery .layers { display: grid; }     /* the photo, and the overlay on it */
+.gallery img { width: 100%; display: block; cursor: zoom-in; grid-area: 1 / 1; }
+.gallery .layers img + img { opacity: var(--overlay, 1); }
 .gallery figcaption { padding: 3px; }
 .gallery figure.large { position: fixed; inset: 3%; width: auto; z-index: 9; display: flex;
   flex-direction: column; box-shadow: 0 0 0 99vmax #000c; }
-.gallery figure.large img { flex: 1; min-height: 0; object-fit: contain; cursor: zoom-out; }
+.gallery figure.large .layers { flex: 1; min-height: 0; grid-template-rows: 100%; }
+.gallery figure.large img { height: 100%; min-height: 0; object-fit: contain; cursor: zoom-out; }
+.gallery:has(figure.large) .gallery-opacity { position: fixed; right: 4%; bottom: 4%; z-index: 10; }
 .gallery-controls { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 6px 0; }
 .gallery-controls input[type=range] { width: 300px; vertical-align: middle; }
 </style>"""
@@ -50,10 +54,10 @@ def _jpeg(picture: np.ndarray) -> str:
     Image.fromarray(picture).save(data := io.BytesIO(), 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(data.getvalue()).decode()
 
-def _figure(picture: np.ndarray, name: str, kind: str | None, score: float, threshold: float) -> str:
-    alarm = score > threshold
+def _figure(layers: list[np.ndarray], name: str, kind: str | None, score: float, threshold: float) -> str:
+    alarm, images = score > threshold, ''.join(f'<img src="{_jpeg(layer)}" alt="">' for layer in layers)
     return (f'<figure data-score="{score:.9g}" data-kind="{escape(kind or "")}"{" class=alarm" if alarm else ""}>'
-            f'<img src="{_jpeg(picture)}" alt="">'
+            f'<div class="layers">{images}</div>'
             f'<figcaption>{escape(shown(name))}{"<br>" + escape(shown(kind)) if kind else ""}<br>score {score:.4g}: '
             f'<span>{"anomalous" if alarm else "normal"}</span></figcaption></figure>')
 
@@ -65,12 +69,13 @@ def gallery(
     threshold: float,                   # of the scores
     kinds: Sequence[str] | None = None, # M kinds, 'good' for normal images; None: not known
     most: int = 200,                    # so many get a picture: those nearest to the threshold; all are counted
+    photo: Callable[[int], np.ndarray] | None = None,   # the same without the overlay, (H, W, 3) uint8, to lie under it
 ) -> str:
     "HTML of a gallery, the highest score first; a report's page lets its reader move the threshold."
     values, good = np.asarray(scores, float), None if kinds is None else [kind == 'good' for kind in kinds]
     nearest = sorted(np.argsort(np.abs(values - threshold), kind='stable')[:most].tolist(), key=lambda i: -values[i])
-    tiles = [_figure(picture(i), str(names[i]), None if kinds is None else kinds[i], float(values[i]), threshold)
-             for i in nearest]
+    tiles = [_figure([of(i) for of in (photo, picture) if of], str(names[i]), None if kinds is None else kinds[i],
+                     float(values[i]), threshold) for i in nearest]
     data = f'data-threshold="{threshold:.9g}" data-scores="{json.dumps([float(f"{value:.9g}") for value in values])}"'
     if good is not None: data += f' data-good="{json.dumps([int(one) for one in good])}"'
     rest = f' The pictures are the {len(tiles)} nearest to the threshold.' if len(tiles) < len(values) else ''
@@ -101,6 +106,11 @@ for (const gallery of document.querySelectorAll('.gallery')) {
   const kind = choice(controls, 'kind', ['all', ...new Set(tiles.map(tile => tile.dataset.kind))]);
   kind.parentElement.hidden = !good;
   const order = choice(controls, 'order', ['highest score', 'nearest to the threshold', 'lowest score']);
+  const see = share => gallery.style.setProperty('--overlay', share / 100);
+  const opacity = make('label', controls, {textContent: 'overlay ', className: 'gallery-opacity'});
+  const overlay = make('input', opacity, {type: 'range', min: 0, max: 100, step: 1, value: 100});
+  overlay.addEventListener('input', () => see(overlay.value));
+  opacity.hidden = !gallery.querySelector('.layers img + img');
   let threshold = own;
   const update = () => {
     const alarms = scores.filter(score => score > threshold).length;
@@ -143,7 +153,9 @@ for (const gallery of document.querySelectorAll('.gallery')) {
   document.addEventListener('keydown', event => {
     if (!large()) return;
     const there = [...box.children].filter(tile => !tile.hidden), step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    const more = {ArrowUp: 10, ArrowDown: -10}[event.key];
     if (event.key === 'Escape') enlarge(null);
+    if (more) { overlay.value = Number(overlay.value) + more; see(overlay.value); event.preventDefault(); }
     if (step) { enlarge(there[(there.indexOf(large()) + step + there.length) % there.length]); event.preventDefault(); }
   });
   back();

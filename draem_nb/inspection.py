@@ -156,8 +156,8 @@ def calibrate_across(
     threshold_for(range(n), false_alarms, groups)               # what cannot be promised is refused before the work
     most = n - int(np.bincount(folds := folds_of(n, k, groups)).min())
     if n_learned is not None and most > n_learned:
-        raise ValueError(f'with cross_fit={k} a detector would learn from {most} images, but the one of this run learned '
-                         f'from {n_learned}, so the promise would be too bold; choose a smaller cross_fit, or train '
+        raise ValueError(f'with cross_fit={k} a detector would learn from {most} images, but the one of this run '
+                         f'learned from {n_learned}, so the promise would be too bold; choose a smaller cross_fit, or train '
                          'with the recipe field holdout=0')
     scores, maps = cross_fit(category, fit, folds)
     detector.held_out_scores, detector.held_out_groups = scores.tolist(), groups

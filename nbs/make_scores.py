@@ -1,7 +1,7 @@
 """The scores of good images that 14_inspection shows, made from the data sets that they are of.
 
-    python nbs/make_scores.py parts --seed 0 /data     # data/scores/parts.csv: Magnetic Tile, held out by tile, by photo
-    python nbs/make_scores.py few --draws 0 10 /data   # data/scores/few.csv: thirty images, held out and cross-fitted
+    python nbs/make_scores.py parts --seed 0 /data     # parts.csv: Magnetic Tile, held out by tile and by photo
+    python nbs/make_scores.py few --draws 0 20 /data   # few.csv: few parts, a tenth held out, or cross-fitted
 
 /data holds the classes `magnetic_tile` (Huang et al., 2018) and `visa/capsules` (Zou et al., 2022). A part of a table
 that is made again replaces the rows of before; seeds and draws may be made one after another."""
@@ -44,28 +44,29 @@ def parts(root: Path, seed: int) -> pd.DataFrame:
 
 
 def drawn(data: CategoryData, n: int, g: np.random.Generator) -> tuple[CategoryData, np.ndarray]:
-    "A class of about n training images, whole parts, and the places of up to a hundred images of other parts."
+    "A class of the training images of n parts, and the places of a hundred images of other parts."
     groups = np.array(data.groups or np.arange(len(data.train)).astype(str))
     order = g.permutation(np.unique(groups))
-    reached = int(np.searchsorted(np.cumsum([(groups == part).sum() for part in order]), n)) + 1
-    kept, rest = (np.flatnonzero(np.isin(groups, of)) for of in (order[:reached], order[reached:]))
+    kept, rest = (np.flatnonzero(np.isin(groups, of)) for of in (order[:n], order[n:]))
     some = dataclasses.replace(data, train=data.train[kept], train_paths=[data.train_paths[i] for i in kept],
                                groups=tuple(groups[kept]) if data.groups else ())
     return some, g.permutation(rest)[:100]
 
 
 def few(root: Path, draw: int) -> pd.DataFrame:
-    "About thirty images: scores by holding out a tenth, by five folds, and of new images; small images, a small memory."
+    "Few parts: scores by holding out a tenth, by five folds, and of new images; small images, a small memory."
     recipe, rows = memory.MemoryRecipe(size=128, pieces=1000, candidates=20_000), []
-    for folder, name in ((root / 'visa', 'capsules'), (root, 'magnetic_tile')):
-        data, g = load_category(folder, name, recipe.size), np.random.default_rng([draw, 4])
-        some, new = drawn(data, 30, g)
-        holding, all_of_it = (memory.fit(some, dataclasses.replace(recipe, holdout=h), 'cpu') for h in (recipe.holdout, 0))
-        across, _ = inspection.cross_fit(some, lambda of: memory.fit(of, dataclasses.replace(recipe, holdout=0), 'cpu'),
-                                         inspection.folds_of(len(some.train), 5, some.groups))
+    whole = dataclasses.replace(recipe, holdout=0)
+    for folder, name, n in ((root / 'visa', 'capsules', 30), (root, 'magnetic_tile', 15)):
+        data = load_category(folder, name, recipe.size)
+        some, new = drawn(data, n, np.random.default_rng([draw, 4]))
+        holding, all_of_it = (memory.fit(some, of, 'cpu') for of in (recipe, whole))
+        folds = inspection.folds_of(len(some.train), 5, some.groups)
+        across, _ = inspection.cross_fit(some, lambda of: memory.fit(of, whole, 'cpu'), folds)
         none, tomorrow = [''] * len(new), data.train[new]
         found = [table_of('held out', holding.held_out_groups or [''] * holding.n_held_out,
-                          torch.tensor(holding.held_out_scores)), table_of('cross-fitted', some.groups or [''] * 30, across),
+                          torch.tensor(holding.held_out_scores)),
+                 table_of('cross-fitted', some.groups or [''] * n, across),
                  table_of('new, a tenth held out', none, holding.predict(tomorrow).scores),
                  table_of('new, all learned', none, all_of_it.predict(tomorrow).scores)]
         rows += [table.assign(**{'class': name, 'draw': draw}) for table in found]

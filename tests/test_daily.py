@@ -109,10 +109,11 @@ def test_a_file_that_grows_is_judged_once_and_when_it_is_whole(tmp_path, monkeyp
     detector = Brightness().calibrate(torch.full((5, 3, 32, 32), 90, dtype=torch.uint8))
     [row] = watch(detector, folder, tmp_path / 'out', 0, looks=20)
     assert (row['verdict'], row['bytes'], row['score']) == ('anomalous', len(data), pytest.approx(200 / 255, abs=1e-4))
-    with open(tmp_path / 'out' / 'verdicts.csv') as file: [kept] = rows = list(csv.DictReader(file))
+    with open(tmp_path / 'out' / 'verdicts.csv') as file: [kept] = csv.DictReader(file)
     assert kept['correction'] == ''                                     # a column for a person
-    (copy := tmp_path / 'copy.csv').write_text(','.join(kept) + '\n' + ','.join((kept | dict(correction='good')).values()))
-    assert read_corrections(copy) == {folder / 'a.png': 'good'} and rows
+    corrected = ','.join((kept | dict(correction='good')).values())
+    (copy := tmp_path / 'copy.csv').write_text(','.join(kept) + '\n' + corrected)
+    assert read_corrections(copy) == {folder / 'a.png': 'good'}
 
 
 def test_a_second_watch_and_a_folder_in_itself_are_refused(tmp_path):

@@ -296,6 +296,9 @@ def test_the_plan_names_what_is_missing(tmp_path, capsys, monkeypatch):
     assert reports.main(['table', '--dry-run', '--categories', 'brick,grass', '--seeds', '0,1', '--runs-dir',
                          str(tmp_path)]) == 0
     assert '2 to run, 2 complete, 0 refused; about 10 min on 2 workers, by complete runs' in capsys.readouterr().out
+    assert reports.main(['table', '--dry-run', '--categories', 'brick', '--seeds', '5', '--methods', 'memory',
+                         '--runs-dir', str(tmp_path)]) == 0
+    assert 'no estimate: for some there is no complete run of the same' in capsys.readouterr().out     # not 10 min
     # The recipe was changed in the library: the old run is named, not taken.
     recipe = dict(vars(recipes.demo()), lr=1.)
     (tmp_path / 'brick-demo-seed0' / 'run.json').write_text(json.dumps(dict(recipe=recipe)))

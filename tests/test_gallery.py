@@ -24,7 +24,8 @@ KINDS = ['good', 'good', 'hole', 'crack', 'crack', 'hole']
 @pytest.fixture(scope='module')
 def page(tmp_path_factory) -> Path:
     "A report whose notebook shows a gallery, and beside it what an attacker would like to run."
-    html = gallery(SCORES, ['<b>x</b>', *'bcdef'], lambda i: np.full((24, 32, 3), 40 * i, np.uint8), 0.4, KINDS)
+    html = gallery(SCORES, ['<b>x</b>', *'bcdef'], lambda i: np.full((24, 32, 3), 40 * i, np.uint8), 0.4, KINDS,
+                   photo=lambda i: np.zeros((24, 32, 3), np.uint8))
     html += '<img src=x onerror="window.ran=1"><script>window.ran=2</script>'
     output = nbformat.v4.new_output('display_data', {'text/html': html})
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# A report'),
@@ -123,6 +124,16 @@ def test_click_and_keys_enlarge(browser, tmp_path):
             > 900)
     key('ArrowRight'); assert browser(large) == '0.7'
     key('ArrowLeft'); key('ArrowLeft'); assert browser(large) == '0.1'
+    top = "document.querySelector('figure.large .layers img + img')"
+    assert browser(f'getComputedStyle({top}).opacity') == '1'             # the overlay, with the photo under it
+    key('ArrowDown'); key('ArrowDown'); key('ArrowUp')
+    assert browser(f'getComputedStyle({top}).opacity') == '0.9'
+    browser("(s => { s.value = 30; s.dispatchEvent(new Event('input')); })"
+            "(document.querySelector('.gallery-opacity input'))")
+    assert browser(f'getComputedStyle({top}).opacity') == '0.3'
+    for point in ("document.querySelector('.gallery-opacity input')", top):     # neither is hidden by the other
+        assert browser('(e => { const r = e.getBoundingClientRect(); return document.elementFromPoint(r.x + r.width / 2, '
+                       f'r.y + r.height / 2) === e; }})({point})')
     key('Escape'); assert browser(large) is None
     browser("document.querySelector('figure').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter'}))")
     assert browser(large) == '0.9'

@@ -365,8 +365,8 @@ def test_a_failed_start_leaves_no_folder(tmp_path, monkeypatch, capsys, argv, sa
 def test_a_start_that_fails_by_its_images_leaves_no_folder(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tree.image(*(f'cup/good/{i}.png' for i in range(5)), 'cup/bad/0.png')
-    ask = lambda *more: main(['category', '--category', 'cup', '--data-root', 'data', '--method', 'padim', '--overrides',
-                              '{"size": 32}', '--run-dir', 'new/folder', *more])
+    ask = lambda *more: main(['category', '--category', 'cup', '--data-root', 'data', '--method', 'padim',
+                              '--overrides', '{"size": 32}', '--run-dir', 'new/folder', *more])
     before = set(tmp_path.rglob('[!c]*')) - set((tmp_path / 'cache').rglob('*'))
     assert ask('--kinds', '["scratch"]') == 1
     assert 'no test images of kind scratch; there are: bad, good' in (said := capsys.readouterr().err)
