@@ -88,6 +88,7 @@ class Recipe(BaseRecipe):
     # --- simulation: normal images
     rotation_degrees: Degrees = 90.  # normal images turn by U(-r, r) ...
     rotation_probability: Share = 0.3  # ... this often
+    flips: bool = False  # they are mirrored and turned by quarters (03_simulator; not in the paper)
     # --- simulation: masks
     clean_share: Share = 0.5  # share of samples that stay normal
     mask_shape: Literal['perlin', 'rectangle'] = 'perlin'  # 'rectangle': ablation

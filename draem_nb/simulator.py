@@ -18,7 +18,7 @@ from .textures import Augmentation, draw_augmentation
 
 # %% auto #0
 __all__ = ['Plan', 'Simulated', 'generator_of', 'uniform', 'image_indices', 'draw_plan', 'AnomalySimulator', 'has_color',
-           'own_sources']
+           'in_position', 'own_sources']
 
 # %% ../nbs/03_simulator.ipynb #607e072a
 @dataclass
@@ -40,6 +40,7 @@ class Plan:
     own_image: Tensor           # (A,) index of that image
     own_change: Tensor          # (A, 6) in 0..1: shift down, shift right, upside down, mirrored, contrast, brightness
     softness: Tensor            # (A,) in 0..1: share of the mask's height over which the anomaly fades in; 0: at once
+    position: Tensor            # (B,) 0 .. 7, in which a normal image lies; 0: as it is
 
 # %% ../nbs/03_simulator.ipynb #0f3d1b62
 @dataclass
@@ -114,7 +115,9 @@ def draw_plan(
     turned = (torch.rand(batch, generator=g) < recipe.rotation_probability).nonzero()[:, 0]
     degrees = uniform(-recipe.rotation_degrees, recipe.rotation_degrees, len(turned), g)
     anomalous = (torch.rand(batch, generator=g) >= recipe.clean_share).nonzero()[:, 0]
-    return Plan(image, turned, degrees, anomalous, **_draw_anomalies(recipe, len(anomalous), n_images, n_textures, g))
+    anomalies = _draw_anomalies(recipe, len(anomalous), n_images, n_textures, g)
+    position = torch.randint(8 if recipe.flips else 1, (batch,), generator=g)
+    return Plan(image, turned, degrees, anomalous, **anomalies, position=position)
 
 # %% ../nbs/03_simulator.ipynb #598c7a7c
 class AnomalySimulator:
@@ -158,6 +161,15 @@ def _check(images: Tensor, textures: Tensor) -> None:
         raise ValueError('images and textures must agree in size: '
                          f'{tuple(images.shape[2:])}, {tuple(textures.shape[2:])}')
 
+# %% ../nbs/03_simulator.ipynb #b07c53ea
+def in_position(images: Tensor, plan: Plan) -> Tensor:
+    "(B, 3, H, W) uint8: the normal images of a batch, from `images` (N, 3, H, W), mirrored and turned by the plan."
+    square, made = images.shape[2] == images.shape[3], []
+    for i, position in zip(plan.image.tolist(), plan.position.tolist()):
+        image = images[i].flip([axis for axis, bit in ((1, 1), (2, 2)) if position & bit])
+        made.append(image.mT if square and position & 4 else image)
+    return torch.stack(made)
+
 # %% ../nbs/03_simulator.ipynb #1b6953ea
 def own_sources(images: Tensor, plan: Plan) -> Tensor:
     "(A', 3, H, W) uint8: what fills the A' anomalies of `plan.own`, made from the normal `images` (N, 3, H, W) uint8."
@@ -183,8 +195,10 @@ def _work(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Work:
             raise IndexError(f'the plan was drawn for more {what} than the {end} that there are')
     degrees[plan.turned], anomaly[plan.anomalous] = plan.degrees, torch.arange(len(plan.anomalous))
     weights = np.array([.299, .587, .114], np.float32)         # of red, green and blue: ITU-R 601
-    own = torch.where(plan.own, plan.own.cumsum(0) - 1, -1)
-    tensors = dict(own=own, own_images=own_sources(images, plan), images=images.contiguous(), image=plan.image,
+    own, own_images = torch.where(plan.own, plan.own.cumsum(0) - 1, -1), own_sources(images, plan)
+    image = plan.image
+    if recipe.flips: images, image = in_position(images, plan), torch.arange(len(image))
+    tensors = dict(own=own, own_images=own_images, images=images.contiguous(), image=image,
                    degrees=degrees, anomaly=anomaly, scales=plan.scales, angles=plan.angles,
                    mask_degrees=plan.mask_degrees, rectangle=plan.rectangle,
                    textures=simulator.textures, texture=plan.texture, color=(plan.color * 255).round().byte(),

@@ -132,8 +132,9 @@ def test_click_and_keys_enlarge(browser, tmp_path):
             "(document.querySelector('.gallery-opacity input'))")
     assert browser(f'getComputedStyle({top}).opacity') == '0.3'
     for point in ("document.querySelector('.gallery-opacity input')", top):     # neither is hidden by the other
-        assert browser('(e => { const r = e.getBoundingClientRect(); return document.elementFromPoint(r.x + r.width / 2, '
-                       f'r.y + r.height / 2) === e; }})({point})')
+        assert browser('(e => { const r = e.getBoundingClientRect(); '
+                       'return document.elementFromPoint(r.x + r.width / 2, r.y + r.height / 2) === e; '
+                       f'}})({point})')
     key('Escape'); assert browser(large) is None
     browser("document.querySelector('figure').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter'}))")
     assert browser(large) == '0.9'

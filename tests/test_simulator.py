@@ -9,7 +9,7 @@ import torch
 
 from draem_nb.perlin import perlin_noise
 from draem_nb.recipes import demo, official, paper
-from draem_nb.simulator import AnomalySimulator, draw_plan
+from draem_nb.simulator import AnomalySimulator, draw_plan, in_position
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -69,8 +69,8 @@ NAMES = [f.name for f in fields(draw_plan(official(), 1, 1, 1, 0, 0))]
 @pytest.mark.parametrize('recipe', [official(), paper()], ids=['official', 'paper'])
 @pytest.mark.parametrize('name', NAMES)
 def test_every_choice_follows_from_seed_and_step(recipe, name):
-    value = lambda seed, step: getattr(draw_plan(recipe.replace(clean_share=0.3, own_share=0.5, soft_share=0.5), 5000,
-                                                 5000, 64, seed, step), name)
+    recipe = recipe.replace(clean_share=0.3, own_share=0.5, soft_share=0.5, flips=True)
+    value = lambda seed, step: getattr(draw_plan(recipe, 5000, 5000, 64, seed, step), name)
     same = lambda a, b: a.shape == b.shape and torch.equal(a, b)
     if name == 'augmentation':
         raw, value = value, lambda seed, step: torch.cat([raw(seed, step).operations.flatten(),
@@ -245,3 +245,30 @@ def test_soft_edges_leave_every_other_draw_as_it_was():
     one, other = (draw_plan(demo().replace(own_share=0.5, soft_share=share), 50, 70, 16, 3, 4) for share in (0., 1.))
     assert all(torch.equal(a, b) for name, a in vars(one).items() if isinstance(a, torch.Tensor) and name != 'softness'
                for b in [getattr(other, name)])
+
+
+def test_flips_change_the_position_of_normal_images_and_no_other_choice():
+    plain, flipped = (draw_plan(demo().replace(flips=flips), 50, 70, 16, 0, 3) for flips in (False, True))
+    for field in fields(plain):
+        same = all(torch.equal(*pair) for pair in zip(*(
+            vars(of).values() if hasattr(of, 'strengths') else [torch.as_tensor(of)]
+            for of in (getattr(plain, field.name), getattr(flipped, field.name))))
+            if isinstance(pair[0], torch.Tensor))
+        assert same == (field.name != 'position'), field.name
+    assert not plain.position.any()
+    positions = every([draw_plan(demo().replace(flips=True), 5, 5, 16, 0, s) for s in range(400)], 'position')
+    assert (positions.bincount(minlength=8) / 6400 - 1 / 8).abs().max() < 0.02
+
+
+@pytest.mark.parametrize('size, n', [((32, 32), 8), ((32, 64), 4)])
+def test_a_position_mirrors_rows_columns_and_in_a_square_the_diagonal(size, n):
+    g = gen()
+    images, textures, recipe = random_images(3, size, g), random_images(2, size, g), demo().replace(flips=True)
+    simulator = AnomalySimulator(textures, recipe)
+    plan = replace(simulator.plan(3, 8, 0, 0), image=torch.full((8,), 2), position=torch.arange(8))
+    made = simulator(images, plan).target * 255
+    assert torch.equal(made.round().byte(), in_position(images, plan))
+    assert torch.equal(made[0].round().byte(), images[2])
+    for position in (1, 2): assert torch.equal(made[position].round().byte(), images[2].flip(position))
+    if n == 8: assert torch.equal(made[7].round().byte(), images[2].flip((1, 2)).mT)
+    assert len({image.numpy().tobytes() for image in made.round().byte()}) == n
