@@ -1,7 +1,7 @@
 """The scores of good images that 14_inspection shows, made from the data sets that they are of.
 
     python nbs/make_scores.py parts --seed 0 /data     # parts.csv: Magnetic Tile, held out by tile and by photo
-    python nbs/make_scores.py few --draws 0 20 /data   # few.csv: few parts, a tenth held out, or cross-fitted
+    python nbs/make_scores.py few --draws 0 7 /data    # few.csv: few parts, a tenth held out, or cross-fitted
 
 /data holds the classes `magnetic_tile` (Huang et al., 2018) and `visa/capsules` (Zou et al., 2022). A part of a table
 that is made again replaces the rows of before; seeds and draws may be made one after another."""
@@ -86,7 +86,7 @@ if __name__ == '__main__':
     parser.add_argument('table', choices=('parts', 'few'))
     parser.add_argument('root', type=Path)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--draws', type=int, nargs=2, default=(0, 10), help='the first one, and the one after the last')
+    parser.add_argument('--draws', type=int, nargs=2, default=(0, 7), help='the first one, and the one after the last')
     asked = parser.parse_args()
     if asked.table == 'parts': keep(parts(asked.root, asked.seed), SCORES / 'parts.csv', 'seed')
     else:
