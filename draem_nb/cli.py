@@ -13,6 +13,7 @@ import io
 import json
 import re
 import sys
+import time
 import tokenize
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,7 @@ def _add_report(command: argparse.ArgumentParser, name: str) -> None:
 
 # %% ../nbs/12b_cli.ipynb #c6f54332
 def _run(argv: list[str]) -> int:
+    started = time.monotonic()          # a user waits for the imports as well
     if argv[:1] == ['table']:
         from draem_nb.fanout import table
         return table(argv[1:])
@@ -150,7 +152,7 @@ def _run(argv: list[str]) -> int:
     own = tuple(name for name in argv[:1] if name.endswith('.ipynb') and Path(name).is_file())
     params = vars(_parser(own).parse_args(argv))
     from draem_nb.reports import run_command
-    return run_command(params.pop('report'), params)
+    return run_command(params.pop('report'), params, started)
 
 def main(argv: list[str] | None = None) -> int:
     """The command `draem_nb`. Its exit status is that of `reports.run_command`; 2 where the options are wrong,

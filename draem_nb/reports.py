@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from typing import TextIO
 
 # %% auto #0
 __all__ = ['check_parameters', 'default_folder', 'peak_memory_mib', 'timing', 'finish', 'Figures', 'styled', 'as_csv',
-           'RunFailed', 'to_html', 'locked', 'RunResult', 'run_report', 'run_many', 'metrics_table', 'read_part',
-           'run_command']
+           'RunFailed', 'to_html', 'locked', 'RunResult', 'execute_own', 'run_report', 'run_many', 'metrics_table',
+           'read_part', 'run_command']
 
 # %% ../nbs/12_reports.ipynb #6df8e8e7
 import pandas as pd
@@ -355,6 +356,7 @@ def _files_read(asked: dict) -> dict[str, Path]:
         files |= {os.path.relpath(path, of.folder): path for path in (*of.train, *of.test,
                                                                       *(mask for masks in of.masks for mask in masks))}
         files |= {'region.png': of.folder / 'region.png'}           # where there is one
+    if asked.get('own'): files |= {'the file of your own': Path(asked['own'])}
     if isinstance(asked.get('region'), str): files |= {'the region': Path(asked['region'])}      # or four numbers
     if asked.get('textures_root'):
         files |= {f"textures {os.path.relpath(path, asked['textures_root'])}": path
@@ -447,6 +449,14 @@ def _check_start(name: str | Path, asked: dict) -> None:
         from draem_nb.training import pick_device
         pick_device(asked['device'])
 
+# %% ../nbs/12_reports.ipynb #1cec0c51
+def execute_own(file: str | Path | None) -> None:
+    "Execute a Python file of one's own, where one is given. `ValueError` says what went wrong in it."
+    if file is None: return
+    if not Path(file).is_file(): raise FileNotFoundError(f'own is {shown(file)}, which does not exist; give a Python file')
+    try: runpy.run_path(str(file))
+    except Exception as error: raise ValueError(f'{shown(file)} failed: {type(error).__name__}: {error}') from error
+
 # %% ../nbs/12_reports.ipynb #664e3995
 _BEGUN = {'parameters.json', 'inputs.json', 'report.failed.ipynb', 'figures'}    # all that there is before any work
 
@@ -473,8 +483,8 @@ def run_report(
     "Run a report to the end. `ValueError` for a bad name, parameter or folder; `RunFailed` when the notebook failed."
     # a notebook gets what JSON has: lists, not tuples, of which papermill would make text
     params, asked = _asked(name, params)
-    run_dir = Path(run_dir)
-    folder = folder_parameter(name)
+    execute_own(asked.get('own'))
+    run_dir, folder = Path(run_dir), folder_parameter(name)
     if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)
     if 'images' in asked and (run_dir / 'metrics.json').exists():       # the verdicts of an inspection stay
         raise ValueError(f'{run_dir} holds a report already; choose another folder, or leave out_dir out')
@@ -558,7 +568,8 @@ def read_part(path: str | Path, *keys: str) -> dict:
     return value
 
 # %% ../nbs/12_reports.ipynb #709ab84f
-def _show(result: RunResult) -> None:
+def _show(result: RunResult, seconds: float) -> None:
+    "`seconds`: that somebody waited for it."
     if 'image' in result.metrics:
         print(metrics_table(result.metrics).to_string(float_format='{:.3f}'.format, na_rep='-'))
         if point := result.metrics.get('operating_point'):
@@ -570,7 +581,7 @@ def _show(result: RunResult) -> None:
                         if not isinstance(value, (dict, list))))
     since = time.strftime('%d %B %Y, %H:%M',
                           time.localtime((result.run_dir / 'metrics.json').stat().st_mtime)) if not result.ran else ''
-    print(f'{result.seconds:.0f} s; report: {result.report}' if result.ran else
+    print(f'{seconds:.0f} s; report: {result.report}' if result.ran else
           f'complete since {since}, nothing was run; to run anew, remove {result.run_dir} or name another folder with '
           f'--run-dir; report: {result.report}')
     if not result.report.exists(): print(f'{result.report} is missing; open report.ipynb in that folder, or run anew')
@@ -595,17 +606,18 @@ def _there(data_root: str | None, runs_dir: str) -> list[str]:
     return lines
 
 # %% ../nbs/12_reports.ipynb #a925312a
-def run_command(name: str, params: dict) -> int:
-    """What `draem_nb NAME` does with these parameters: `list`, or a report.
+def run_command(name: str, params: dict, started: float | None = None) -> int:
+    """What `draem_nb NAME` does with these parameters: `list`, or a report. `started`: `time.monotonic()` of then.
 
     Its exit status: 0; 1 failed; 3 done, but some files could not be read or were not looked at; 130 stopped."""
+    started = time.monotonic() if started is None else started
     try:
         if name == 'list':
             print('\n'.join(_there(**params)))
             return 0
         run_dir = params.pop(folder_parameter(name), None) or default_folder(name, params)
         print(f'report {name!r} into {shown(run_dir)}')
-        _show(result := run_report(name, params, run_dir))
+        _show(result := run_report(name, params, run_dir), time.monotonic() - started)
         return 3 if result.metrics.get('unreadable') or result.metrics.get('not_looked_at') else 0
     except KeyboardInterrupt:
         print('draem_nb: stopped; the same command goes on from the last checkpoint', file=sys.stderr)

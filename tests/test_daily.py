@@ -2,11 +2,13 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from copy import copy
 from pathlib import Path
 
 import nbformat
@@ -16,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from draem_nb import drift, methods
+from draem_nb import drift, layouts, losses, methods, recipes, simulator, training
 from draem_nb.corrections import read_corrections
 from draem_nb.data import demo_category, load_category
 from draem_nb.detector import STATISTICS, AnomalyDetector
 from draem_nb.reports import main
+from draem_nb.textures import load_textures
 from draem_nb.watch import COLUMNS, watch
 
 
@@ -196,3 +199,36 @@ def test_a_report_of_ones_own_has_a_command(tmp_path, capsys):
     assert 'how often it is counted' in (said := capsys.readouterr().out) and 'Counts what I count.' in said
     assert main([str(notebook), '--what', '4']) == 1
     assert 'name one with --run-dir' in capsys.readouterr().err
+
+
+def test_a_loss_a_simulator_and_a_layout_of_ones_own(tmp_path, monkeypatch, capsys):
+    "The example of CONTRIBUTING, on the command line."
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / 'CONTRIBUTING.md').read_text()
+    [example] = re.findall(r'```python\n(# mine.py\n.*?)```', text, re.DOTALL)
+    for module, names in ((training, ('draem_loss', 'AnomalySimulator')), (layouts, ('LAYOUTS',))):
+        for name in names: monkeypatch.setattr(module, name, copy(getattr(module, name)))       # put back at the end
+    (tmp_path / 'mine.py').write_text(example)
+    (folder := tmp_path / 'photos' / 'screw' / 'a').mkdir(parents=True)
+    for path in sorted((demo_category('brick') / 'train' / 'good').glob('*.png'))[:12]: shutil.copy(path, folder)
+    tiny = dict(size=32, base_width=4, base_channels=4, steps=2, batch=2, perlin_scales=[0, 2], precision='float32')
+    ask = lambda *more: main(['category', '--data-root', 'photos', '--category', 'screw', '--overrides',
+                              json.dumps(tiny), '--run-dir', 'run', '--device', 'cpu', *more])
+    assert ask('--own', 'none.py') == 1 and 'own is none.py, which does not exist' in capsys.readouterr().err
+    assert ask('--own', 'mine.py') == 0 and 'fit' not in capsys.readouterr().err
+    weights = lambda run: torch.cat([v.flatten() for v in torch.load(Path(run) / 'checkpoint.pt')['net'].values()
+                                     if v.is_floating_point()])
+    data, recipe = load_category('photos', 'screw', 32), recipes.demo().replace(**tiny)
+    training.train(data, load_textures(size=32), recipe, 'here', 'cpu')     # with what the file has put in place
+    assert torch.allclose(weights('run'), weights('here')) and training.draem_loss.__name__ == 'with_l1'
+    training.draem_loss = losses.draem_loss
+    training.train(data, load_textures(size=32), recipe, 'another loss', 'cpu')
+    training.AnomalySimulator = simulator.AnomalySimulator
+    training.train(data, load_textures(size=32), recipe, 'plain', 'cpu')
+    assert not torch.allclose(weights('here'), weights('another loss'))
+    assert not torch.allclose(weights('another loss'), weights('plain'))
+    assert json.loads(Path('run/metrics.json').read_text())['image']['n'] == 5
+    (tmp_path / 'mine.py').write_text(example + '# another')
+    assert ask('--own', 'mine.py') == 1 and 'the file of your own is another' in capsys.readouterr().err
+    (tmp_path / 'mine.py').write_text('1 / 0')
+    assert ask('--own', 'mine.py') == 1 and 'mine.py failed: ZeroDivisionError' in capsys.readouterr().err

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -261,6 +262,14 @@ def test_a_complete_run_says_so_and_refuses_other_images(nut, tmp_path, capsys):
             in capsys.readouterr().err)
     shutil.rmtree(nut)                                                  # gone altogether: nothing can be said of it
     assert main(command) == 0
+
+
+def test_the_seconds_printed_are_those_of_the_user(tmp_path, monkeypatch, capsys):
+    def slow(name, params, run_dir):
+        time.sleep(1)
+        return reports.RunResult(tmp_path, tmp_path / 'report.html', {}, 0.1)       # by the clock of the notebook
+    monkeypatch.setattr(reports, 'run_report', slow)
+    assert main(['category']) == 0 and re.search(r'^[1-9]\d* s; report', capsys.readouterr().out, re.MULTILINE)
 
 
 def test_inspections_have_folders_of_their_own(tmp_path, monkeypatch, capsys):
