@@ -34,7 +34,7 @@ __all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_catego
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from http.client import HTTPException
@@ -189,12 +189,15 @@ def temporary_folder(
 ) -> Iterator[Path]:
     "A folder that is gone at the end; folders of that name that killed processes left go first."
     remove_leftovers(parent, name)
-    path = Path(parent) / f'.{name}.{os.urandom(4).hex()}.tmp'
-    path.mkdir(mode=0o700)
-    file = os.open(path, os.O_RDONLY)
-    try:
-        _lock(file)
-        yield path
+    while True:
+        path = Path(parent) / f'.{name}.{os.urandom(4).hex()}.tmp'
+        path.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):
+            file = os.open(path, os.O_RDONLY)
+            with suppress(OSError): fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists(): break                 # or another process swept it away before it was locked
+            os.close(file)
+    try: yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(file)

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from scipy import ndimage
 
 import draem_nb
 from .data import CategoryData, large_part, read_json
 from .detector import Detections
 from .inspection import promised_rate
-from .layouts import as_markdown
+from .layouts import as_markdown, shown
 from .metrics import evaluate_maps, evaluate_scores
 from .recipes import Recipe, by_name, official
 from .simulator import AnomalySimulator
@@ -515,6 +516,34 @@ def ablation_table(rows: dict[str, dict]) -> pd.DataFrame:
     names = [*published.index, *(name for name in rows if name not in published.index)]
     return pd.concat({'ours': ours.reindex(names), 'published': published.reindex(names)}, axis=1)
 
+# %% ../nbs/10_evaluation.ipynb #6b15072b
+class _Conditions(BaseModel, strict=True):
+    category: str
+    size: list[int] = Field(min_length=2, max_length=2)
+    mask_rule: str
+    recipe: str = ''
+    method: str | None = None
+    epochs: float | None = None
+    changes: dict = {}
+
+class _Results(BaseModel, strict=True):
+    conditions: _Conditions
+    image: dict[str, float | None]
+    pixel: dict[str, float | None]
+    intervals: dict[str, dict[str, list[float] | None]] = {}
+
+class _About(BaseModel, strict=True):
+    device: str = ''
+    textures_fingerprint: str = ''
+
+def _checked(model: type[BaseModel], value: dict, path: Path) -> None:
+    "`ValueError` that names the file and the first part that is not as it must be."
+    try: model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where, what = '.'.join(map(str, first['loc'])), first['msg']
+        raise ValueError(f'{shown(path)} is damaged: {where}: {what}; remove that folder, and run anew') from None
+
 # %% ../nbs/10_evaluation.ipynb #6b15072e
 def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
     """The metrics of all complete runs below a folder, by path, and the names of the runs that are not complete.
@@ -526,9 +555,12 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
     runs, incomplete = [], []
     for run in sorted(p.parent for p in runs_dir.rglob('run.json')):
         if not (run / 'metrics.json').exists(): incomplete.append(str(run.relative_to(runs_dir))); continue
-        try: results, about = read_json(run / 'metrics.json'), read_json(run / 'run.json')
+        try:
+            results, about = read_json(run / 'metrics.json'), read_json(run / 'run.json')
+            if 'conditions' not in results: continue                                # the run of another kind of report
+            _checked(_Results, results, run / 'metrics.json')
+            _checked(_About, about, run / 'run.json')
         except ValueError as error: incomplete.append(str(error)); continue
-        if 'conditions' not in results: continue                                    # the run of another kind of report
         if 'textures_fingerprint' in about: results['conditions']['textures'] = about['textures_fingerprint'][:8]
         if 'device' in about: results['conditions']['device'] = about['device']
         runs.append(results)

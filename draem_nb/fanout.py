@@ -238,11 +238,30 @@ def local_size(n_runs: int) -> tuple[int, int, int]:
 _PRELOAD = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)'
 
 # %% ../nbs/13_fanout.ipynb #64b80a7b
+def _local_cluster(stack: ExitStack, workers: int, gpus: int) -> str:
+    "Workers on this machine, on the loopback address only, until the stack is closed; the address of their scheduler."
+    import dask
+    from distributed import Nanny, Scheduler, SpecCluster
+    # dask's own files lie here; what a killed command left is swept by the next one
+    scratch = stack.enter_context(temporary_folder(tempfile.gettempdir(), 'draem_nb-workers'))
+    stack.enter_context(dask.config.set({'temporary-directory': str(scratch)}))
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')
+    nannies = {i: dict(cls=Nanny, options=dict(nthreads=1, host='127.0.0.1', memory_limit=0, dashboard=False,
+                                               silence_logs=50, preload=_PRELOAD,
+                                               env={'CUDA_VISIBLE_DEVICES': visible[i]} if gpus else {}))
+               for i in range(workers)}
+    here = dict(cls=Scheduler, options=dict(host='127.0.0.1', port=0, dashboard=False))
+    try: return stack.enter_context(SpecCluster(nannies, here, silence_logs=50)).scheduler_address
+    except (RuntimeError, OSError, TimeoutError) as e:
+        raise ValueError(f'the workers on this machine do not start ({e}); most often memory or the number of '
+                         'processes is at its limit: try fewer, WORKERS=1') from None
+
+# %% ../nbs/13_fanout.ipynb #64b80a7c
 @contextmanager
 def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iterator[object]:
-    "A client of the cluster at that address, or of one made here, on the loopback address only."
+    "A client of the cluster at that address, or of one made here."
     import dask
-    from distributed import Client, Nanny, Scheduler, SpecCluster
+    from distributed import Client
     quiet = {'distributed.scheduler.allowed-failures': 3, 'distributed.worker.memory.terminate': False,
              'distributed.worker.memory.pause': False,
              'distributed.worker.memory.spill': False, 'distributed.worker.memory.target': False,
@@ -250,18 +269,7 @@ def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iter
     with dask.config.set(quiet), ExitStack() as stack:
         # a nanny leaves its settings in this process's
         stack.callback(lambda before=dict(os.environ): (os.environ.clear(), os.environ.update(before)))
-        if scheduler == 'local':
-            visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')
-            nannies = {i: dict(cls=Nanny, options=dict(nthreads=1, host='127.0.0.1', memory_limit=0, dashboard=False,
-                                                       silence_logs=50, preload=_PRELOAD,
-                                                       env={'CUDA_VISIBLE_DEVICES': visible[i]} if gpus else {}))
-                       for i in range(workers)}
-            here = dict(cls=Scheduler, options=dict(host='127.0.0.1', port=0, dashboard=False))
-            try: cluster = stack.enter_context(SpecCluster(nannies, here, silence_logs=50))
-            except (RuntimeError, OSError, TimeoutError) as e:
-                raise ValueError(f'the workers on this machine do not start ({e}); most often memory or the number of '
-                                 'processes is at its limit: try fewer, WORKERS=1') from None
-            scheduler = cluster.scheduler_address
+        if scheduler == 'local': scheduler = _local_cluster(stack, workers, gpus)
         yield stack.enter_context(_client(Client, scheduler, patience))
 
 # %% ../nbs/13_fanout.ipynb #6f0c2a9e

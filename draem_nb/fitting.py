@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import CategoryData, check_size, large_part, replacing, write_json
+from .data import CategoryData, check_size, large_part, read_json, replacing, write_json
 from .detector import AnomalyDetector
 from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, as_recipe
 from .training import (HoldsOut, damage_named, fingerprint, interrupt_noted, load_checkpoint, move, pick_device,
@@ -76,7 +76,7 @@ _IDENTITY = ('method', 'category', 'fingerprint', 'textures_fingerprint', 'recip
 def refuse_another(run_dir: Path, about: dict) -> None:
     "`ValueError` where the folder holds another run than the one that `describe_run` is about."
     if not (run_dir / 'run.json').exists(): return
-    old, new = json.loads((run_dir / 'run.json').read_text()), json.loads(json.dumps(about))
+    old, new = read_json(run_dir / 'run.json'), json.loads(json.dumps(about))
     if differ := [key.replace('_', ' ') for key in _IDENTITY if old.get(key) != new.get(key)]:
         raise ValueError(f'{run_dir} holds a run with another {", ".join(differ)}; choose another run_dir or delete it')
 

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -32,8 +33,11 @@ __all__ = ['check_parameters', 'default_folder', 'peak_memory_mib', 'timing', 'f
 
 # %% ../nbs/12_reports.ipynb #6df8e8e7
 import pandas as pd
+import zmq.asyncio
 from IPython.display import display
 from jinja2 import DictLoader
+from jupyter_client.asynchronous import AsyncKernelClient
+from jupyter_client.channels import HBChannel
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from matplotlib.figure import Figure
@@ -159,13 +163,29 @@ def as_csv(table: pd.DataFrame, **how: object) -> str:
         return ("'" if value.startswith(('=', '+', '-', '@', '\t', '\r')) else '') + shown(value)
     return table.map(text).rename(index=text).to_csv(**how)
 
+# %% ../nbs/12_reports.ipynb #ca86dd9c
+def _socket_folder() -> str:
+    "The first temporary folder in which the path of a kernel's socket is short enough for the system."
+    most = 103 - len('/.draem_nb-report.01234567.tmp/kernel-ipc-5')      # 107 bytes on Linux, 103 on a Mac
+    for folder in filter(None, (tempfile.gettempdir(), os.environ.get('XDG_RUNTIME_DIR'), '/tmp')):
+        if len(os.fsencode(folder)) <= most and os.access(folder, os.W_OK): return folder
+    raise ValueError(f'the path of the temporary folder {tempfile.gettempdir()} is too long for the sockets of a '
+                     f'kernel; set TMPDIR to one of at most {most} bytes')
+
+class _NoHeartbeat(HBChannel):
+    def run(self) -> None: pass
+
 # %% ../nbs/12_reports.ipynb #ca86dd9d
 class _Kernel(AsyncKernelManager):
     def __init__(self, **kwargs: object) -> None:
         self._folder = contextlib.ExitStack()
-        self._sockets = self._folder.enter_context(temporary_folder(tempfile.gettempdir(), 'draem_nb-report'))
+        self._sockets = self._folder.enter_context(temporary_folder(_socket_folder(), 'draem_nb-report'))
         super().__init__(**kwargs, transport='ipc', connection_file=f'{self._sockets}/kernel.json',
+                         context=zmq.asyncio.Context.instance(),        # of the process: nobody waits for its end
                          kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), shutdown_wait_time=30.)
+
+    def client(self, **kwargs: object) -> AsyncKernelClient:
+        return super().client(**kwargs, context=self.context, hb_channel_class=_NoHeartbeat)
 
     async def start_kernel(self, **kwargs: object) -> None:
         # What a notebook writes comes as messages; on the bare stderr a kernel only talks
@@ -217,6 +237,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, DeadKernelError):
         return ('the kernel died before the report was finished; most often the operating system ended it because '
                 'memory ran out')
+    if type(error) is RuntimeError and str(error).startswith("Kernel didn't respond"):
+        return f'the kernel did not start within {_START} s; run fewer at a time on this machine, and try again'
+    if type(error) is RuntimeError and str(error).startswith('Kernel died before'):
+        return f'the kernel died at its start; `{sys.executable} -m ipykernel_launcher` in a terminal may show why'
     if isinstance(error, PapermillExecutionError):
         return error.evalue if error.ename in _PLAIN else f'{error.ename}: {error.evalue}'
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: return f'the disk is full: {error.filename or error}'
@@ -234,10 +258,12 @@ logging.getLogger('papermill').addHandler(logging.NullHandler())   # what it has
 logging.getLogger('asyncio').addFilter(lambda record: not (
     record.exc_info and type(record.exc_info[1]).__name__ == 'DeadKernelError'))
 
+_START = 120     # seconds for a kernel
+
 def _execute(notebook: Path, to: Path, params: dict) -> None:
     import papermill
     papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False,
-                               kernel_manager_class=_Kernel, start_timeout=300,
+                               kernel_manager_class=_Kernel, start_timeout=_START,
                                stdout_file=_Console(sys.stdout), stderr_file=_Console(sys.stderr))
 
 def _keep(temporary: Path, final: Path, error: str = '') -> Path:
@@ -386,16 +412,30 @@ def _changed(run_dir: Path, asked: dict) -> str:
     return ', '.join(words[:3]) + (f' and {len(words) - 3} more' if len(words) > 3 else '')
 
 # %% ../nbs/12_reports.ipynb #251b8a95
-def _finished(run_dir: Path, ran: bool = True) -> RunResult:
-    return RunResult(run_dir, run_dir / 'report.html', read_json(run_dir / 'metrics.json'),
-                     float(read_json(run_dir / 'timing.json').get('seconds', 0)), ran)
+def _metrics(run_dir: Path) -> dict:
+    "What metrics.json holds; `ValueError` where the parts that a command shows are not as `finish` was given them."
+    path = run_dir / 'metrics.json'
+    metrics = read_json(path)
+    part = lambda of, key: of.get(key) or {}
+    numbers = lambda of: isinstance(of, dict) and all(isinstance(v, (int, float, type(None))) for v in of.values())
+    rows = [metrics, *part(metrics, 'kinds').values()] if isinstance(part(metrics, 'kinds'), dict) else [None]
+    if not all(isinstance(row, dict) and numbers(part(row, 'image')) and numbers(part(row, 'pixel')) for row in rows):
+        raise ValueError(f'{shown(path)} is damaged: image, pixel and kinds must hold numbers; remove that folder, and '
+                         'run anew')
+    return metrics
 
+def _finished(run_dir: Path, ran: bool = True) -> RunResult:
+    try: seconds = float(read_json(run_dir / 'timing.json')['seconds'])
+    except (OSError, ValueError, TypeError, KeyError): seconds = math.nan       # copied without it: no result lacks
+    return RunResult(run_dir, run_dir / 'report.html', _metrics(run_dir), seconds, ran)
+
+# %% ../nbs/12_reports.ipynb #251b8a96
 def _already(run_dir: Path, asked: dict) -> bool:
     """Whether `run_dir` holds the complete run that was asked for; `ValueError` when it holds another
     one, or one of other images."""
     if not ((run_dir / 'metrics.json').exists() and (run_dir / 'parameters.json').exists()): return False
     held, otherwise = read_json(run_dir / 'parameters.json'), 'choose another folder, or remove that one to run anew'
-    read_json(run_dir / 'metrics.json')
+    _metrics(run_dir)
     differ = [key for key in asked if held.get(key) != asked[key]]
     if differ:
         raise ValueError(f"run folder {run_dir} holds a complete run with "
@@ -579,12 +619,14 @@ def _show(result: RunResult, seconds: float) -> None:
     else:
         print('\n'.join(f'{key}: {value}' for key, value in result.metrics.items()
                         if not isinstance(value, (dict, list))))
-    since = time.strftime('%d %B %Y, %H:%M',
-                          time.localtime((result.run_dir / 'metrics.json').stat().st_mtime)) if not result.ran else ''
-    print(f'{seconds:.0f} s; report: {result.report}' if result.ran else
-          f'complete since {since}, nothing was run; to run anew, remove {result.run_dir} or name another folder with '
-          f'--run-dir; report: {result.report}')
-    if not result.report.exists(): print(f'{result.report} is missing; open report.ipynb in that folder, or run anew')
+    since = time.strftime('%d %B %Y, %H:%M', time.localtime((result.run_dir / 'metrics.json').stat().st_mtime))
+    print(f'{seconds:.0f} s' if result.ran else f'complete since {since}, nothing was run; to run anew, remove '
+          f'{result.run_dir} or name another folder with --run-dir', end='; ')
+    if not result.report.exists():
+        print('its report is gone')
+        raise FileNotFoundError(f'{result.report} is missing; open report.ipynb in that folder, or remove it and run '
+                                'anew')
+    print(f'report: {result.report}')
 
 # %% ../nbs/12_reports.ipynb #5aee9aeb
 def _there(data_root: str | None, runs_dir: str) -> list[str]:
@@ -596,7 +638,7 @@ def _there(data_root: str | None, runs_dir: str) -> list[str]:
     runs = sorted(path.parent for path in Path(runs_dir).glob('**/parameters.json')) if Path(runs_dir).is_dir() else []
     lines.append(f'{len(runs)} runs and reports in {runs_dir}')
     for run in runs:
-        try: result = read_json(run / 'metrics.json')
+        try: result = _metrics(run)
         except FileNotFoundError: state = 'not complete; the same command goes on'
         except ValueError as error: state = str(error)
         else:

@@ -34,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import draem_nb
-from .data import CategoryData, check_size, replacing, write_json
+from .data import CategoryData, check_size, read_json, replacing, write_json
 from .losses import draem_loss
 from .networks import Draem, Net, ReconstructiveSubNetwork, initialise
 from .optimizers import learning_rate_factor, make_optimizers
@@ -321,15 +321,17 @@ def _claim(run_dir: Path, run: dict, resume: bool) -> None:
         raise ValueError(f'the run folder {run_dir} cannot be made ({e.strerror}); choose another run_dir') from None
     known = run_dir / 'run.json'
     if resume and known.exists():
-        old = json.loads(known.read_text())
-        new = json.loads(json.dumps(run))
-        differ = [f'{k} {old["recipe"].get(k)!r} there, {v!r} now'
-                  for k, v in new['recipe'].items() if old['recipe'].get(k) != v]
+        old, new = read_json(known), json.loads(json.dumps(run))
+        if not isinstance(there := old.get('recipe'), dict):
+            raise ValueError(f'{known} is damaged: it names no recipe; delete {run_dir}, or choose another run_dir')
+        differ = [f'{k} {there.get(k)!r} there, {v!r} now' for k, v in new['recipe'].items() if there.get(k) != v]
         differ += [f'other {k.replace("_", " ")}'
-                   for k in ('category', 'fingerprint', 'textures_fingerprint', 'held_out') if old[k] != new[k]]
+                   for k in ('category', 'fingerprint', 'textures_fingerprint', 'held_out') if old.get(k) != new[k]]
         if differ:
             raise ValueError(f'{run_dir} holds a run with another recipe or data ({"; ".join(differ)}); choose another '
                              'run_dir or delete that one')
+        earlier = {k: old.get(k) for k in ('device', 'threads', 'versions') if old.get(k) != new[k]}
+        if earlier: run['earlier'] = [*(old.get('earlier') or []), earlier]         # other circumstances, other bits
     try: write_json(run, known)
     except OSError as e:
         raise ValueError(f'the run folder {run_dir} cannot be written ({e.strerror}); choose another run_dir') from None

@@ -20,11 +20,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from draem_nb import cli, data, fanout, inspection, methods, recipes, reports, training
+from draem_nb import cli, data, fanout, fitting, inspection, methods, recipes, reports, training
+from draem_nb.evaluation import read_runs
 from draem_nb.layouts import LAYOUTS, find_images, list_files
+from draem_nb.textures import load_textures
 from draem_nb.tiling import load_detector
 
 ROWS: dict[str, tuple[Callable, str]] = {}
+TINY = recipes.demo().replace(size=32, base_width=2, base_channels=2, steps=1, batch=2, score_window=3,
+                              precision='float32')
 
 
 @dataclass
@@ -270,6 +274,23 @@ for name in ('parameters.json', 'metrics.json'):
     rows(name, {kind: (content, f'{name} is damaged: ') for kind, content in NOT_JSON.items()},
          lambda p, content, name=name: reports._already(p.json(name, content), dict(report='category')))
 
+
+
+def trained(p: Place) -> None:
+    training.train(data.load_category(p.nut.parent, 'nut', 32), load_textures(size=32)[:2], TINY, p.run, 'cpu')
+
+
+def resumed(p: Place, content: object) -> None:
+    p.json('run.json', content)
+    trained(p)
+
+
+rows('training with a run.json', {kind: (content, 'run.json is damaged') for kind, content in NOT_JSON.items()}
+     | {'without a recipe': ({}, 'run.json is damaged: it names no recipe; delete '),
+        'whose recipe is a list': (dict(recipe=[1]), 'run.json is damaged: it names no recipe')}, resumed)
+rows('fitting with a run.json', {kind: (content, 'run.json is damaged') for kind, content in NOT_JSON.items()},
+     lambda p, content: fitting.refuse_another(p.json('run.json', content), {}))
+
 GOOD_THRESHOLD = dict(threshold=0.5, pixel_threshold=0.5, quantile=0.99, held_out_scores=[0.1])
 rows('threshold.json', {
     'NaN': (b'{"threshold": NaN, "pixel_threshold": 1, "quantile": 1, "held_out_scores": []}', 'all of them finite'),
@@ -282,6 +303,48 @@ rows('run.json', {'no such method': (dict(method='magic'), "unknown method 'magi
                   'a number as method': (dict(method=3), "run.json is damaged: method is 3|unknown method '3'")},
      lambda p, content: methods.load(p.json('run.json', content), 'cpu'))
 
+
+# ---- complete runs that lack something
+
+def complete(p: Place, results: object) -> None:
+    reports.write_json(reports._asked('category', dict(category='brick'))[1], p.run / 'parameters.json')
+    sys.exit(cli.main(['category', '--category', 'brick', '--run-dir', str(p.json('metrics.json', results))]))
+
+
+FINE = dict(image=dict(auroc=.9), pixel=dict(auroc=.9),
+            conditions=dict(category='nut', size=[32, 32], mask_rule='half'))
+rows('complete run', {'image is a number': (dict(image=3), 'metrics.json is damaged: image, pixel and kinds must hold'),
+                      'a word as AUROC': (dict(image=dict(auroc='high')), 'metrics.json is damaged: image, pixel and'),
+                      'kinds are a list': (dict(kinds=[1]), 'metrics.json is damaged: image, pixel and kinds must'),
+                      'a kind without numbers': (dict(kinds=dict(dent=3)), 'metrics.json is damaged: image, pixel and'),
+                      'its report is gone': (FINE, 'report.html is missing; open report.ipynb in that folder, or')},
+     complete)
+
+
+def summary(p: Place, change: tuple[str, object]) -> None:
+    p.json('metrics.json', FINE)
+    reports.write_json(dict(device='cpu'), p.run / 'run.json')
+    runs, bad = read_runs(p.run.parent)
+    assert len(runs) == 1 and not bad
+    where, value = change
+    if where == 'run.json': p.json(where, value)
+    else: p.json('metrics.json', {k: v for k, v in (FINE | {where: value}).items() if v is not None})
+    runs, bad = read_runs(p.run.parent)
+    if not runs: raise ValueError(*bad)
+
+
+CONDITIONS = FINE['conditions']
+rows('summary', {
+    'no pixel metrics': (('pixel', None), 'metrics.json is damaged: pixel: Field required; remove that folder'),
+    'no image metrics': (('image', None), 'metrics.json is damaged: image: Field required'),
+    'image is a list': (('image', [1]), 'metrics.json is damaged: image: '),
+    'no class': (('conditions', CONDITIONS | dict(category=None)), 'metrics.json is damaged: conditions.category: '),
+    'no size': (('conditions', dict(category='nut', mask_rule='half')), 'conditions.size: Field required'),
+    'a size of one number': (('conditions', CONDITIONS | dict(size=[32])), 'damaged: conditions.size: '),
+    'conditions are a list': (('conditions', [1]), 'metrics.json is damaged: conditions: '),
+    'a word as AUROC': (('image', dict(auroc='high')), 'metrics.json is damaged: image.auroc: '),
+    'run.json with a number as device': (('run.json', dict(device=3)), 'run.json is damaged: device: '),
+    'run.json is a list': (('run.json', [1]), 'run.json is damaged: it holds list')}, summary)
 
 # ---- parameters of the command line; exit status 2 where the option is wrong, 1 where its value is
 
@@ -406,6 +469,13 @@ def _(p: Place) -> None:
     with reports.locked(p.folder), reports.locked(p.folder): pass
 
 
+@row('environment: no temporary folder with a short path', 'is too long for the sockets of a kernel; set TMPDIR to')
+def _(p: Place) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, 'access', lambda *of: False)
+        reports._socket_folder()
+
+
 @row('environment: DRAEM_NB_MAX_PIXELS is no number', 'DRAEM_NB_MAX_PIXELS')
 def _(p: Place) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -427,10 +497,7 @@ def made(tmp_path_factory) -> Place:
         Image.fromarray(rng.integers(0, 255, (40, 40), np.uint8)).save(to)
     (mask := place.nut / 'ground_truth' / 'dent' / '0_mask.png').parent.mkdir(parents=True)
     Image.fromarray(np.uint8(np.arange(1600).reshape(40, 40) < 200) * 255).save(mask)
-    tiny = recipes.demo().replace(size=32, base_width=2, base_channels=2, steps=1, batch=2, score_window=3,
-                                  precision='float32')
-    from draem_nb.textures import load_textures
-    training.train(data.load_category(place.nut.parent, 'nut', 32), load_textures(size=32)[:2], tiny, place.run, 'cpu')
+    trained(place)
     load_detector(place.run, 'cpu').calibrate([place.image()]).save_calibration(place.run)
     for name in ('metrics', 'parameters'): (place.run / f'{name}.json').write_text('{}')
     return place
@@ -525,6 +592,15 @@ def test_a_checkpoint_cut_anywhere(made, tmp_path):
 
 def test_every_layout_on_an_empty_folder(tmp_path):
     for layout in LAYOUTS: tried(lambda layout=layout: list_files(tmp_path, tmp_path.name, layout))
+
+
+def test_a_training_that_went_on_under_other_circumstances_tells_it(place):
+    before = json.loads((place.run / 'run.json').read_text())
+    assert 'earlier' not in before and before['threads'] == torch.get_num_threads()
+    place.json('run.json', before | dict(threads=7))                    # as if begun on a larger machine
+    trained(place)
+    now = json.loads((place.run / 'run.json').read_text())
+    assert now == before | dict(earlier=[dict(threads=7)])
 
 
 def test_ctrl_c_before_a_report_starts_is_one_word(monkeypatch, capsys):

@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -20,6 +22,7 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import zmq.backend
 from nbclient.exceptions import DeadKernelError
 
 from draem_nb import reports
@@ -183,6 +186,38 @@ def test_the_kernel_is_this_python_whatever_jupyter_finds(notebook, tmp_path, mo
     result = run_report(notebook(end='reports.finish(run_dir, {"python": sys.executable}, complete)'), {},
                         tmp_path / 'run')
     assert result.metrics['python'] == sys.executable
+
+
+def test_a_long_temporary_folder_is_no_place_for_sockets(notebook, tmp_path, monkeypatch):
+    (long := tmp_path / ('l' * 120)).mkdir()            # the path of a Unix socket has at most 107 bytes
+    monkeypatch.setattr(tempfile, 'tempdir', str(long))
+    assert run_report(notebook(), dict(seed=1), tmp_path / 'run').metrics['image']['auroc'] == 0.6
+    monkeypatch.setattr(os, 'access', lambda *of: False)
+    with pytest.raises(RunFailed, match=f'the temporary folder {long} is too long for the sockets of a kernel; set '):
+        run_report(notebook(), {}, tmp_path / 'other')
+
+
+@pytest.mark.parametrize('command, says', [(['sleep', '600'], 'the kernel did not start within 1 s; run fewer at a'),
+                                           (['false'], 'the kernel died at its start; `.*python.* may show why')])
+def test_a_kernel_that_does_not_start_is_one_sentence(notebook, tmp_path, monkeypatch, command, says):
+    monkeypatch.setattr(reports._Kernel, 'format_kernel_cmd', lambda self, extra_arguments=None: command)
+    monkeypatch.setattr(reports, '_START', 1)
+    with pytest.raises(RunFailed, match=f'^{says}'): run_report(notebook(), {}, tmp_path / 'run')
+
+
+def test_the_end_of_a_kernel_waits_for_nothing():
+    manager = reports._Kernel()
+    client = manager.client()
+    client.start_channels(stdin=False)
+    # The context of a client that waits for all of its sockets would wait for this one, which nobody closes.
+    stray = zmq.backend.Socket(client.context, zmq.PUSH)
+    assert not client.hb_channel.is_alive()             # nor is there a thread whose end could be missed
+    end = threading.Thread(target=client.stop_channels, daemon=True)
+    end.start()
+    end.join(10)
+    assert not end.is_alive()
+    stray.close()
+    asyncio.run(manager.cleanup_resources())
 
 
 def test_progress_is_shown_and_only_its_end_is_kept(notebook, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -322,6 +323,17 @@ def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
         assert ours.exists()
     with temporary_folder(tmp_path, 'sockets') as folder: remove_leftovers(tmp_path); assert folder.is_dir()
     assert not folder.exists()
+
+
+def test_a_folder_swept_away_at_its_making_is_made_again(tmp_path, monkeypatch):
+    from draem_nb import data
+    lock, swept = fcntl.flock, []
+    def late(file: int, how: int) -> None:      # as if another process had swept between making and locking
+        if not swept: swept.extend(shutil.rmtree(path) or path for path in tmp_path.iterdir())
+        lock(file, how)
+    monkeypatch.setattr(fcntl, 'flock', late)
+    with data.temporary_folder(tmp_path, 'sockets') as folder: assert swept and folder.is_dir()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_says_so_and_where(tmp_path, monkeypatch):

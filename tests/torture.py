@@ -3,8 +3,10 @@
 - kills: `category`, `inspect`, `calibrate` and `table` are ended at random moments by SIGKILL, SIGTERM or SIGINT, now
   and then one of their processes alone, and started again until they are complete. metrics.json must be that of an
   undisturbed run, to the byte; after ten seconds no process may be left; at the end no temporary file and no lock.
-- load: 3,000 files inspected, 2,000 single predictions, 2,000 planned runs; seconds and memory.
-- same: one class, trained with other threads, locales, time zones, folders, and stopped and resumed.
+- load: 3,000 files inspected, 2,000 single predictions, 2,000 planned runs, a class of 5,000 images, one image of
+  12,000 x 9,000 pixels in tiles; seconds and memory.
+- same: one class, trained with other threads, locales, time zones, folders, and stopped and resumed; a table with
+  other numbers of workers.
 
 Not part of `make test`, which has a few of the kills. Linux only: processes are found by a word in their environment.
 """
@@ -24,7 +26,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from draem_nb import methods
 from draem_nb.data import demo_category, load_category
@@ -112,13 +116,13 @@ class Maker:
         return ['category', '--category', 'brick', '--data-root', str(self.data), '--overrides',
                 json.dumps(TINY | fields), '--run-dir', str(run_dir)]
 
-    def table(self, folder: Path) -> Job:
+    def table(self, folder: Path, workers: int = 1) -> Job:
         runs, overrides = folder / 'runs', TINY | dict(steps=20)
         sets = [dict(category='brick', method='draem', recipe='demo', seed=seed, data_root=str(self.data),
                      overrides=overrides) for seed in (0, 1)]
         metrics = [default_folder('category', s, runs) / 'metrics.json' for s in sets]
         arguments = ['table', '--categories', 'brick', '--data-root', str(self.data), '--seeds', '0,1', '--overrides',
-                     json.dumps(overrides), '--workers', '1', '--threads', '1', '--runs-dir', str(runs)]
+                     json.dumps(overrides), '--workers', str(workers), '--threads', '1', '--runs-dir', str(runs)]
         return Job('table', folder, arguments, [*metrics, runs / 'summary' / 'metrics.json'])
 
     def job(self, name: str) -> Job:
@@ -144,7 +148,7 @@ def kill(job: Job, process: subprocess.Popen, moment: float, rng: random.Random,
     alone = bool(others) and rng.random() < 1 / 7
     with contextlib.suppress(OSError): os.kill(rng.choice(others) if alone else process.pid, how)
     job.killed, faults, said = True, [], f'{job.name}, {how.name} after {moment:.2f} s'
-    counts[how.name + ' to one process of it' * alone] += 1
+    counts[job.name, how.name + ' to one of its processes' * alone] += 1
     try: process.wait(300)
     except subprocess.TimeoutExpired: process.kill(); faults.append(f'{said}: it did not end')
     return faults if gone(job.word) else [*faults, f'{said}: processes were left after 10 s']
@@ -188,8 +192,10 @@ def kills(maker: Maker, names: list[str], n: int, seed: int) -> list[str]:
              sep='\n  ', flush=True)
         shutil.rmtree(job.folder)
     if new := sorted(shared_memory() - before): print(f'new shared memory, of this or another program: {new}')
-    print(f'seed {seed}: {counts.total()} kills ({", ".join(f"{k} {v}" for k, v in sorted(counts.items()))}), '
-         f'{completed} commands brought to their end, {len(faults)} faults', flush=True)
+    for name in undisturbed:
+        print(f'{name}: ' + ', '.join(f'{how} {n}' for (of, how), n in sorted(counts.items()) if of == name))
+    print(f'seed {seed}: {counts.total()} kills, {completed} commands brought to their end, {len(faults)} faults',
+          flush=True)
     return faults
 
 
@@ -205,6 +211,33 @@ for i in range(int(n)):
     if i + 1 == int(n) // 10: early = resident()
 print(early, resident(), time.monotonic() - began)"""
 
+LARGE = """
+import sys, time
+from draem_nb.methods import load
+from draem_nb.reports import peak_memory_mib
+from draem_nb.tiling import TiledDetector
+run, file = sys.argv[1:]
+detector, before, began = TiledDetector(load(run, 'cpu'), (8992, 12000)), peak_memory_mib(), time.monotonic()
+found = detector.predict([file])
+print(len(detector.places()), time.monotonic() - began, before, peak_memory_mib())"""
+
+CLASS = """
+import sys, time
+from draem_nb.data import check, load_category
+from draem_nb.reports import peak_memory_mib
+root, name = sys.argv[1:]
+began = time.monotonic()
+found = check(root, name)
+checked = time.monotonic()
+print(len(load_category(root, name, 64).train), len(found), checked - began, time.monotonic() - checked,
+      peak_memory_mib())"""
+
+
+def numbers_of(code: str, *arguments: object) -> list[float]:
+    "What a program prints, in a process of its own."
+    return [float(word) for word in subprocess.check_output([sys.executable, '-c', code, *map(str, arguments)],
+                                                            text=True).split()]
+
 
 def load(maker: Maker, n_files: int = 3000, n_single: int = 2000, n_runs: int = 2000) -> list[str]:
     "A folder of many files, many predictions one by one, a plan of many runs; the faults found."
@@ -217,8 +250,7 @@ def load(maker: Maker, n_files: int = 3000, n_single: int = 2000, n_runs: int = 
     page = (job.folder / 'out' / 'report.html').stat().st_size / 2**20
     print(f'{n_files} files inspected: {timing["seconds"]:.0f} s, peak memory {timing["peak_memory_mib"]} MiB, '
           f'report.html {page:.1f} MiB', flush=True)
-    single = [sys.executable, '-c', SINGLE, str(maker.trained), str(n_single), *sources]
-    early, late, seconds = map(float, subprocess.check_output(single, text=True).split())
+    early, late, seconds = numbers_of(SINGLE, maker.trained, n_single, *sources)
     print(f'{n_single} single predictions: {seconds:.0f} s, resident memory {early:.0f} MiB after {n_single // 10}, '
           f'{late:.0f} MiB at the end ({late / early - 1:+.1%})', flush=True)
     if late > 1.05 * early: faults.append('single predictions leak memory')
@@ -228,6 +260,38 @@ def load(maker: Maker, n_files: int = 3000, n_single: int = 2000, n_runs: int = 
     print(f'{n_runs} planned runs: {time.monotonic() - began:.1f} s', flush=True)
     if f'{n_runs} to run' not in plan.stdout: faults.append(f'the plan of {n_runs} runs: {plan.stderr[-500:]}')
     return faults
+
+
+def large(maker: Maker, n_images: int = 5000, size: tuple[int, int] = (12000, 9000)) -> list[str]:
+    "A class of many images: checked, loaded, trained on; one image of 108 million pixels in tiles; the faults found."
+    rng, source = np.random.default_rng(0), maker.data / 'brick'
+    root = maker.folder('many')
+    shutil.copytree(source / 'test', root / 'brick' / 'test')
+    shutil.copytree(source / 'ground_truth', root / 'brick' / 'ground_truth')
+    (good := root / 'brick' / 'train' / 'good').mkdir(parents=True)
+    whole = np.asarray(Image.open(source / 'train' / 'good' / '000.png'))
+    for i in range(n_images):
+        Image.fromarray(np.roll(whole, rng.integers(0, 200, 2), (0, 1))).save(good / f'{i:05}.png', compress_level=1)
+    n, findings, checked, loaded, peak = numbers_of(CLASS, root, 'brick')
+    print(f'a class of {n:.0f} images: check {checked:.0f} s, load {loaded:.0f} s, peak memory {peak:.0f} MiB, '
+          f'{findings:.0f} findings', flush=True)
+    job = maker.job('category')
+    job.arguments[job.arguments.index('--data-root') + 1] = str(root)
+    if (process := job.start()).wait(): return [f'{n_images} images: {process.stderr.read()[-500:]}']
+    timing = json.loads((job.folder / 'run' / 'timing.json').read_text())
+    print(f'its report with {TINY["steps"]} steps: {timing["seconds"]:.0f} s, peak memory '
+          f'{timing["peak_memory_mib"]} MiB', flush=True)
+    n, seconds, before, peak = numbers_of(LARGE, maker.trained, large_image(maker.root / 'large.png', whole, size))
+    print(f'{size[0]} x {size[1]} pixels in {n:.0f} tiles of {TINY["size"]}: {seconds:.0f} s, peak memory {peak:.0f} '
+          f'MiB, {before:.0f} of them before it', flush=True)
+    return [] if peak < 4000 else [f'one image took {peak:.0f} MiB']
+
+
+def large_image(path: Path, pattern: np.ndarray, size: tuple[int, int]) -> Path:
+    "The pattern repeated to an image of so many pixels."
+    times = [-(-n // side) for n, side in zip(size[::-1], pattern.shape)] + [1] * (pattern.ndim - 2)
+    Image.fromarray(np.tile(pattern, times)[:size[1], :size[0]]).save(path, compress_level=1)
+    return path
 
 
 OTHERS = dict(LANG='C', LC_ALL='C', TZ='Asia/Kathmandu', PYTHONHASHSEED='7')
@@ -267,6 +331,12 @@ def same(maker: Maker) -> list[str]:
         print(f'{name}: {now["threads"]} threads; '
               + ', '.join(f'{what} {"the same" if yes else "OTHER"}' for what, yes in alike.items()), flush=True)
         if not all(alike.values()): faults.append(f'{name}: other bits')
+    tables = [maker.table(maker.folder('table'), workers) for workers in (1, 2)]
+    for job in tables:
+        if (process := job.start()).wait(): return [*faults, process.stderr.read()[-500:]]
+    alike = tables[0].results() == tables[1].results()
+    print(f'a table with one and with two workers: metrics {"the same" if alike else "OTHER"}', flush=True)
+    if not alike: faults.append('the number of workers changes bits')
     one, two = found['as it is'], found['two threads']
     if one['threads'] == two['threads']: faults.append('run.json does not tell the number of threads')
     print(f'one and two threads: {"the same" if one["weights"] == two["weights"] else "other"} weights, '
@@ -286,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix='torture-') as root:
         maker = Maker(Path(root))
         if 'kills' in options.parts: faults += kills(maker, options.commands.split(','), options.kills, options.seed)
-        if 'load' in options.parts: faults += load(maker)
+        if 'load' in options.parts: faults += load(maker) + large(maker)
         if 'same' in options.parts: faults += same(maker)
     print('all of it held' if not faults else '\n  '.join([f'{len(faults)} faults:', *faults]))
     return int(bool(faults))
