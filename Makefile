@@ -10,6 +10,7 @@
 # make site      the notebooks with their outputs, the API reference and a gallery of reports as a website in _docs/html
 # make mutants   plants faults in a copy of the library, one at a time, and says which of them no test notices
 # make torture   kills commands at random moments until 200 kills are done, loads them, and compares bits; more than an hour
+# make lowest    the tests with the lowest versions that settings.ini allows, in .venv/lowest; some 6 GB on the disk
 # make hashes    requirements-hashed.txt: every package with the sha256 of its files
 # make sbom      sbom.json: the same as a software bill of materials
 # make readme    README.md from nbs/index.ipynb, and the links at the end of every notebook
@@ -48,7 +49,7 @@ site_made := .venv/site_made
 # $(call option,--name,value): the option where there is a value, else nothing
 option = $(if $(2),$(1) '$(2)')
 
-.PHONY: help report inspect table summary bench gpu test test-gpu lint site mutants torture hashes sbom readme
+.PHONY: help report inspect table summary bench gpu test test-gpu lint site mutants torture lowest hashes sbom readme
 help:
 	@sed -n '/^#/!q; s/^# //p' '$(firstword $(MAKEFILE_LIST))'
 
@@ -96,6 +97,9 @@ mutants: $(made)
 
 torture: $(made)
 	$(bin)/python tests/torture.py
+
+lowest: $(made)
+	$(bin)/python tests/lowest.py .venv/lowest
 
 hashes sbom: $(made)
 	$(bin)/python tests/lock.py $@

@@ -206,7 +206,9 @@ def _on_worker(job: dict) -> dict:
     def tell(line: str) -> None: worker.log_event(job['topic'], (job['run'], worker.address, line))
     folder = Path(job['home']) if job['home'] else _work_folder(job['key'])
     params = job['params'] if job['home'] else _there(job['params'])
-    if lacks := _lacking([params]): return dict(status='lacking', reason=lacks, where=worker.address)
+    lacks = (_lacking([params]) if job['version'] == _version() else
+             f"it has draem_nb {_version()} instead of {job['version']}")
+    if lacks: return dict(status='lacking', reason=lacks, where=worker.address)
     tell(_BEGINS)
     with tempfile.TemporaryDirectory() as scratch:
         notebook = Path(scratch) / job['notebook']
@@ -297,6 +299,7 @@ def _check_workers(client: object, param_sets: list[dict], local: bool, patience
                          f'{address} --nthreads 1`') from None
     if local: return {}
     for worker, version in client.run(_version, on_error='return').items():
+        if isinstance(version, BaseException): version = 'none that answers'
         if version != draem_nb.__version__:
             raise ValueError(f'worker {worker} has draem_nb {version}, here it is {draem_nb.__version__}; install '
                              'the same on both')
@@ -436,7 +439,8 @@ def _job(params: dict, run_dir: Path, name: str | Path, time_limit: float | None
                                                asked]).encode()).hexdigest()[:24]
     return dict(run=run_dir.name, run_dir=str(run_dir), params=params, asked=asked, notebook=notebook.name,
                 content=gzip.compress(content, mtime=0), key=key,
-                topic=f'draem_nb-{os.getpid()}', time_limit=time_limit, home=None, threads=None)
+                topic=f'draem_nb-{os.getpid()}', time_limit=time_limit, home=None, threads=None,
+                version=_version())
 
 def _received(job: dict, outcome: dict, board: _Board) -> dict:
     "Put what came in its place; the row of the table."

@@ -1,4 +1,5 @@
-"""The lowest versions that settings.ini allows, tried out: `python3.11 tests/lowest.py FOLDER [pytest arguments]`.
+"""The lowest versions that settings.ini allows, tried out: `make lowest`, or
+`python3.11 tests/lowest.py FOLDER [pytest arguments]`.
 
 Makes an environment in FOLDER with exactly the lower bound of every requirement, installs the project
 into it and runs the tests there.

@@ -207,6 +207,19 @@ def test_workers_without_a_shared_disk_and_a_scheduler_that_is_restarted(noteboo
             and len(metrics(tmp_path / 'late')) == 3), out
 
 
+@pytest.mark.parametrize('code, says', [
+    ("import draem_nb; draem_nb.__version__ = '0.0.1'", 'has draem_nb 0.0.1, here it is'),
+    ("import sys; sys.modules['draem_nb'] = None", 'has draem_nb none that answers, here it is')])
+def test_a_worker_of_another_version_is_refused(notebook, tmp_path, cluster, code, says):
+    scheduler_at(cluster, where := address())
+    (tmp_path / 'sitecustomize.py').write_text(code)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get('PYTHONPATH')])])
+    worker_at(cluster, where, PYTHONPATH=path)
+    with pytest.raises(ValueError, match=rf'^worker tcp://\S+ {says} .*; install the same on both'):
+        run_many([dict(seed=0)], tmp_path / 'runs', notebook, scheduler=where)
+    assert not list((tmp_path / 'runs').rglob('parameters.json'))
+
+
 def test_each_local_worker_gets_a_gpu_of_its_own(monkeypatch):
     for given, seen in ((None, {'0', '1'}), ('3,5', {'3', '5'})):
         monkeypatch.delenv('CUDA_VISIBLE_DEVICES',

@@ -1,5 +1,6 @@
 """The project as a whole: what is generated agrees with its source, and what is installed is complete."""
 
+import ast
 import json
 import os
 import re
@@ -82,6 +83,33 @@ def test_constraints_hold_every_requirement():
     needed = {re.split(r'[<>=!]', r)[0].lower().replace('_', '-') for key in settings() if key.endswith('requirements')
               for r in settings()[key].split()}
     assert needed <= pinned, needed - pinned
+
+
+DISTRIBUTIONS = dict(PIL='pillow', skimage='scikit-image', sklearn='scikit-learn', IPython='ipython', zmq='pyzmq',
+                     jupyter_client='jupyter-client')
+# torchvision: where it is there; ipykernel: the kernel of the reports, a program of its own
+OPTIONAL, STARTED = {'torchvision'}, {'ipykernel'}
+
+
+def imported() -> set[str]:
+    "The distributions that the library and its reports import, somewhere."
+    trees = [ast.parse(p.read_text()) for p in (ROOT / 'draem_nb').glob('*.py')]
+    for notebook in (ROOT / 'nbs' / 'reports').glob('*.ipynb'):
+        cells = json.loads(notebook.read_text())['cells']
+        trees += [ast.parse(''.join(c['source'])) for c in cells if c['cell_type'] == 'code']
+    names = {name.split('.')[0] for tree in trees for node in ast.walk(tree)
+             for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                          [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])}
+    return {DISTRIBUTIONS.get(name, name) for name in names - set(sys.stdlib_module_names) - {'draem_nb'}}
+
+
+def test_the_runtime_requirements_are_what_the_library_imports():
+    parts = {key: {re.split(r'[<>=!]', r)[0] for r in text.split()} for key, text in settings().items()
+             if key.endswith('requirements')}
+    extras = parts['cluster_requirements'] | parts['export_requirements'] | parts['explore_requirements']
+    assert parts['requirements'] == (imported() - extras - OPTIONAL) | STARTED
+    # what `make` installs as well
+    assert {'nbdev', 'fastcore', 'execnb', 'ghapi', 'jupyterlab'} <= parts['dev_requirements']
 
 
 def test_every_pinned_package_has_hashes_and_no_index_is_named():

@@ -22,6 +22,7 @@ import pytest
 from draem_nb import cli, reports
 from draem_nb.layouts import as_markdown, find_files, list_files, shown
 from draem_nb.reports import main, run_report
+from test_gallery import CHROMIUM, Browser
 
 ATTACKS = ('<svg onload=window.ran=1>', '<img src=x onerror=window.ran=1>', '[a](javascript:window.ran=1)')
 
@@ -114,6 +115,10 @@ def test_nothing_from_the_data_is_executed(tmp_path, capfd):
         policy, refused = 'http-equiv="Content-Security-Policy"', "default-src 'none'"
         assert re.search(f'<meta (content="{refused}[^>]*{policy}|{policy}[^>]*{refused})', page)
     assert '1 file not looked at' in page
+    if CHROMIUM:                                # and in a browser
+        browser = Browser(tmp_path / 'draem' / 'report.html', tmp_path / 'browser')
+        try: assert browser('window.ran') is None and browser('document.body.innerText.includes("onerror")')
+        finally: browser.close()
 
 
 def test_names_are_shown_as_one_line_of_text():
