@@ -1,5 +1,6 @@
 """Another operating point for a detector that is trained: by command, kept beside the old one, and
 never by less than was promised."""
+import csv
 import dataclasses
 import json
 import shutil
@@ -269,11 +270,16 @@ def test_this_was_bad_enters_the_recall_and_nothing_else(corrected_run, tmp_path
     assert (
         main(
             ['inspect', '--run-dir', str(folder), '--images', str(tmp_path / 'new'), '--out-dir', str(tmp_path / 'out')]
+            + ['--false-alarms', '0.3']
         )
         == 0
     )
     assert 'Of 2 parts that were called bad by a correction' in (tmp_path / 'out' / 'report.html').read_text()
-    assert 'correction' in (tmp_path / 'out' / 'verdicts.csv').read_text().splitlines()[0].split(',')
+    with open(tmp_path / 'out' / 'verdicts.csv') as file: [row] = csv.DictReader(file)
+    kept, groups = json.loads(old), json.loads(old).get('held_out_groups', [])
+    asked = threshold_for(kept['held_out_scores'], 0.3, groups)         # of this inspection alone
+    assert row['correction'] == '' and float(row['threshold']) == pytest.approx(asked, abs=1e-6)
+    assert asked != kept['threshold'] and (folder / 'threshold.json').read_bytes() == old
 
 
 def test_a_later_calibration_remembers(corrected_run, run, tmp_path):
