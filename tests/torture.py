@@ -300,6 +300,7 @@ CIRCUMSTANCES = {           # environment, folder of the run, whether it is stop
     'as it is': ({}, 'run', False), 'LANG=C': (dict(LANG='C', LC_ALL='C'), 'run', False),
     'TZ=Asia/Kathmandu': (dict(TZ='Asia/Kathmandu'), 'run', False),
     'hash seed': (dict(PYTHONHASHSEED='7'), 'run', False),
+    'no home': (dict(HOME='/proc/none'), 'run', False),
     'another folder': ({}, ELSEWHERE, False), 'stopped and resumed': ({}, 'run', True),
     'all': (OTHERS, ELSEWHERE, True),
     'two threads': (dict(OMP_NUM_THREADS='2'), 'run', False),
