@@ -5,8 +5,10 @@
 # %% ../nbs/20_autoencoder.ipynb #7dc05e97
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, check_size
+from .data import CategoryData, check_size, replacing
 from .detector import AnomalyDetector
+from .fitting import check_loaded_size, write_losses
 from .losses import reconstruction_error, ssim_loss
 from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, Weight, as_recipe
-from .training import pick_device, split_held_out
+from .training import damage_named, load_checkpoint, pick_device, split_held_out
 
 # %% auto #0
-__all__ = ['AutoencoderRecipe', 'Autoencoder', 'AutoencoderDetector', 'fit']
+__all__ = ['AutoencoderRecipe', 'Autoencoder', 'AutoencoderDetector', 'load', 'fit']
 
 # %% ../nbs/20_autoencoder.ipynb #9d3b8326
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(l2=F.mse_loss, ssim=ssim_loss)
@@ -79,7 +82,7 @@ class Autoencoder(nn.Module):
 
 # %% ../nbs/20_autoencoder.ipynb #f04ef2a6
 @torch.no_grad()
-def _initialise(net: Autoencoder, generator: torch.Generator) -> Autoencoder:
+def _set_first_weights(net: Autoencoder, generator: torch.Generator) -> Autoencoder:
     "He's uniform initial weights for leaky ReLU (0.2), from a generator; no biases."
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -94,6 +97,8 @@ def _initialise(net: Autoencoder, generator: torch.Generator) -> Autoencoder:
 # %% ../nbs/20_autoencoder.ipynb #4967b305
 class AutoencoderDetector(AnomalyDetector):
     "An autoencoder whose error is the map: squared, or (1 - SSIM) / 2. `fit` makes it."
+    recipe: AutoencoderRecipe
+
     def __init__(self, net: Autoencoder, recipe: AutoencoderRecipe, losses: Tensor):
         self.net, self.recipe, self.losses = net.eval(), recipe, losses         # losses: (steps,), of the training
         self.device, self.size, self.quantile = next(net.parameters()).device, check_size(recipe.size), recipe.quantile
@@ -105,11 +110,32 @@ class AutoencoderDetector(AnomalyDetector):
         maps = _error_map(x, reconstruction, self.recipe.loss)
         return reconstruction, maps, self.score_of(maps, self.recipe.score_window)
 
+    def save(self, run_dir: str | Path) -> None:
+        "Write checkpoint.pt, losses.csv and, if there are thresholds, threshold.json into the folder."
+        state = dict(recipe=dataclasses.asdict(self.recipe), net=self.net.state_dict(), losses=self.losses)
+        with replacing(Path(run_dir) / 'checkpoint.pt') as temporary: torch.save(state, temporary)
+        write_losses(dict(loss=self.losses), Path(run_dir) / 'losses.csv')
+        self.save_calibration(run_dir)
+
+# %% ../nbs/20_autoencoder.ipynb #9a951e56
+def load(run_dir: str | Path, device: str | torch.device | None = None) -> AutoencoderDetector:
+    "What `AutoencoderDetector.save` wrote, thresholds and all."
+    device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
+    state = load_checkpoint(path, device)
+    with damage_named(path):
+        if 'bottleneck' not in state['recipe']: raise ValueError(f'{path} is not the checkpoint of an autoencoder')
+        recipe = AutoencoderRecipe(**state['recipe'])
+        net = Autoencoder(check_size(recipe.size), recipe.bottleneck).to(device)
+        net.load_state_dict(state['net'])
+        detector = AutoencoderDetector(net, recipe, state['losses'])
+    detector.load_calibration(run_dir)
+    return detector
+
 # %% ../nbs/20_autoencoder.ipynb #7266601b
 _LOOK_EVERY = 25     # steps between two looks at the loss, each of which waits for the device
 
-def _train(net: Autoencoder, images: Tensor, recipe: AutoencoderRecipe, generator: torch.Generator,
-           name: str) -> Tensor:
+def _train_in_place(net: Autoencoder, images: Tensor, recipe: AutoencoderRecipe, generator: torch.Generator,
+                    name: str) -> Tensor:
     "Train in place on (N, 3, H, W) uint8; gives the losses (steps,), on the CPU."
     optimizer = torch.optim.Adam(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay,
                                  fused=images.device.type in ('cpu', 'cuda'))
@@ -139,13 +165,11 @@ def fit(
 
     The same seed gives the same bits on a CPU."""
     recipe, device = recipe or AutoencoderRecipe(), pick_device(device)
-    if category.size != check_size(recipe.size):
-        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
-                         f'{recipe.size}; load it with size={recipe.size}')
+    check_loaded_size(category, recipe)
     kept, held_out = split_held_out(len(category.train), recipe, category.groups)
     generator = torch.Generator().manual_seed(recipe.seed)
-    net = _initialise(Autoencoder(category.size, recipe.bottleneck), generator).to(device)
-    losses = _train(net, category.train[kept].to(device), recipe, generator, f'autoencoder, {category.name}')
+    net = _set_first_weights(Autoencoder(category.size, recipe.bottleneck), generator).to(device)
+    losses = _train_in_place(net, category.train[kept].to(device), recipe, generator, f'autoencoder, {category.name}')
     detector = AutoencoderDetector(net, recipe, losses)
     detector.region = category.region
     return detector.calibrate_on(category, held_out)

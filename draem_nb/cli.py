@@ -22,7 +22,7 @@ from typing import NoReturn
 import draem_nb
 
 # %% auto #0
-__all__ = ['report_names', 'report_notebook', 'folder_parameter', 'report_parameters', 'value_of', 'main']
+__all__ = ['report_names', 'report_notebook', 'folder_parameter', 'folder_rule', 'report_parameters', 'value_of', 'main']
 
 # %% ../nbs/12b_cli.ipynb #c8cfb61e
 def _report_folder() -> Path:
@@ -63,6 +63,13 @@ def _notebook_says(name: str | Path) -> tuple[str, dict[str, tuple[str, str]]]:
 def folder_parameter(name: str | Path) -> str:
     "The parameter of report `name` that names the folder it writes to: `out_dir` or `run_dir`."
     return 'out_dir' if 'out_dir' in _notebook_says(name)[1] else 'run_dir'
+
+def folder_rule(name: str | Path) -> str:
+    """How report `name` names its folder where none is given, as the notebook says beside that parameter:
+    `<first>/compare-<name of second>`; '' where it does not."""
+    text = _notebook_says(name)[1].get(folder_parameter(name), ('', ''))[1]
+    rule = text.partition('None: ')[2].split(', ')[0]
+    return rule if '/' in rule else ''
 
 def report_parameters(name: str | Path) -> dict[str, tuple[object, str]]:
     "What may be given to report `name`: parameter -> (default, one line of help)."
@@ -113,7 +120,7 @@ def _commands_by_task(about: dict[str, str]) -> str:
                        + ['draem_nb COMMAND --help lists the options of a command.'])
 
 # %% ../nbs/12b_cli.ipynb #12bc0de5
-def _parser(own: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+def _make_parser(own: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     "`own`: paths of notebooks that are reports as well."
     parser = _Parser('draem_nb', formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--version', action='version', version=f'draem_nb {draem_nb.__version__}')
@@ -138,7 +145,7 @@ def _add_report(command: argparse.ArgumentParser, name: str) -> None:
                              default=argparse.SUPPRESS, help=f'{text} (default: {default})'.replace('%', '%%'))
 
 # %% ../nbs/12b_cli.ipynb #c6f54332
-def _run(argv: list[str]) -> int:
+def _run_argv(argv: list[str]) -> int:
     started = time.monotonic()          # a user waits for the imports as well
     if argv[:1] == ['table']:
         from draem_nb.fanout import table
@@ -150,14 +157,14 @@ def _run(argv: list[str]) -> int:
         from draem_nb.corrections import main as correct
         return correct(argv[1:])
     own = tuple(name for name in argv[:1] if name.endswith('.ipynb') and Path(name).is_file())
-    params = vars(_parser(own).parse_args(argv))
+    params = vars(_make_parser(own).parse_args(argv))
     from draem_nb.reports import run_command
     return run_command(params.pop('report'), params, started)
 
 def main(argv: list[str] | None = None) -> int:
     """The command `draem_nb`. Its exit status is that of `reports.run_command`; 2 where the options are wrong,
     130 after Ctrl-C."""
-    try: return _run(sys.argv[1:] if argv is None else argv)
+    try: return _run_argv(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:           # while a module is imported; a report tells its own story
         print('stopped', file=sys.stderr)
         return 130

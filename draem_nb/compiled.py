@@ -21,7 +21,7 @@ from .textures import OPERATIONS, Augmentation
 __all__ = ['CODES', 'Chains', 'chains_of', 'Memory', 'Work', 'Made', 'simulate']
 
 # %% ../nbs/02b_compiled.ipynb #4c12a8c5
-def _compile(function: Callable) -> Callable:
+def _compiled_function(function: Callable) -> Callable:
     def compiled(cache: bool) -> Callable: return njit(cache=cache, nogil=True, error_model='numpy')(function)
     try: return compiled(cache=True)
     except RuntimeError: return compiled(cache=False)       # there is no folder that the result could be kept in
@@ -29,8 +29,8 @@ def _compile(function: Callable) -> Callable:
 _0, _32ND, _FAINT, _HALF, _1, _255 = (np.float32(x) for x in (0, 1 / 32, .2, .5, 1, 255))  # Python's: all double
 
 # %% ../nbs/02b_compiled.ipynb #8f9802aa
-@_compile
-def _cells(size: int, exponent: int) -> tuple:
+@_compiled_function
+def _cells_of_axis(size: int, exponent: int) -> tuple:
     "Of `size` pixels along an axis of 2^exponent cells: their cell, and their place t in it, and its fade (size,)."
     cell, place, fade = np.empty(size, np.int64), np.empty(size, np.float32), np.empty(size, np.float32)
     for i in range(size):
@@ -40,17 +40,17 @@ def _cells(size: int, exponent: int) -> tuple:
         place[i], fade[i] = t, t**3 * (t * (t * 6 - 15) + 10)
     return cell, place, fade
 
-@_compile
-def _frame(size: tuple, dtype: type) -> np.ndarray:
+@_compiled_function
+def _empty_frame(size: tuple, dtype: type) -> np.ndarray:
     return np.zeros((size[0] + 3) * (size[1] + 2), dtype)
 
 # %% ../nbs/02b_compiled.ipynb #cc117373
-@_compile
+@_compiled_function
 def _perlin_into(frame: np.ndarray, size: tuple, scales: np.ndarray, angles: np.ndarray) -> None:
     "Noise into a frame; `scales`: both exponents, `angles` (L, L): of the lattice vectors."
     (height, width), w = size, size[1] + 2
-    rows, down, down_fade = _cells(height, scales[0])
-    columns, across, across_fade = _cells(width, scales[1])
+    rows, down, down_fade = _cells_of_axis(height, scales[0])
+    columns, across, across_fade = _cells_of_axis(width, scales[1])
     m, n = rows[-1] + 2, columns[-1] + 2
     cos, sin = np.cos(angles[:m, :n]) * np.float32(2**.5), np.sin(angles[:m, :n]) * np.float32(2**.5)
     p, q = np.empty(n, np.float32), np.empty(n, np.float32)
@@ -65,8 +65,8 @@ def _perlin_into(frame: np.ndarray, size: tuple, scales: np.ndarray, angles: np.
             line[j] = (_1 - g) * (p[c] + q[c] * s) + g * (p[c + 1] + q[c + 1] * (s - _1))
 
 # %% ../nbs/02b_compiled.ipynb #9ab2ce79
-@_compile
-def _turn(degrees: float, size: tuple) -> np.ndarray:
+@_compiled_function
+def _turn_steps(degrees: float, size: tuple) -> np.ndarray:
     "Where a turn takes the pixels from, in 1024ths: what each row, then each column, adds to x and to y, (2, H + W)."
     (height, width), cos, sin = size, math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     parts, x, y = np.empty((2, height + width), np.float32), (width - 1) / 2, (height - 1) / 2
@@ -76,8 +76,8 @@ def _turn(degrees: float, size: tuple) -> np.ndarray:
     for j in range(width): parts[0, height + j], parts[1, height + j] = np.rint(1024 * j * cos), np.rint(1024 * j * sin)
     return parts
 
-@_compile
-def _place(x: np.float32, y: np.float32, height: np.float32, width: np.float32, w: np.int32) -> tuple:
+@_compiled_function
+def _split_place(x: np.float32, y: np.float32, height: np.float32, width: np.float32, w: np.int32) -> tuple:
     "Of a place in 1024ths: its upper left neighbour in a frame, and how far east and south of that one it lies, 0..1."
     x = min(max(np.floor(x * _32ND) * _32ND, -_1), width)          # what is outside goes to the border
     y = min(max(np.floor(y * _32ND) * _32ND, -_1), height)
@@ -85,38 +85,39 @@ def _place(x: np.float32, y: np.float32, height: np.float32, width: np.float32, 
     return np.int32(top + _1) * w + np.int32(left + _1), x - left, y - top
 
 # %% ../nbs/02b_compiled.ipynb #93a77218
-@_compile
-def _places(i: int, parts: np.ndarray, corner: np.ndarray, east: np.ndarray, south: np.ndarray) -> None:
-    "The places of all pixels of row i, as `_place` gives them, each (W,)."
+@_compiled_function
+def _places_of_row(i: int, parts: np.ndarray, corner: np.ndarray, east: np.ndarray, south: np.ndarray) -> None:
+    "The places of all pixels of row i, as `_split_place` gives them, each (W,)."
     h, w = parts.shape[1] - len(corner), len(corner)
     x, y, across_x, across_y = parts[0, i], parts[1, i], parts[0, h:], parts[1, h:]
     height, width, stride = np.float32(h), np.float32(w), np.int32(w + 2)
-    for j in range(w): corner[j], east[j], south[j] = _place(x + across_x[j], y + across_y[j], height, width, stride)
+    for j in range(w):
+        corner[j], east[j], south[j] = _split_place(x + across_x[j], y + across_y[j], height, width, stride)
 
-@_compile
-def _mean(a: float, b: float, c: float, d: float, east: np.float32, south: np.float32) -> np.float32:
+@_compiled_function
+def _bilinear_mean(a: float, b: float, c: float, d: float, east: np.float32, south: np.float32) -> np.float32:
     "Bilinear mean of four neighbours: upper left and right, lower left and right."
     return (a * (_1 - east) + b * east) * (_1 - south) + (c * (_1 - east) + d * east) * south
 
-@_compile
+@_compiled_function
 def _row_of(width: int) -> tuple:
     "Room for the places of a row."
     return np.empty(width, np.int32), np.empty(width, np.float32), np.empty(width, np.float32)
 
 # %% ../nbs/02b_compiled.ipynb #9103d042
-@_compile
+@_compiled_function
 def _turn_noise(
     frame: np.ndarray, size: tuple, degrees: float, threshold: np.float32, mask: np.ndarray, pixels: np.ndarray,
 ) -> int:
     "Where the turned noise exceeds the threshold: 1 in `mask` (H, W), else 0; into `pixels` their indices; how many."
-    (height, width), w, n, parts = size, size[1] + 2, 0, _turn(degrees, size)
+    (height, width), w, n, parts = size, size[1] + 2, 0, _turn_steps(degrees, size)
     corner, east, south = _row_of(width)
     for i in range(height):
-        _places(i, parts, corner, east, south)
+        _places_of_row(i, parts, corner, east, south)
         line = mask[i]
         for j in range(width):
             k = corner[j]
-            noise = _mean(frame[k], frame[k + 1], frame[k + w], frame[k + w + 1], east[j], south[j])
+            noise = _bilinear_mean(frame[k], frame[k + 1], frame[k + w], frame[k + w + 1], east[j], south[j])
             line[j] = _1 if noise > threshold else _0
         for j in range(width):                  # a loop of its own: the one above is done several pixels at a time
             pixels[n] = i * width + j           # written always, kept if n moves on
@@ -124,8 +125,8 @@ def _turn_noise(
     return n
 
 # %% ../nbs/02b_compiled.ipynb #a7845ddb
-@_compile
-def _pack(image: np.ndarray, lut: np.ndarray, frame: np.ndarray) -> None:
+@_compiled_function
+def _pack_frame(image: np.ndarray, lut: np.ndarray, frame: np.ndarray) -> None:
     "An image (3, H, W) uint8, seen through `lut` (3, 256), into a frame of words."
     _, height, width = image.shape
     for i in range(height):
@@ -134,27 +135,28 @@ def _pack(image: np.ndarray, lut: np.ndarray, frame: np.ndarray) -> None:
             red, green, blue = lut[0, image[0, i, j]], lut[1, image[1, i, j]], lut[2, image[2, i, j]]
             line[j] = np.uint32(red) | np.uint32(green) << np.uint32(8) | np.uint32(blue) << np.uint32(16)
 
-@_compile
-def _channel(word: np.uint32, shift: np.uint32) -> np.float32: return np.float32(word >> shift & np.uint32(255))
+@_compiled_function
+def _channel_value(word: np.uint32, shift: np.uint32) -> np.float32: return np.float32(word >> shift & np.uint32(255))
 
-@_compile
+@_compiled_function
 def _level_of(a: int, b: int, c: int, d: int, shift: np.uint32, east: np.float32, south: np.float32) -> np.float32:
-    "As `_mean`, of one channel of four words; a level, a whole number."
-    mean = _mean(_channel(a, shift), _channel(b, shift), _channel(c, shift), _channel(d, shift), east, south)
+    "As `_bilinear_mean`, of one channel of four words; a level, a whole number."
+    mean = _bilinear_mean(_channel_value(a, shift), _channel_value(b, shift),
+                          _channel_value(c, shift), _channel_value(d, shift), east, south)
     return np.floor(mean + _HALF)
 
 # %% ../nbs/02b_compiled.ipynb #72e42679
-@_compile
+@_compiled_function
 def _turn_image(
     frame: np.ndarray, size: tuple, degrees: float, spans: np.ndarray, divisor: np.float32, out: np.ndarray,
 ) -> None:
     "The image in a frame, rotated, rounded to levels, over `divisor`, into the `spans` (H, 2) of `out` (3, H, W)."
-    (height, width), w, parts = size, size[1] + 2, _turn(degrees, size)
+    (height, width), w, parts = size, size[1] + 2, _turn_steps(degrees, size)
     (corner, east, south), near = _row_of(width), np.empty((4, width), np.uint32)
     for i in range(height):
         first, last = spans[i]
         if first == last: continue
-        _places(i, parts, corner, east, south)
+        _places_of_row(i, parts, corner, east, south)
         corners, e, s = corner[first:last], east[first:last], south[first:last]
         for j in range(last - first):
             k = corners[j]
@@ -164,7 +166,7 @@ def _turn_image(
             for j in range(last - first):
                 line[j] = _level_of(near[0, j], near[1, j], near[2, j], near[3, j], shift, e[j], s[j]) / divisor
 
-@_compile
+@_compiled_function
 def _all_rows(size: tuple) -> np.ndarray:
     spans = np.zeros((size[0], 2), np.int64)
     spans[:, 1] = size[1]
@@ -177,7 +179,7 @@ CODES = {name: code for code, name in enumerate((
     'posterize', 'solarize', 'invert', 'brightness', 'gamma_contrast', 'equalize', 'autocontrast',
     'sharpness', 'color', 'add_hue_saturation', 'multiply_add', 'rotate'))}
 
-@_compile
+@_compiled_function
 def _plain_table(code: int, strength: np.ndarray, channel: int, table: np.ndarray) -> None:
     "The table of an operation that does not depend on the image."
     for v in range(256):
@@ -188,7 +190,7 @@ def _plain_table(code: int, strength: np.ndarray, channel: int, table: np.ndarra
         else: table[v] = int(np.float32(v / 255) ** strength[channel] * _255)
 
 # %% ../nbs/02b_compiled.ipynb #fa602407
-@_compile
+@_compiled_function
 def _equalize_table(counts: np.ndarray, table: np.ndarray) -> None:
     step, below = (counts.sum() - counts[255]) // 255, 0
     if (counts > 0).sum() == 1: step = 0            # one value only, or too few pixels: unchanged
@@ -196,7 +198,7 @@ def _equalize_table(counts: np.ndarray, table: np.ndarray) -> None:
         table[v] = min((step // 2 + below) // step, 255) if step else v
         below += counts[v]
 
-@_compile
+@_compiled_function
 def _autocontrast_table(counts: np.ndarray, cutoff: int, table: np.ndarray) -> None:
     cut, low, high = counts.sum() * cutoff // 100, 0, 255
     below, above = counts[0], counts[255]
@@ -210,25 +212,25 @@ def _autocontrast_table(counts: np.ndarray, cutoff: int, table: np.ndarray) -> N
     for v in range(256): table[v] = int(min(max(v * scale + -low * scale, 0.), 255.)) if high > low else v
 
 # %% ../nbs/02b_compiled.ipynb #c804671b
-@_compile
-def _histogram(plane: np.ndarray, level: np.ndarray) -> np.ndarray:
+@_compiled_function
+def _channel_counts(plane: np.ndarray, level: np.ndarray) -> np.ndarray:
     "Counts (256,) of a channel as it is seen through `level` (256,)."
     counts = np.zeros(256, np.int64)
     for v in plane: counts[level[v]] += 1
     return counts
 
-@_compile
-def _follow(lut: np.ndarray, image: np.ndarray, code: int, strength: np.ndarray) -> None:
+@_compiled_function
+def _append_table(lut: np.ndarray, image: np.ndarray, code: int, strength: np.ndarray) -> None:
     "Put the table of an operation behind `lut`."
     table = np.empty(256, np.uint8)
     for c in range(3):
-        if code == _EQUALIZE: _equalize_table(_histogram(image[c], lut[c]), table)
-        elif code == _AUTOCONTRAST: _autocontrast_table(_histogram(image[c], lut[c]), int(strength[0]), table)
+        if code == _EQUALIZE: _equalize_table(_channel_counts(image[c], lut[c]), table)
+        elif code == _AUTOCONTRAST: _autocontrast_table(_channel_counts(image[c], lut[c]), int(strength[0]), table)
         else: _plain_table(code, strength, c, table)
         for v in range(256): lut[c, v] = table[lut[c, v]]
 
-@_compile
-def _reset(lut: np.ndarray) -> None:
+@_compiled_function
+def _reset_table(lut: np.ndarray) -> None:
     for c in range(3):
         for v in range(256): lut[c, v] = v
 
@@ -238,8 +240,8 @@ with np.errstate(divide='ignore'):      # in fixed point: 255 / v, 30 / v
 _ROUND = np.arange(540) - 60 * np.arange(3)[:, None]
 _FALL = (60 - abs(_ROUND % 180 - 90)).clip(0, 30)      # of channel c at hue h - 180, in 30ths: w_c, (3, 540)
 
-@_compile
-def _hue(red: int, green: int, blue: int, value: int, chroma: int) -> int:
+@_compiled_function
+def _hue_of(red: int, green: int, blue: int, value: int, chroma: int) -> int:
     "150 .. 329, 180 is red; `value` is the largest channel, `chroma` its distance to the smallest."
     if chroma == 0: return 180
     if value == red: sixth = green - blue
@@ -248,22 +250,22 @@ def _hue(red: int, green: int, blue: int, value: int, chroma: int) -> int:
     return 180 + ((sixth * _PER_CHROMA[chroma] + 2048) >> 12)
 
 # %% ../nbs/02b_compiled.ipynb #dedcb459
-@_compile
+@_compiled_function
 def _through_hsv(red: int, green: int, blue: int, table: np.ndarray, hue: int, saturation: int) -> tuple[int, int, int]:
     "Look V up in a table (256,), add to hue and saturation."
     value = max(red, green, blue)
     chroma = value - min(red, green, blue)
-    hue += _hue(red, green, blue, value, chroma)
+    hue += _hue_of(red, green, blue, value, chroma)
     saturation = min(max(((chroma * _PER_VALUE[value] + 2048) >> 12) + saturation, 0), 255)
     level = np.int64(table[value])
     vs = float(level * saturation) / 7650
     return int(level - vs * _FALL[0, hue]), int(level - vs * _FALL[1, hue]), int(level - vs * _FALL[2, hue])
 
-@_compile
+@_compiled_function
 def _through_hls(red: int, green: int, blue: int, table: np.ndarray) -> tuple[int, int, int]:
     value, total = max(red, green, blue), max(red, green, blue) + min(red, green, blue)
     chroma = 2 * value - total
-    hue = _hue(red, green, blue, value, chroma)
+    hue = _hue_of(red, green, blue, value, chroma)
     saturation = np.rint(255 * chroma / max(min(total, 510 - total), 1)) / 255
     light = float(table[int(np.rint(total / 2))])
     half = saturation * min(light, 255 - light)             # of the distance between largest and smallest
@@ -275,18 +277,19 @@ def _through_hls(red: int, green: int, blue: int, table: np.ndarray) -> tuple[in
 _LUMA = np.array([[11682, 9241, 22987, -11698, -5636, 29049],          # YCrCb: from R - Y and B - Y; and back
                   [14369, 8061, 18678, -9519, -6472, 33292]])          # YUV
 
-@_compile
-def _unscale(x: int) -> int: return (x + 8192) >> 14
+@_compiled_function
+def _unscaled_sum(x: int) -> int: return (x + 8192) >> 14
 
-@_compile
-def _level(x: int) -> int: return min(max(x, 0), 255)
+@_compiled_function
+def _as_level(x: int) -> int: return min(max(x, 0), 255)
 
-@_compile
+@_compiled_function
 def _through_luma(red: int, green: int, blue: int, table: np.ndarray, k: np.ndarray) -> tuple[int, int, int]:
-    y = _unscale(4899 * red + 9617 * green + 1868 * blue)
-    r, b = min(max(_unscale((red - y) * k[0]), -128), 127), min(max(_unscale((blue - y) * k[1]), -128), 127)
+    y = _unscaled_sum(4899 * red + 9617 * green + 1868 * blue)
+    r, b = min(max(_unscaled_sum((red - y) * k[0]), -128), 127), min(max(_unscaled_sum((blue - y) * k[1]), -128), 127)
     y = np.int64(table[y])
-    return _level(y + _unscale(r * k[2])), _level(y + _unscale(r * k[3] + b * k[4])), _level(y + _unscale(b * k[5]))
+    return (_as_level(y + _unscaled_sum(r * k[2])), _as_level(y + _unscaled_sum(r * k[3] + b * k[4])),
+            _as_level(y + _unscaled_sum(b * k[5])))
 
 # %% ../nbs/02b_compiled.ipynb #2de41b7c
 _v, _light = np.arange(256) / 255, np.arange(2**14) / (2**14 - 1)
@@ -300,7 +303,7 @@ _ROOT = np.rint(2**15 * np.where(_t < .008856, 7.787 * _t + 16 / 116, np.cbrt(_t
 _LIGHT_2040 = np.rint(2040 * _LIGHT).astype(np.int64)
 _XYZ_4096 = np.rint(4096 * _XYZ / _WHITE[:, None]).astype(np.int64)
 
-@_compile
+@_compiled_function
 def _to_levels(x: float, y: float, z: float) -> tuple[int, int, int]:
     red = _RGB[0, 0] * x + _RGB[0, 1] * y + _RGB[0, 2] * z
     green = _RGB[1, 0] * x + _RGB[1, 1] * y + _RGB[1, 2] * z
@@ -309,23 +312,23 @@ def _to_levels(x: float, y: float, z: float) -> tuple[int, int, int]:
             _LEVEL[int(min(max(blue, 0.), 1.) * 16383 + .5)])
 
 # %% ../nbs/02b_compiled.ipynb #78876b83
-@_compile
-def _cube(f: float) -> float: return f**3 if f > 6 / 29 else (f - 16 / 116) / 7.787
+@_compiled_function
+def _lab_cube(f: float) -> float: return f**3 if f > 6 / 29 else (f - 16 / 116) / 7.787
 
-@_compile
+@_compiled_function
 def _root_of(i: int, red: int, green: int, blue: int) -> int:
     return _ROOT[(red * _XYZ_4096[i, 0] + green * _XYZ_4096[i, 1] + blue * _XYZ_4096[i, 2] + 2048) >> 12]
 
-@_compile
+@_compiled_function
 def _through_lab(red: int, green: int, blue: int, table: np.ndarray) -> tuple[int, int, int]:
     r, g, b = _LIGHT_2040[red], _LIGHT_2040[green], _LIGHT_2040[blue]
     x, y, z = _root_of(0, r, g, b), _root_of(1, r, g, b), _root_of(2, r, g, b)
     light, a, b = (296 * y - 1320550) >> 15, (500 * (x - y) + 16384) >> 15, (200 * (y - z) + 16384) >> 15
     f = (table[light] / 2.55 + 16) / 116
-    return _to_levels(_cube(f + a / 500) * _WHITE[0], _cube(f), _cube(f - b / 200) * _WHITE[2])
+    return _to_levels(_lab_cube(f + a / 500) * _WHITE[0], _lab_cube(f), _lab_cube(f - b / 200) * _WHITE[2])
 
 # %% ../nbs/02b_compiled.ipynb #4bfd8dee
-@_compile
+@_compiled_function
 def _through_luv(red: int, green: int, blue: int, table: np.ndarray) -> tuple[int, int, int]:
     r, g, b = _LIGHT[red], _LIGHT[green], _LIGHT[blue]
     x, y = _XYZ[0, 0] * r + _XYZ[0, 1] * g + _XYZ[0, 2] * b, _XYZ[1, 0] * r + _XYZ[1, 1] * g + _XYZ[1, 2] * b
@@ -335,41 +338,41 @@ def _through_luv(red: int, green: int, blue: int, table: np.ndarray) -> tuple[in
     u = np.rint((u + 134) * 255 / 354) * 354 / 255 - 134                    # 8 bits
     v = np.rint((v + 140) * 255 / 262) * 262 / 255 - 140
     light = table[int(min(light * 2.55, 255.))] / 2.55
-    y, p, q = _cube((light + 16) / 116), u + 13 * light * .19793943, v + 13 * light * .46831096
+    y, p, q = _lab_cube((light + 16) / 116), u + 13 * light * .19793943, v + 13 * light * .46831096
     q = min(max(.25 / q, -.25), .25)
     return _to_levels(9 * y * p * q, y, y * ((156 * light - 3 * p) * q - 5))
 
 # %% ../nbs/02b_compiled.ipynb #da25daec
-@_compile
+@_compiled_function
 def _pixel_of(image: np.ndarray, lut: np.ndarray, p: int) -> tuple[np.int64, np.int64, np.int64]:
     "The three channels of a pixel, through `lut`."
     return np.int64(lut[0, image[0, p]]), np.int64(lut[1, image[1, p]]), np.int64(lut[2, image[2, p]])
 
-@_compile
-def _enhance(dull: np.float32, x: int, factor: np.float32) -> int:
+@_compiled_function
+def _enhanced_level(dull: np.float32, x: int, factor: np.float32) -> int:
     return int(min(max((np.float32(x) - dull) * factor + dull, _0), _255))
 
-@_compile
+@_compiled_function
 def _color_of(red: int, green: int, blue: int, factor: np.float32) -> tuple[int, int, int]:
     gray = np.float32((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)
-    return _enhance(gray, red, factor), _enhance(gray, green, factor), _enhance(gray, blue, factor)
+    return _enhanced_level(gray, red, factor), _enhanced_level(gray, green, factor), _enhanced_level(gray, blue, factor)
 
 # %% ../nbs/02b_compiled.ipynb #4152fce9
-@_compile
+@_compiled_function
 def _brightness_table(code: int, strength: np.ndarray) -> np.ndarray:
     "What becomes of the brightness (256,): times a factor plus an offset or, with `strength[3]` 1, the sum first."
     table, offset = np.empty(256, np.uint8), int(np.rint(strength[1]))
     for v in range(256):
         if code != _MULTIPLY_ADD: table[v] = v
-        elif strength[3] == 0: table[v] = _level(int(min(np.float32(v) * strength[0], _255)) + offset)
-        else: table[v] = int(min(np.float32(_level(v + offset)) * strength[0], _255))
+        elif strength[3] == 0: table[v] = _as_level(int(min(np.float32(v) * strength[0], _255)) + offset)
+        else: table[v] = int(min(np.float32(_as_level(v + offset)) * strength[0], _255))
     return table
 
 # %% ../nbs/02b_compiled.ipynb #76c394ce
 _YCRCB, _HSV, _HLS, _LAB, _LUV, _YUV = range(6)
 
-@_compile
-def _recolor(
+@_compiled_function
+def _recolor_pixels(
     out: np.ndarray, image: np.ndarray, lut: np.ndarray, pixels: np.ndarray, code: int, strength: np.ndarray,
 ) -> None:
     table, space, hue, saturation = _brightness_table(code, strength), int(strength[2]), 0, 0
@@ -391,8 +394,8 @@ def _recolor(
         for p in pixels: out[0, p], out[1, p], out[2, p] = _through_luma(*_pixel_of(image, lut, p), table, luma)
 
 # %% ../nbs/02b_compiled.ipynb #2fd798f3
-@_compile
-def _spans(pixels: np.ndarray, size: tuple) -> np.ndarray:
+@_compiled_function
+def _row_spans(pixels: np.ndarray, size: tuple) -> np.ndarray:
     "Of each row: from where to where it has pixels of an ascending list, (H, 2)."
     spans, width = np.zeros((size[0], 2), np.int64), size[1]
     for p in pixels:
@@ -402,14 +405,15 @@ def _spans(pixels: np.ndarray, size: tuple) -> np.ndarray:
     return spans
 
 # %% ../nbs/02b_compiled.ipynb #7c86c394
-@_compile
-def _sum3(x: np.ndarray, j: int) -> np.float32: return np.float32(x[j]) + np.float32(x[j + 1]) + np.float32(x[j + 2])
+@_compiled_function
+def _sum_of_three(x: np.ndarray, j: int) -> np.float32:
+    return np.float32(x[j]) + np.float32(x[j + 1]) + np.float32(x[j + 2])
 
-@_compile
-def _sharpen(
+@_compiled_function
+def _sharpen_pixels(
     out: np.ndarray, image: np.ndarray, lut: np.ndarray, pixels: np.ndarray, factor: np.float32, size: tuple,
 ) -> None:
-    (height, w), spans, x = size, _spans(pixels, size), np.empty(image.shape[1], np.uint8)
+    (height, w), spans, x = size, _row_spans(pixels, size), np.empty(image.shape[1], np.uint8)
     for c in range(3):
         level, sharp = lut[c], out[c]
         for p in range(len(x)): x[p] = level[image[c, p]]
@@ -421,24 +425,25 @@ def _sharpen(
             above, here, below, to = x[first - w - 1:], x[first - 1:], x[first + w - 1:], sharp[first:]
             for j in range(last - first):
                 centre = np.float32(here[j + 1])
-                total = _sum3(above, j) + _sum3(here, j) + _sum3(below, j) + np.float32(4) * centre
+                total = (_sum_of_three(above, j) + _sum_of_three(here, j) + _sum_of_three(below, j)
+                         + np.float32(4) * centre)
                 dull = np.rint(total * np.float32(1 / 13))
                 to[j] = np.uint8(min(max((centre - dull) * factor + dull, _0), _255))
 
 # %% ../nbs/02b_compiled.ipynb #0cb5028f
-@_compile
+@_compiled_function
 def _corner_of(p: int, parts: np.ndarray, height: int, width: int) -> int:
     "The first of the four pixels, in a frame, that the turn takes pixel p from."
     i = int((p + .5) / width)
     j = p - i * width
     x, y = parts[0, i] + parts[0, height + j], parts[1, i] + parts[1, height + j]
-    return _place(x, y, np.float32(height), np.float32(width), np.int32(width + 2))[0]
+    return _split_place(x, y, np.float32(height), np.float32(width), np.int32(width + 2))[0]
 
 # %% ../nbs/02b_compiled.ipynb #5f55cfe2
-@_compile
+@_compiled_function
 def _pixels_before(after: np.ndarray, pixels: np.ndarray, size: tuple, code: int, degrees: float) -> int:
     "The `pixels` that a turn or sharpness needs to know before it, for `after` to be known after it; how many."
-    (height, width), n, known, parts = size, 0, _frame(size, np.bool_), _turn(degrees, size)
+    (height, width), n, known, parts = size, 0, _empty_frame(size, np.bool_), _turn_steps(degrees, size)
     w = width + 2
     for p in after:
         if code == _ROTATE:
@@ -466,7 +471,7 @@ def chains_of(augmentation: Augmentation) -> Chains:
     return Chains(codes[augmentation.operations.numpy()], augmentation.strengths.numpy())
 
 # %% ../nbs/02b_compiled.ipynb #5d32b43b
-@_compile
+@_compiled_function
 def _list_needed(chain: Chains, a: int, lists: np.ndarray, counts: np.ndarray, size: tuple) -> None:
     "`lists` (k + 1, H * W): row i has the `counts[i]` pixels needed after i operations. The last row is given."
     first, area = 0, lists.shape[1]
@@ -492,35 +497,35 @@ class Memory(NamedTuple):
     images: np.ndarray       # (2, 3, H * W) uint8
     weights: np.ndarray      # (H * W,) float32 in 0..1, how much of the opacity each pixel of the mask gets
 
-@_compile
-def _memory(size: tuple, k: int) -> Memory:
+@_compiled_function
+def _empty_memory(size: tuple, k: int) -> Memory:
     area = size[0] * size[1]
-    return Memory(_frame(size, np.float32), _frame(size, np.uint32), np.empty((k + 1, area), np.int32),
+    return Memory(_empty_frame(size, np.float32), _empty_frame(size, np.uint32), np.empty((k + 1, area), np.int32),
                   np.empty(k + 1, np.int64), np.empty((3, 256), np.uint8), np.empty((2, 3, area), np.uint8),
                   np.empty(area, np.float32))
 
 # %% ../nbs/02b_compiled.ipynb #1a86da31
-@_compile
-def _augment(texture: np.ndarray, chains: Chains, a: int, memory: Memory) -> np.ndarray:
+@_compiled_function
+def _augment_texture(texture: np.ndarray, chains: Chains, a: int, memory: Memory) -> np.ndarray:
     "Chain a of a texture (3, H, W): an image (3, H * W) that, seen through the lut, is right where listed last."
     (_, height, width), lut, free = texture.shape, memory.lut, 0
     size, image = (height, width), texture.reshape(3, height * width)
     _list_needed(chains, a, memory.lists, memory.counts, size)
-    _reset(lut)
+    _reset_table(lut)
     for k in range(len(chains.code[a])):
         code, strength, out = chains.code[a, k], chains.strength[a, k], memory.images[free]
         if code <= _AUTOCONTRAST:
-            _follow(lut, image, code, strength)
+            _append_table(lut, image, code, strength)
             continue
         pixels = memory.lists[k + 1, :memory.counts[k + 1]]
-        if code == _SHARPNESS: _sharpen(out, image, lut, pixels, strength[0], size)
+        if code == _SHARPNESS: _sharpen_pixels(out, image, lut, pixels, strength[0], size)
         elif code == _ROTATE:
-            _pack(image.reshape(3, height, width), lut, memory.words)
+            _pack_frame(image.reshape(3, height, width), lut, memory.words)
             turned = out.reshape(3, height, width)
-            _turn_image(memory.words, size, strength[0], _spans(pixels, size), _1, turned)
-        else: _recolor(out, image, lut, pixels, code, strength)
+            _turn_image(memory.words, size, strength[0], _row_spans(pixels, size), _1, turned)
+        else: _recolor_pixels(out, image, lut, pixels, code, strength)
         image, free = out, 1 - free
-        _reset(lut)
+        _reset_table(lut)
     return image
 
 # %% ../nbs/02b_compiled.ipynb #618e2bd3
@@ -557,7 +562,7 @@ class Made(NamedTuple):
     is_anomalous: np.ndarray # (B,) bool
 
 # %% ../nbs/02b_compiled.ipynb #539f961b
-@_compile
+@_compiled_function
 def _normal_into(
     image: np.ndarray, degrees: np.float32, memory: Memory, target: np.ndarray, augmented: np.ndarray,
 ) -> None:
@@ -568,13 +573,13 @@ def _normal_into(
             for i in range(height):
                 for j in range(width): target[c, i, j] = augmented[c, i, j] = np.float32(image[c, i, j]) / _255
         return
-    _reset(memory.lut)
-    _pack(image, memory.lut, memory.words)
+    _reset_table(memory.lut)
+    _pack_frame(image, memory.lut, memory.words)
     _turn_image(memory.words, (height, width), degrees, _all_rows((height, width)), _255, target)
     augmented[:] = target
 
 # %% ../nbs/02b_compiled.ipynb #ee857217
-@_compile
+@_compiled_function
 def _rectangle_into(rectangle: np.ndarray, mask: np.ndarray, pixels: np.ndarray) -> int:
     "As `_turn_noise`: a pixel belongs where its centre lies inside."
     (height, width), (top, left, bottom, right), n = mask.shape, rectangle, 0
@@ -587,7 +592,7 @@ def _rectangle_into(rectangle: np.ndarray, mask: np.ndarray, pixels: np.ndarray)
             n += hit
     return n
 
-@_compile
+@_compiled_function
 def _mask_into(mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory: Memory) -> int:
     "The mask (H, W) of anomaly a, and the list of its pixels; how many."
     if work.is_rectangle: return _rectangle_into(work.rectangle[a], mask, pixels)
@@ -595,7 +600,7 @@ def _mask_into(mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory:
     return _turn_noise(memory.noise, mask.shape, work.mask_degrees[a], work.threshold, mask, pixels)
 
 # %% ../nbs/02b_compiled.ipynb #6deeaca9
-@_compile
+@_compiled_function
 def _weights_into(
     weights: np.ndarray, mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory: Memory,
 ) -> None:
@@ -603,11 +608,11 @@ def _weights_into(
     (height, width), flat, highest = mask.shape, mask.reshape(mask.size), _0
     for p in pixels: weights[p] = _1
     if work.softness[a] == 0 or work.is_rectangle: return
-    frame, parts, w = memory.noise, _turn(work.mask_degrees[a], mask.shape), np.int32(width + 2)
+    frame, parts, w = memory.noise, _turn_steps(work.mask_degrees[a], mask.shape), np.int32(width + 2)
     for p in pixels:
         (x, y), (across_x, across_y) = parts[:, p // width], parts[:, height + p % width]
-        k, east, south = _place(x + across_x, y + across_y, np.float32(height), np.float32(width), w)
-        noise = _mean(frame[k], frame[k + 1], frame[k + w], frame[k + w + 1], east, south)
+        k, east, south = _split_place(x + across_x, y + across_y, np.float32(height), np.float32(width), w)
+        noise = _bilinear_mean(frame[k], frame[k + 1], frame[k + w], frame[k + w + 1], east, south)
         weights[p] = noise - work.threshold
         highest = max(highest, weights[p])
     for p in pixels:
@@ -615,20 +620,20 @@ def _weights_into(
         flat[p] = _1 if weights[p] > _FAINT else _0
 
 # %% ../nbs/02b_compiled.ipynb #4fb53a5a
-@_compile
+@_compiled_function
 def _filling_image(work: Work, a: int, memory: Memory) -> np.ndarray:
     "An image (3, H * W) uint8 that is right on the mask of anomaly a, seen through the lut."
     texture = work.textures[work.texture[a]]
     if work.own[a] >= 0:
-        _reset(memory.lut)
+        _reset_table(memory.lut)
         return work.own_images[work.own[a]].reshape(3, texture.shape[1] * texture.shape[2])
-    if not work.is_plain: return _augment(texture, work.chains, a, memory)
+    if not work.is_plain: return _augment_texture(texture, work.chains, a, memory)
     for c in range(3): memory.lut[c] = work.color[a, c]
     return texture.reshape(3, texture.shape[1] * texture.shape[2])
 
 # %% ../nbs/02b_compiled.ipynb #1a55b060
-@_compile
-def _blend(
+@_compiled_function
+def _blend_anomaly(
     normal: np.ndarray, out: np.ndarray, pixels: np.ndarray, weights: np.ndarray, source: np.ndarray, lut: np.ndarray,
     work: Work, a: int,
 ) -> None:
@@ -644,12 +649,12 @@ def _blend(
         out[2, p] = (blue - normal[2, p]) * beta + normal[2, p]
 
 # %% ../nbs/02b_compiled.ipynb #264918a0
-@_compile
+@_compiled_function
 def _make_samples(samples: np.ndarray, work: Work, made: Made) -> None:
     "Make some samples of the batch."
     height, width = work.images.shape[2:]
     area, k = height * width, work.chains.code.shape[1]
-    memory = _memory((height, width), k)
+    memory = _empty_memory((height, width), k)
     for b in samples:
         target, augmented, mask, a = made.target[b], made.augmented[b], made.mask[b, 0], work.anomaly[b]
         _normal_into(work.images[work.image[b]], work.degrees[b], memory, target, augmented)
@@ -660,8 +665,8 @@ def _make_samples(samples: np.ndarray, work: Work, made: Made) -> None:
         if n:
             _weights_into(memory.weights, mask, pixels[:n], work, a, memory)
             source = _filling_image(work, a, memory)
-            _blend(target.reshape(3, area), augmented.reshape(3, area), pixels[:n], memory.weights, source, memory.lut,
-                   work, a)
+            _blend_anomaly(target.reshape(3, area), augmented.reshape(3, area), pixels[:n], memory.weights, source,
+                           memory.lut, work, a)
 
 # %% ../nbs/02b_compiled.ipynb #94a5a332
 def simulate(
@@ -674,12 +679,12 @@ def simulate(
     order = np.argsort(-cost, kind='stable')
     threads = min(threads, len(order)) if made.target.size >= 2**20 else 1
     hands = [order[k::threads].copy() for k in range(threads)]
-    others = [_pool(threads - 1).submit(_make_samples, hand, work, made) for hand in hands[1:]]
+    others = [_thread_pool(threads - 1).submit(_make_samples, hand, work, made) for hand in hands[1:]]
     _make_samples(hands[0], work, made)
     for other in others: other.result()
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _thread_pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
-os.register_at_fork(after_in_child=_pool.cache_clear)      # threads do not survive a fork
+os.register_at_fork(after_in_child=_thread_pool.cache_clear)      # threads do not survive a fork

@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: a GPU where there is one)')
     return parser
 
+# %% ../nbs/14f_corrections.ipynb #e45f6195
 def correct(run_dir: Path, corrections: dict[Path, str], device: str | None = None) -> list[str]:
     "Remember the corrections (image -> 'good' or 'bad') and set the threshold again; what happened, in sentences."
     if not run_dir.is_dir(): raise FileNotFoundError(f'there is no run {shown(run_dir)}; train first')

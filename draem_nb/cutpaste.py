@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from pydantic import Field
@@ -22,15 +21,15 @@ from tqdm import tqdm
 
 from .data import CategoryData, check_size, replacing
 from .detector import AnomalyDetector
-from .fitting import describe_run, is_there, keep_run
+from .fitting import check_loaded_size, describe_run, is_there, keep_run, write_losses
 from .recipes import BaseRecipe, BelowOne, Count, Degrees, Positive, Seed, Share, Size, Weight, as_recipe
 from .simulator import generator_of, uniform
 from .training import damage_named, load_checkpoint, move, pick_device, split_held_out
 
 # %% auto #0
-__all__ = ['load', 'CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw_patches', 'draw_scars', 'paste', 'CutPastePlan',
+__all__ = ['CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw_patches', 'draw_scars', 'paste', 'CutPastePlan',
            'draw_plan', 'make_batch', 'examples', 'ResNet18', 'train_network', 'Gaussian', 'spread', 'patch_features',
-           'CutPasteDetector', 'fit']
+           'CutPasteDetector', 'fit', 'load']
 
 # %% ../nbs/22_cutpaste.ipynb #0900ca95
 _Range = tuple[Positive, Positive]      # (low, high)
@@ -113,7 +112,7 @@ class Pastes:
     degrees: Tensor     # (B,) turned by so much
     jitter: Tensor      # (B, 4) factors of brightness, contrast and saturation, and hue in turns
 
-def _placed(sides: Tensor, degrees: Tensor, size: tuple[int, int], jitter: float, g: torch.Generator) -> Pastes:
+def _draw_boxes(sides: Tensor, degrees: Tensor, size: tuple[int, int], jitter: float, g: torch.Generator) -> Pastes:
     "Boxes at places drawn uniformly, those that are pasted and those that are cut both fully inside."
     cos, sin = degrees.deg2rad().cos()[:, None], degrees.deg2rad().sin().abs()[:, None]
     places = []
@@ -132,13 +131,14 @@ def draw_patches(recipe: CutPasteRecipe, n: int, size: tuple[int, int], g: torch
     ratios = torch.stack([uniform(low, high, n, g) for low, high in recipe.aspect])
     ratio = ratios[torch.randint(len(ratios), (n,), generator=g), torch.arange(n)]
     sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).round()
-    return _placed(torch.minimum(sides.clamp(min=1), torch.tensor(size)), torch.zeros(n), size, recipe.jitter, g)
+    return _draw_boxes(torch.minimum(sides.clamp(min=1), torch.tensor(size)), torch.zeros(n), size, recipe.jitter, g)
 
 def draw_scars(recipe: CutPasteRecipe, n: int, size: tuple[int, int], g: torch.Generator) -> Pastes:
     "n scars for images or patches of (H, W) pixels; their lengths go with `recipe.size`, a side is at least one pixel."
     scale = min(check_size(recipe.size)) / 256
     sides = torch.stack([uniform(*lengths, n, g) for lengths in (recipe.scar_width, recipe.scar_length)], 1) * scale
-    return _placed(sides.clamp(min=1), uniform(-recipe.scar_degrees, recipe.scar_degrees, n, g), size, recipe.jitter, g)
+    degrees = uniform(-recipe.scar_degrees, recipe.scar_degrees, n, g)
+    return _draw_boxes(sides.clamp(min=1), degrees, size, recipe.jitter, g)
 
 # %% ../nbs/22_cutpaste.ipynb #8ec3a05c
 def paste(
@@ -154,10 +154,10 @@ def paste(
     mask = ((v.abs() < sides[:, 0] / 2) & (u.abs() < sides[:, 1] / 2))[:, None]
     grid = torch.stack([(u + source[:, 1]) / len(x), (v + source[:, 0]) / len(y)], -1) * 2 - 1
     cut = F.grid_sample(images, grid, padding_mode='border', align_corners=False)
-    return torch.where(mask, _jittered(cut, mask, pastes.jitter.to(images.device)), images), mask
+    return torch.where(mask, _jitter_colours(cut, mask, pastes.jitter.to(images.device)), images), mask
 
 # %% ../nbs/22_cutpaste.ipynb #372898db
-def _jittered(cut: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
+def _jitter_colours(cut: Tensor, mask: Tensor, jitter: Tensor) -> Tensor:
     "(B, 3, H, W) with its colours changed by (B, 4), clamped to 0..1; the mean of the contrast is over the mask."
     brightness, contrast, saturation, hue = jitter[:, :, None, None, None].unbind(1)
     gray = lambda x: (x * x.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
@@ -214,14 +214,14 @@ def examples(images: Tensor, recipe: CutPasteRecipe, textures: Tensor | None = N
     return fig
 
 # %% ../nbs/22_cutpaste.ipynb #f864fbc9
-def _conv(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
+def _convolution_layer(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out))
 
 class _Block(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.first, self.second = _conv(c_in, c_out, 3, stride), _conv(c_out, c_out, 3, 1)
-        self.shortcut, self.stride = _conv(c_in, c_out, 1, 1) if stride > 1 else nn.Identity(), stride
+        self.first, self.second = _convolution_layer(c_in, c_out, 3, stride), _convolution_layer(c_out, c_out, 3, 1)
+        self.shortcut, self.stride = _convolution_layer(c_in, c_out, 1, 1) if stride > 1 else nn.Identity(), stride
 
     def forward(self, x: Tensor) -> Tensor:
         # every second pixel, then no stride: oneDNN's strided 1 x 1 convolution corrupts the
@@ -235,7 +235,7 @@ class ResNet18(nn.Module):
         super().__init__()
         stages = [_Block(width * max(1, k // 2) if first else width * k, width * k, 2 if first and k > 1 else 1)
                   for k in (1, 2, 4, 8) for first in (True, False)]
-        self.body = nn.Sequential(_conv(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *stages)
+        self.body = nn.Sequential(_convolution_layer(3, width, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *stages)
         self.head = nn.Sequential(nn.Linear(8 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, classes))
 
     def features(self, x: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class ResNet18(nn.Module):
 
 # %% ../nbs/22_cutpaste.ipynb #79b1aa31
 @torch.no_grad()
-def _initialise(net: ResNet18, generator: torch.Generator) -> ResNet18:
+def _set_first_weights(net: ResNet18, generator: torch.Generator) -> ResNet18:
     """Normal weights of variance 2 / fan out for convolutions and 2 / fan in for the head (He et al.),
     from a generator; biases 0."""
     for m in net.modules():
@@ -269,7 +269,7 @@ def train_network(
 ) -> tuple[ResNet18, Tensor]:       # in evaluation mode, and its losses (steps,) on the CPU
     "Train a ResNet-18 to tell normal windows from pasted ones. The same seed gives the same bits on a CPU."
     net = ResNet18(recipe.width, 1 + len(recipe.kinds))
-    net = move(_initialise(net, generator_of(recipe.seed, 4, *window)), images.device)
+    net = move(_set_first_weights(net, generator_of(recipe.seed, 4, *window)), images.device)
     optimizer = torch.optim.SGD(net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.steps))
     losses = torch.zeros(recipe.steps, device=images.device)
@@ -331,14 +331,14 @@ def patch_features(net: ResNet18, images: Tensor, patch: int, stride: int) -> Te
 # %% ../nbs/22_cutpaste.ipynb #eb3b0999
 class CutPasteDetector(AnomalyDetector):
     "Two networks and their Gaussians. `fit` makes it, `save` keeps it, `load` brings it back."
+    recipe: CutPasteRecipe
+
     def __init__(self, recipe: CutPasteRecipe, nets: dict[str, ResNet18], gaussians: dict[str, Gaussian],
                  farthest: float, losses: dict[str, Tensor]):
-        # by 'images' and 'patches'
-        self.recipe, self.nets, self.gaussians, self.farthest = recipe, nets, gaussians, farthest
-        # (steps,) each, of the training
-        self.losses = losses
-        self.size, self.quantile, self.device = (check_size(recipe.size), recipe.quantile,
-                                                 gaussians['images'].mean.device)
+        self.recipe, self.nets, self.gaussians = recipe, nets, gaussians            # by 'images' and 'patches'
+        self.farthest, self.losses = farthest, losses           # a patch's distance; (steps,) each, of the training
+        self.size, self.quantile = check_size(recipe.size), recipe.quantile
+        self.device = gaussians['images'].mean.device
 
     def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         "Of (B, 3, H, W) uint8: no reconstruction; distances of the patches (B, 1, H, W) in 0..1, of the images (B,)."
@@ -351,31 +351,9 @@ class CutPasteDetector(AnomalyDetector):
 
     def save(self, run_dir: str | Path) -> None:
         "Write checkpoint.pt, losses.csv and, if there are thresholds, threshold.json into the folder."
-        state = dict(recipe=dataclasses.asdict(self.recipe), farthest=self.farthest, losses=self.losses,
-                     nets={k: net.state_dict() for k, net in self.nets.items()},
-                     gaussians={k: vars(g) for k, g in self.gaussians.items()})
-        with replacing(Path(run_dir) / 'checkpoint.pt') as temporary: torch.save(state, temporary)
-        rows = pd.DataFrame({f'cross-entropy, {k}': losses.tolist() for k, losses in self.losses.items()})
-        rows.insert(0, 'step', rows.index + 1)
-        with replacing(Path(run_dir) / 'losses.csv') as temporary: rows.to_csv(temporary, index=False)
+        _write_checkpoint(self, Path(run_dir) / 'checkpoint.pt')
+        write_losses({f'cross-entropy, {k}': of for k, of in self.losses.items()}, Path(run_dir) / 'losses.csv')
         self.save_calibration(run_dir)
-
-    @classmethod
-    def load(cls, run_dir: str | Path, device: str | torch.device | None = None) -> CutPasteDetector:
-        "What `save` wrote, thresholds and all."
-        device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
-        state = load_checkpoint(path, device)
-        if 'gaussians' not in state: raise ValueError(f'{path} is not the checkpoint of a CutPaste run')
-        with damage_named(path):
-            recipe, nets = CutPasteRecipe(**state['recipe']), {}
-            for k, weights in state['nets'].items():
-                net = move(ResNet18(recipe.width, 1 + len(recipe.kinds)), device)
-                net.load_state_dict(weights)
-                nets[k] = net.eval()
-            detector = cls(recipe, nets, {k: Gaussian(**g) for k, g in state['gaussians'].items()}, state['farthest'],
-                           state['losses'])
-        detector.load_calibration(run_dir)
-        return detector
 
 # %% ../nbs/22_cutpaste.ipynb #61df47ec
 _MOST_PATCHES = 50_000      # for the Gaussian, drawn at random where there are more: bounds the memory
@@ -409,12 +387,9 @@ def fit(
 
     The same seed gives the same bits on a CPU."""
     recipe, device = recipe or demo(), pick_device(device)
-    if category.size != check_size(recipe.size):
-        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
-                         f'{recipe.size}; '
-                         f'load it with size={recipe.size}')
+    check_loaded_size(category, recipe)
     about = describe_run('cutpaste', category, recipe, device)
-    if run_dir and is_there(Path(run_dir), about): return CutPasteDetector.load(run_dir, device)
+    if run_dir and is_there(Path(run_dir), about): return load(run_dir, device)
     kept, held_out = split_held_out(len(category.train), recipe, category.groups)
     images = category.train[kept].to(device)
     windows = dict(images=category.size, patches=(recipe.patch,) * 2)
@@ -428,4 +403,25 @@ def fit(
     return detector
 
 # %% ../nbs/22_cutpaste.ipynb #f9347da7
-load = CutPasteDetector.load
+def _write_checkpoint(detector: CutPasteDetector, path: Path) -> None:
+    "All that both networks learned."
+    state = dict(recipe=dataclasses.asdict(detector.recipe), farthest=detector.farthest, losses=detector.losses,
+                 nets={k: net.state_dict() for k, net in detector.nets.items()},
+                 gaussians={k: vars(g) for k, g in detector.gaussians.items()})
+    with replacing(path) as temporary: torch.save(state, temporary)
+
+def load(run_dir: str | Path, device: str | torch.device | None = None) -> CutPasteDetector:
+    "What `CutPasteDetector.save` wrote, thresholds and all."
+    device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
+    state = load_checkpoint(path, device)
+    if 'gaussians' not in state: raise ValueError(f'{path} is not the checkpoint of a CutPaste run')
+    with damage_named(path):
+        recipe, nets = CutPasteRecipe(**state['recipe']), {}
+        for k, weights in state['nets'].items():
+            net = move(ResNet18(recipe.width, 1 + len(recipe.kinds)), device)
+            net.load_state_dict(weights)
+            nets[k] = net.eval()
+        detector = CutPasteDetector(recipe, nets, {k: Gaussian(**g) for k, g in state['gaussians'].items()},
+                                    state['farthest'], state['losses'])
+    detector.load_calibration(run_dir)
+    return detector

@@ -126,15 +126,15 @@ class DaganTraining(Training):
         "One step of the generator, one of the discriminator; gives the losses and the balance."
         x, recipe, balance = batch_of(self.images, self.recipe, i), self.recipe, self.balance
         again = self.nets['generator'](x)
-        adversarial, contextual = self._error(again), F.mse_loss(again, x)
+        adversarial, contextual = self._error_of(again), F.mse_loss(again, x)
         total = recipe.adversarial_weight * adversarial + recipe.contextual_weight * contextual
         descend(self.adams['generator'], total)
-        of_image, of_reconstruction = self._error(x), self._error(again.detach())
+        of_image, of_reconstruction = self._error_of(x), self._error_of(again.detach())
         descend(self.adams['discriminator'], of_image - balance.k * of_reconstruction)
         balance.step(of_image, of_reconstruction)
         return adversarial, contextual, of_image, balance.k
 
-    def _error(self, y: Tensor) -> Tensor: return F.mse_loss(self.nets['discriminator'](y), y)
+    def _error_of(self, y: Tensor) -> Tensor: return F.mse_loss(self.nets['discriminator'](y), y)
 
 # %% ../nbs/49_dagan.ipynb #7539db3a
 class DaganDetector(NetworkDetector):

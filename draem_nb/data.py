@@ -27,8 +27,8 @@ import zlib
 # %% auto #0
 __all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_categories', 'read_image', 'DiskFull', 'replacing',
            'write_json', 'read_json', 'remove_leftovers', 'temporary_folder', 'content_hash', 'load_images',
-           'large_zeros', 'large_part', 'ClassTensors', 'CategoryData', 'load_category', 'demo_category', 'check',
-           'download_mvtec', 'download_dtd']
+           'large_zeros', 'large_part', 'CategoryData', 'load_category', 'train_and_test_parts', 'crop_of',
+           'demo_category', 'check', 'download_mvtec', 'download_dtd']
 
 # %% ../nbs/00_data.ipynb #f192446f
 from collections import Counter, deque
@@ -139,7 +139,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f'.{start}.{os.urandom(4).hex()}.tmp') # two writers, of two machines even, never meet
     try:
         with open(temporary, 'wb') as held:
-            _lock(held.fileno())
+            _lock_open_file(held.fileno())
             yield temporary
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
@@ -163,7 +163,7 @@ def read_json(path: str | Path) -> dict:
     raise ValueError(f'{shown(path)} is damaged: it holds {type(value).__name__} instead of an object')
 
 # %% ../nbs/00_data.ipynb #3fc63d5b
-def _lock(file: int) -> bool:
+def _lock_open_file(file: int) -> bool:
     "Lock an open file or folder until it is closed; False where another process has it, or where there are no locks."
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError: return False
@@ -178,7 +178,8 @@ def remove_leftovers(
         try: file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError: continue                                # another user's, or gone just now
         try:
-            if _lock(file): shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            if not _lock_open_file(file): continue              # its process still lives
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         finally: os.close(file)
 
 # %% ../nbs/00_data.ipynb #1a55b003
@@ -303,7 +304,7 @@ def large_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tor
 
 def large_part(
     tensor: torch.Tensor,      # (N, ...)
-    indices: Sequence[int] | torch.Tensor,      # in any order
+    indices: Sequence[int] | np.ndarray | torch.Tensor,     # in any order
 ) -> torch.Tensor:
     "`tensor[indices]`, image by image where that is large; `tensor` itself where it is all of it."
     indices = torch.as_tensor(indices, dtype=torch.long)
@@ -313,7 +314,7 @@ def large_part(
     return part
 
 # %% ../nbs/00_data.ipynb #d551ef8d
-def _masks(files: ClassFiles, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _load_masks(files: ClassFiles, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     "Both rules, (M, 1, H, W) bool each."
     half, official = (large_zeros((len(files.test), 1, *size), torch.bool) for _ in range(2))
     for i, (image, paths) in enumerate(zip(files.test, files.masks)):
@@ -325,8 +326,8 @@ def _masks(files: ClassFiles, size: tuple[int, int]) -> tuple[torch.Tensor, torc
 
 # %% ../nbs/00_data.ipynb #7168cff3
 @dataclass(frozen=True, eq=False, repr=False)
-class ClassTensors:
-    "The fields of `CategoryData`, N training images, all good, and M test images of H x W pixels."
+class CategoryData:
+    "One class in memory, at the networks' input size: N training images, all good, and M test images of H x W pixels."
     name: str                     # the class, e.g. 'screw'
     root: Path                    # the folder that holds the class's folder
     size: tuple[int, int]         # (H, W)
@@ -345,10 +346,6 @@ class ClassTensors:
     region: torch.Tensor | None = None  # (H, W) bool, what is looked at (14d_regions); None: everything
     groups: tuple[str, ...] = ()  # the part that each of N training images shows, see 00b_layouts; empty: not known
 
-# %% ../nbs/00_data.ipynb #cfab2aed
-class CategoryData(ClassTensors):
-    """One class in memory, at the networks' input size: `train` (N, 3, H, W) and `test` (M, 3, H, W) uint8, `masks`
-    (M, 1, H, W) and `labels` (M,) bool, `kinds`, `paths`; see `ClassTensors`."""
     def __repr__(self) -> str:
         test = ', '.join(f'{n} {kind}' for kind, n in sorted(Counter(self.kinds).items()))
         counts = f'{len(self.train)} train, {len(self.test)} test'
@@ -357,7 +354,7 @@ class CategoryData(ClassTensors):
     @cached_property
     def fingerprint(self) -> str:
         "sha256 (hex) of every pixel, mask and file name: equal when two runs saw the same data, wherever it lay."
-        return _fingerprint(self)
+        return _fingerprint_of(self)
 
     @property
     def outlines(self) -> torch.Tensor | None:
@@ -366,17 +363,17 @@ class CategoryData(ClassTensors):
 
     def subset(self, kinds: Sequence[str]) -> CategoryData:
         "The same class with the test images that are good or of one of `kinds`; `ValueError` lists the existing kinds."
-        return _subset(self, kinds)
+        return _subset_of(self, kinds)
 
 # %% ../nbs/00_data.ipynb #1a55b007
-def _fingerprint(c: CategoryData) -> str:
+def _fingerprint_of(c: CategoryData) -> str:
     names = [p.relative_to(Path(c.root) / c.name).as_posix() for p in [*c.train_paths, *c.paths]]
     digest = hashlib.sha256(json.dumps([c.name, c.size, names]).encode())
     for tensor in (c.train, c.test, c.masks, c.masks_official): digest.update(tensor.contiguous().numpy().data)
     if not c.masks_known: digest.update(b'no masks' if c.weak_masks is None else c.weak_masks.contiguous().numpy().data)
     return digest.hexdigest()
 
-def _subset(c: CategoryData, kinds: Sequence[str]) -> CategoryData:
+def _subset_of(c: CategoryData, kinds: Sequence[str]) -> CategoryData:
     if unknown := sorted(set(kinds) - set(c.kinds)):
         raise ValueError(f"class {c.name} has no test images of kind {', '.join(unknown)}; "
                          f"there are: {', '.join(sorted(set(c.kinds)))}")
@@ -402,6 +399,19 @@ _UNKNOWN = dict(
     weak='The masks only surround the defects: they are shown in pictures, and pixel metrics are undefined.',
     none='The defects of this class have no masks: pixel metrics are undefined.')
 
+# %% ../nbs/00_data.ipynb #140a61fd
+def _region_of(files: ClassFiles, region: str | Path | Sequence[int] | None,
+               size: tuple[int, int]) -> torch.Tensor | None:
+    "What is looked at, (H, W) bool: `region`, else region.png in the class's folder, else everything (None)."
+    if region is None and (own := files.folder / 'region.png').is_file(): region = own
+    return None if region is None else read_region(region, [*files.train, *files.test], size)
+
+def _part_note(groups: Sequence[str]) -> tuple[str, ...]:
+    "A sentence where several training images show one part."
+    n_parts = len(set(groups))
+    if n_parts == len(groups): return ()
+    return (f'Training images are held out part by part: {len(groups)} show {n_parts} parts.',)
+
 # %% ../nbs/00_data.ipynb #44376ce7
 def load_category(
     root: str | Path,                 # folder that holds the classes; a data set of one class may be given itself
@@ -410,25 +420,22 @@ def load_category(
     color: str = 'rgb',               # channel order, 'rgb' or 'bgr'
     layout: str | None = None,        # a key of `layouts.LAYOUTS`; None: detect
     antialias: bool = True,           # of the images, see `load_images`
-    # what is looked at, see 14d_regions; None: region.png in the class's folder, else everything
-    region: str | Path | Sequence[int] | None = None,
+    region: str | Path | Sequence[int] | None = None,   # what is looked at (14d_regions); None: its region.png, or all
     groups: str | None = None,        # tells which training images show the same part, see `layouts.groups_of`
 ) -> CategoryData:
     "A class in any layout, resized to `size`. Anything missing or unreadable raises an error that names it."
     size, files = check_size(size), list_files(root, name, layout)
     train, test = (load_images(images, size, color, True, antialias) for images in (files.train, files.test))
-    masks, masks_official = _masks(files, size)
-    if region is None and (own := files.folder / 'region.png').is_file(): region = own
-    looked_at = None if region is None else read_region(region, [*files.train, *files.test], size)
+    masks, masks_official = _load_masks(files, size)
+    looked_at = _region_of(files, region, size)
     cut_note = () if looked_at is None else (_cut_to_region(looked_at, (train, test), (masks, masks_official)),)
     labels = torch.tensor([kind != 'good' for kind in files.kinds], dtype=torch.bool)
     known = files.ground_truth == 'exact' or not labels.any()
     weak = None if files.ground_truth != 'weak' else masks
     if not known: masks, masks_official = (large_zeros(masks.shape, torch.bool) for _ in range(2))
-    notes = (*files.notes, *cut_note) if known else (*files.notes, *cut_note, _UNKNOWN[files.ground_truth])
     of = groups_of(files.train, files.folder, groups)
-    if len(set(of)) < len(of):
-        notes += (f'Training images are held out part by part: {len(of)} show {len(set(of))} parts.',)
+    notes = (*files.notes, *cut_note, *(() if known else (_UNKNOWN[files.ground_truth],)),
+             *_part_note(of))
     return CategoryData(name, files.folder.parent, size, train, test, masks, masks_official, labels,
                         files.kinds, files.test, files.train, known, weak, notes, antialias, looked_at, of)
 
@@ -436,10 +443,12 @@ def load_category(
 DEMO_CATEGORIES = ('brick', 'gravel', 'grass')
 _CROP, _TEST = 128, (168, 344) # pixels: side of a crop; first column of the test part, and the first one behind it
 
-def _train_and_test_parts(photo: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]: # both sides; the middle
+def train_and_test_parts(photo: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    "What normal training images are cut from, both sides of a photograph, and test images, its middle."
     return [photo[:, :_TEST[0]], photo[:, _TEST[1]:]], [photo[:, slice(*_TEST)]]
 
-def _crop(parts: list[np.ndarray], name: str, rng: np.random.Generator) -> np.ndarray: # float, 0..255
+def crop_of(parts: list[np.ndarray], name: str, rng: np.random.Generator) -> np.ndarray:
+    "A piece of one of the parts, float in 0..255, at a random place, in a random light."
     photo = parts[rng.integers(len(parts))]
     y, x = (rng.integers(0, n - _CROP, endpoint=True) for n in photo.shape)
     crop = photo[y:y + _CROP, x:x + _CROP] * rng.uniform(0.92, 1.08)
@@ -536,12 +545,12 @@ def _write_demo(folder: Path, name: str, seed: int) -> None:
         Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).save(path)
     rng = np.random.default_rng([seed, DEMO_CATEGORIES.index(name)])
     photo = getattr(skimage.data, name)().astype(np.float64)
-    to_learn, to_test = _train_and_test_parts(photo)
-    for i in range(_DEMO_COUNTS['train']): save(_crop(to_learn, name, rng), 'train', 'good', f'{i:03}.png')
-    for i in range(_DEMO_COUNTS['good']): save(_crop(to_test, name, rng), 'test', 'good', f'{i:03}.png')
+    to_learn, to_test = train_and_test_parts(photo)
+    for i in range(_DEMO_COUNTS['train']): save(crop_of(to_learn, name, rng), 'train', 'good', f'{i:03}.png')
+    for i in range(_DEMO_COUNTS['good']): save(crop_of(to_test, name, rng), 'test', 'good', f'{i:03}.png')
     for kind, defect in _DEFECTS.items():
         for i in range(_DEMO_COUNTS['defect']):
-            image = _crop(to_test, name, rng)
+            image = crop_of(to_test, name, rng)
             paint, cover = defect(image, rng) # may shade `image` around the defect: a shadow, a rim
             save((1 - cover) * image + cover * paint, 'test', kind, f'{i:03}.png')
             save(255. * (cover >= 0.5), 'ground_truth', kind, f'{i:03}_mask.png')
@@ -626,7 +635,7 @@ def _mask_problem(image: Path, paths: list[Path], any_value: bool) -> tuple[str,
     return ('near-empty mask', paths[0], f'{white} pixels are white') if white < _FEW else None
 
 # %% ../nbs/00_data.ipynb #09c2c568
-def _problems(files: ClassFiles) -> Iterator[tuple[str, Path | str, str]]: # problem, file, detail
+def _problems_of(files: ClassFiles) -> Iterator[tuple[str, Path | str, str]]: # problem, file, detail
     paths = [*files.train, *files.test]
     for path, reason in files.skipped.items(): yield 'not looked at', path, f'{reason}; save pictures as png or jpg'
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -660,7 +669,7 @@ def check(
     the defective test images are told apart (image AUROC above 0.95)."""
     rows = []
     for category in [name] if name is not None else find_categories(root, layout):
-        try: found = list(_problems(list_files(root, category, layout)))
+        try: found = list(_problems_of(list_files(root, category, layout)))
         except (OSError, ValueError) as error: found = [('cannot be loaded', '', str(error))]
         rows += [(category, problem, shown(file), detail) for problem, file, detail in found]
     return pd.DataFrame(rows, columns=['class', 'problem', 'file', 'detail'])
@@ -669,7 +678,7 @@ def check(
 _TRIES = 3              # attempts in a row without a new byte
 _PAUSE, _STALL = 1.0, 30. # seconds between attempts; seconds of silence that end one
 
-def _fetch_once(url: str, part: Path) -> bool: # True when all has arrived
+def _download_once(url: str, part: Path) -> bool: # True when all has arrived
     have = part.stat().st_size if part.exists() else 0
     headers = {'User-Agent': 'draem_nb'} | ({'Range': f'bytes={have}-'} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_STALL) as reply:
@@ -687,14 +696,14 @@ def _fetch_once(url: str, part: Path) -> bool: # True when all has arrived
     return total is None or part.stat().st_size >= total
 
 # %% ../nbs/00_data.ipynb #79dfa8a6
-def _fetch(url: str, part: Path, archive: Path) -> None:
+def _download_file(url: str, part: Path, archive: Path) -> None:
     def size() -> int: return part.stat().st_size if part.exists() else 0
     if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
         raise ValueError(f"{url} is no address of a server; it must begin with https:// or http://")
     idle, most, error = 0, size(), 'the connection was cut'
     while idle < _TRIES:
         try:
-            if _fetch_once(url, part): return
+            if _download_once(url, part): return
         except urllib.error.HTTPError as e:
             e.close()
             if e.code == 416 and size(): return # nothing is left to send: the checksum decides
@@ -714,7 +723,7 @@ def _open_with_progress(archive: Path, what: str) -> Iterator[BinaryIO]: # the o
     with open(archive, 'rb') as file, tqdm.wrapattr(file, 'read', size, desc=what, mininterval=0.5, delay=2) as watched:
         yield watched
 
-def _verify(archive: Path, sha256: str) -> None:
+def _verify_archive(archive: Path, sha256: str) -> None:
     digest = hashlib.sha256()
     with _open_with_progress(archive, 'checking') as file:
         while chunk := file.read(1 << 20): digest.update(chunk)
@@ -724,7 +733,7 @@ def _verify(archive: Path, sha256: str) -> None:
 # %% ../nbs/00_data.ipynb #1a55b005
 _UNPACKED = 32 << 30 # bytes: an archive that grows to more is none of ours
 
-def _unpack(archive: Path, folder: Path) -> None:
+def _unpack_archive(archive: Path, folder: Path) -> None:
     try:
         with _open_with_progress(archive, 'unpacking') as file, tarfile.open(fileobj=file) as tar:
             _unpack_members(tar, archive, folder)
@@ -751,20 +760,20 @@ def _unpack_members(tar: tarfile.TarFile, archive: Path, folder: Path) -> None:
             with open(path, 'wb') as out: shutil.copyfileobj(content, out)
 
 # %% ../nbs/00_data.ipynb #dc9e46e8
-def _obtain(folder: Path, archive: Path, inner: str, url: str, sha256: str, licence: str) -> Path:
+def _download_folder(folder: Path, archive: Path, inner: str, url: str, sha256: str, licence: str) -> Path:
     if folder.is_dir(): return folder
     print(licence)
     folder.parent.mkdir(parents=True, exist_ok=True)
     by_hand = archive.is_file() # put there by the user: used as it is, and left there
     part = archive if by_hand else archive.with_name(archive.name + '.part')
-    if not by_hand: _fetch(url, part, archive)
-    try: _verify(part, sha256)
+    if not by_hand: _download_file(url, part, archive)
+    try: _verify_archive(part, sha256)
     except ValueError as error:
         if not by_hand: part.unlink() # no use in continuing it
         remedy = 'remove it' if by_hand else 'it was removed'
         raise ValueError(f"{error}; {remedy} and get it again, perhaps from another address") from None
     with temporary_folder(folder.parent, folder.name) as temp:
-        _unpack(part, temp / 'new')
+        _unpack_archive(part, temp / 'new')
         (temp / 'new' / inner).rename(folder)
     if not by_hand: part.unlink()
     return folder
@@ -781,13 +790,13 @@ def download_mvtec(
     url: str = MVTEC_URL, # the host moves the archive now and then; the checksum stays
 ) -> Path: # root/mvtec: the folder of the 15 classes, for load_category
     "Fetch MVTec AD (4.9 GB), check and unpack it, unless it is there. `ConnectionError`, `ValueError`: what to do."
-    return _obtain(Path(root) / 'mvtec', Path(root) / 'mvtec_anomaly_detection.tar.xz', '', url, _MVTEC_SHA256,
-                   'MVTec AD: CC BY-NC-SA 4.0, no commercial use. P. Bergmann et al., CVPR 2019. 4.9 GB.')
+    return _download_folder(Path(root) / 'mvtec', Path(root) / 'mvtec_anomaly_detection.tar.xz', '', url, _MVTEC_SHA256,
+                            'MVTec AD: CC BY-NC-SA 4.0, no commercial use. P. Bergmann et al., CVPR 2019. 4.9 GB.')
 
 def download_dtd(
     root: str | Path,   # gets a folder dtd
     url: str = DTD_URL,
 ) -> Path: # root/dtd/images: the textures, for load_textures
     "Fetch the Describable Textures Dataset r1.0.1 (0.6 GB), as `download_mvtec` does."
-    return _obtain(Path(root) / 'dtd', Path(root) / 'dtd-r1.0.1.tar.gz', 'dtd', url, _DTD_SHA256,
-                   'DTD r1.0.1: for research use. M. Cimpoi et al., CVPR 2014. 0.6 GB.') / 'images'
+    return _download_folder(Path(root) / 'dtd', Path(root) / 'dtd-r1.0.1.tar.gz', 'dtd', url, _DTD_SHA256,
+                            'DTD r1.0.1: for research use. M. Cimpoi et al., CVPR 2014. 0.6 GB.') / 'images'

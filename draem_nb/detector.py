@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 # %% auto #0
 __all__ = ['Images', 'STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'check_batch',
            'check_finite', 'above', 'image_statistics', 'write_statistics', 'as_bytes', 'detections', 'WithRegion',
-           'Calibration', 'Predictor', 'AnomalyDetector', 'TrainedDraem', 'Detector', 'fit']
+           'Calibration', 'Predictor', 'AnomalyDetector', 'DetectorLike', 'TrainedDraem', 'Detector', 'fit']
 
 # %% ../nbs/08_detector.ipynb #3bdae0f5
 import numpy as np
@@ -34,7 +34,7 @@ from .data import (CategoryData, check_size, find_images, large_part, load_image
                            write_json)
 from .losses import reconstruction_error
 from .networks import Draem, fold_batchnorm, winograd
-from .recipes import Recipe, demo, official
+from .recipes import MethodChoices, Recipe, demo, official
 from .regions import OUTSIDE, inside
 from .textures import load_textures
 from .training import (damage_named, load_checkpoint, memory_format_of, move, pick_device, split_held_out,
@@ -147,13 +147,15 @@ def above(values: Tensor, threshold: float | None) -> Tensor | None:
 _CALIBRATION = ('threshold', 'pixel_threshold', 'quantile', 'held_out_scores')
 _MORE = dict(held_out_groups=[], n_corrected=0, false_alarms=None, cross_fit=0)     # written where they say something
 
-def _fits(n: int, held_out_groups: object, n_corrected: object, false_alarms: object, cross_fit: object) -> bool:
+def _belongs_to_calibration(n: int, held_out_groups: object, n_corrected: object, false_alarms: object,
+                            cross_fit: object) -> bool:
     "Whether these belong to a calibration of n images."
     return (isinstance(held_out_groups, list) and len(held_out_groups) in (0, n)
             and all(isinstance(group, str) for group in held_out_groups)
             and type(n_corrected) is int and 0 <= n_corrected <= n and type(cross_fit) is int and 0 <= cross_fit <= n
             and (false_alarms is None or isinstance(false_alarms, float) and 0 < false_alarms < 1))
 
+# %% ../nbs/08_detector.ipynb #1f985eca
 def _read_calibration(path: Path) -> dict[str, object]:
     "The content of a threshold.json; `ValueError` where it is not what `save_calibration` writes."
     try: values = json.loads(path.read_text())
@@ -161,7 +163,7 @@ def _read_calibration(path: Path) -> dict[str, object]:
     more = {name: values.pop(name) for name in _MORE if name in values} if isinstance(values, dict) else {}
     known = isinstance(values, dict) and set(values) == set(_CALIBRATION)
     known = known and isinstance(values['held_out_scores'], list)
-    known = known and _fits(len(values['held_out_scores']), **_MORE | more)
+    known = known and _belongs_to_calibration(len(values['held_out_scores']), **_MORE | more)
     numbers = [*(values[name] for name in _CALIBRATION[:3]), *values['held_out_scores']] if known else []
     finite = [isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in numbers]
     if not known or not all(finite):
@@ -169,6 +171,7 @@ def _read_calibration(path: Path) -> dict[str, object]:
                          'numbers, and nothing else; delete it and calibrate again')
     return values | _MORE | more
 
+# %% ../nbs/08_detector.ipynb #05f8c847
 def _read_statistics(path: Path, n: int) -> np.ndarray:
     "The content of a held_out.json of n images, (n, 4); `ValueError` where it is not what `save_calibration` writes."
     try: values = np.array([json.loads(path.read_text())[name] for name in STATISTICS], float).T
@@ -233,7 +236,8 @@ def detections(batches: Sequence[Sequence[Tensor]], threshold: float | None, pix
 class WithRegion:
     "Where a detector looks (14d_regions), and the file that keeps it."
     size: tuple[int, int]               # (H, W) of what it looks at, in pixels
-    region: Tensor | None = None        # (H, W) bool: what of it; None: everything
+    image_size: tuple[int, int] | None = None           # of the images that it looks at in tiles; None: `size`
+    region: Tensor | None = None        # (H, W) bool: what of an image is looked at; None: everything
 
     def pixels(self, maps: Tensor) -> Tensor:
         "Of (B, H, W) maps or masks, the pixels that are looked at: (B * n,)."
@@ -249,8 +253,20 @@ class WithRegion:
 
     def load_region(self, run_dir: str | Path) -> None:
         "Take the region of region.png, if the folder holds one; `ValueError` where that does not fit."
-        size = getattr(getattr(self, 'recipe', None), 'image_size', None) or self.size     # with one, in tiles
-        self.region = _read_region(Path(run_dir) / 'region.png', check_size(size))
+        self.region = _read_region(Path(run_dir) / 'region.png', self.image_size or self.size)
+
+# %% ../nbs/08_detector.ipynb #e7fcd328
+def _write_calibration(calibration: Calibration, folder: Path) -> None:
+    "threshold.json and held_out.json of a detector that has thresholds."
+    more = {name: value for name in _MORE if (value := getattr(calibration, name))}
+    write_json({name: getattr(calibration, name) for name in _CALIBRATION} | more, folder / 'threshold.json')
+    write_statistics(calibration.held_out_statistics, folder / 'held_out.json')
+
+def _take_calibration(calibration: Calibration, folder: Path) -> None:
+    "What `_write_calibration` wrote; `ValueError` where it is damaged."
+    calibration.__dict__.update(_read_calibration(folder / 'threshold.json'))
+    if (known := folder / 'held_out.json').exists():
+        calibration.held_out_statistics = _read_statistics(known, calibration.n_held_out)
 
 # %% ../nbs/08_detector.ipynb #f66978be
 class Calibration(WithRegion):
@@ -266,25 +282,17 @@ class Calibration(WithRegion):
     held_out_statistics: np.ndarray | None = None       # (n, 4) of the same, see `image_statistics`; None: not kept
 
     @property
-    def n_held_out(self) -> int:
-        "How many normal images the thresholds come from."
-        return len(self.held_out_scores)
+    def n_held_out(self) -> int: return len(self.held_out_scores)  # noqa: D102, the name says it
 
     def save_calibration(self, run_dir: str | Path) -> None:
         "Write region.png and, with thresholds, threshold.json and held_out.json, for `load_calibration`."
         self.save_region(run_dir)
-        if self.threshold is None: return
-        more = {name: value for name in _MORE if (value := getattr(self, name))}
-        write_json({name: getattr(self, name) for name in _CALIBRATION} | more, Path(run_dir) / 'threshold.json')
-        write_statistics(self.held_out_statistics, Path(run_dir) / 'held_out.json')
+        if self.threshold is not None: _write_calibration(self, Path(run_dir))
 
     def load_calibration(self, run_dir: str | Path) -> None:
         "Take region and thresholds, where the folder holds them; `ValueError` where they are damaged."
         self.load_region(run_dir)
-        if not (known := Path(run_dir) / 'threshold.json').exists(): return
-        self.__dict__.update(_read_calibration(known))
-        if (known := known.with_name('held_out.json')).exists():
-            self.held_out_statistics = _read_statistics(known, self.n_held_out)
+        if (Path(run_dir) / 'threshold.json').exists(): _take_calibration(self, Path(run_dir))
 
 # %% ../nbs/08_detector.ipynb #ac853cde
 class Predictor(Calibration):
@@ -312,12 +320,28 @@ class Predictor(Calibration):
             found.append((inside(maps[:, 0].cpu(), self.region, 0.), scores.cpu(), *kept))
         return detections(found, self.threshold, self.pixel_threshold, paths)
 
+# %% ../nbs/08_detector.ipynb #a6327b21
+def _set_thresholds(detector: AnomalyDetector, found: Detections, quantile: float, groups: Sequence[str]) -> None:
+    "Both thresholds of a detector, from what it says of normal images; `groups` as in `calibrate`."
+    if not len(found):
+        raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
+    if len(groups) not in (0, len(found)):
+        raise ValueError(f'there are {len(groups)} groups for {len(found)} images; give one for each, or none')
+    detector.quantile, detector.held_out_scores = quantile, found.scores.tolist()
+    detector.held_out_groups = list(groups)
+    detector.n_corrected, detector.false_alarms, detector.cross_fit = 0, None, 0
+    detector.threshold = upper_quantile(found.scores.numpy(), quantile)
+    detector.pixel_threshold = max(detector.pixel_floor,
+                                   upper_quantile(detector.pixels(found.maps).numpy(), quantile))
+
 # %% ../nbs/08_detector.ipynb #b4323aa3
 class AnomalyDetector(Predictor):
     "What all methods share: one has `size`, `device`, `maps_and_scores`, and gets `predict`, `calibrate` and the rest."
     pixel_floor: float = -math.inf      # the pixel threshold is at least this
+    recipe: MethodChoices | None = None                 # what it was made by
     mask_rule: str = 'half'             # by which its pixel metrics are counted, see 10_evaluation
     has_map: bool = True                # False: it scores images alone; its maps are for pictures, not for metrics
+    backbone: str | None = None         # what tables call the pretrained network that it looks through
 
     def calibrate(self, normal_images: Images, quantile: float | None = None, groups: Sequence[str] = ()) -> Self:
         """Set both thresholds from normal images that were not trained on; gives the detector itself.
@@ -326,15 +350,7 @@ class AnomalyDetector(Predictor):
         quantile = self.quantile if quantile is None else quantile
         if not isinstance(quantile, Real) or not 0 <= quantile <= 1:
             raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
-        found = self.predict(normal_images)
-        if not len(found):
-            raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
-        if len(groups) not in (0, len(found)):
-            raise ValueError(f'there are {len(groups)} groups for {len(found)} images; give one for each, or none')
-        self.quantile, self.held_out_scores, self.held_out_groups = quantile, found.scores.tolist(), list(groups)
-        self.n_corrected, self.false_alarms, self.cross_fit = 0, None, 0
-        self.threshold = upper_quantile(found.scores.numpy(), self.quantile)
-        self.pixel_threshold = max(self.pixel_floor, upper_quantile(self.pixels(found.maps).numpy(), self.quantile))
+        _set_thresholds(self, self.predict(normal_images), quantile, groups)
         self.held_out_statistics = self.statistics(normal_images)
         return self
 
@@ -351,12 +367,33 @@ class AnomalyDetector(Predictor):
         return np.concatenate([image_statistics(inside(as_images(part, self.size, antialias=self.antialias)[0],
                                                        self.region)) for part in parts])
 
+# %% ../nbs/08_detector.ipynb #e16d9fbb
+class DetectorLike(Protocol):
+    "What evaluation needs of a detector; every `AnomalyDetector` has it."
+    threshold: float | None             # scores above it are called a defect
+    pixel_threshold: float | None       # the same for pixels of the map
+    held_out_scores: Sequence[float]    # of the normal images that both come from
+    held_out_groups: Sequence[str]      # which of them show the same part
+    mask_rule: str                      # by which its pixel metrics are counted
+    has_map: bool                       # False: it scores images alone
+
+    @property
+    def quantile(self) -> float | None:
+        "Of the held-out scores: the thresholds."
+    @property
+    def recipe(self) -> MethodChoices | None:
+        "What it was made by."
+    def predict(self, images: Tensor, /) -> Detections:
+        "Maps and scores of (B, 3, H, W) uint8."
+
 # %% ../nbs/08_detector.ipynb #973060d4
 class TrainedDraem(AnomalyDetector):
     "The two networks of DRAEM at work."
+    recipe: Recipe
     def __init__(self, net: Draem, recipe: Recipe, device: str | torch.device | None = None):
         self.recipe, self.device = recipe, pick_device(device)
         self.size, self.color, self.antialias = check_size(recipe.size), recipe.color, recipe.antialias
+        if recipe.image_size is not None: self.image_size = check_size(recipe.image_size)
         self.quantile, self.pixel_floor = recipe.quantile, 0.5 if recipe.discriminative else -math.inf
         self.memory_format = memory_format_of(recipe)
         self.net = move(fold_batchnorm(net), self.device, self.memory_format)
@@ -373,9 +410,7 @@ class TrainedDraem(AnomalyDetector):
         return reconstruction, maps, self.score_of(maps, self.recipe.score_window)
 
     def export_onnx(self, path: str | Path) -> Path:
-        """ONNX model: `image` (B, 3, H, W) float in 0..1 -> `map` (B, 1, H, W) and `score` (B,); any batch.
-
-        Needs the package onnx."""
+        "ONNX: `image` (B, 3, H, W) float in 0..1 -> `map` (B, 1, H, W), `score` (B,). It needs the package onnx."
         return _export_onnx(self, Path(path))
 
 # %% ../nbs/08_detector.ipynb #e2d9d436

@@ -10,6 +10,8 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -17,41 +19,50 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from scipy import ndimage
 
-import draem_nb
-from .data import CategoryData, large_part, read_json
-from .detector import Detections
-from .inspection import promised_rate
-from .layouts import as_markdown, shown
-from .metrics import evaluate_maps, evaluate_scores
-from .recipes import Recipe, by_name, official
-from .simulator import AnomalySimulator
-from .training import RandomCrops
-
 # %% auto #0
 __all__ = ['PUBLISHED_AS', 'wilson_interval', 'intervals', 'evaluate', 'method_conditions', 'with_interval', 'headline',
            'results_in_words', 'results_table', 'evaluate_simulated', 'compare', 'paper_table', 'method_of',
            'beside_paper', 'differing_conditions', 'ablation_table', 'read_runs', 'conditions_name', 'runs_table',
            'summary_table', 'mark_best', 'differences']
 
+# %% ../nbs/10_evaluation.ipynb #6b6caf85
+import draem_nb
+from .data import CategoryData, large_part, read_json
+from .detector import AnomalyDetector, Detections, DetectorLike, TrainedDraem
+from .inspection import promised_rate
+from .layouts import as_markdown, shown
+from .metrics import evaluate_maps, evaluate_scores
+from .recipes import MethodChoices, Recipe, by_name, official
+from .simulator import AnomalySimulator
+from .tiling import OnTiles
+from .training import RandomCrops
+
 # %% ../nbs/10_evaluation.ipynb #8f86e026
-def _metrics(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray,
-             region: torch.Tensor | None) -> dict[str, dict]:
+def _metrics_of(found: Detections, masks: torch.Tensor, labels: torch.Tensor, keep: np.ndarray,
+                region: torch.Tensor | None) -> dict[str, dict]:
     "Image and pixel metrics of the test images `keep` (indices)."
     image = evaluate_scores(found.scores[keep], labels[keep])
     return dict(image=dict(image, n=len(keep), n_anomalous=int(labels[keep].sum())),
                 pixel=evaluate_maps(large_part(found.maps, keep), large_part(masks, keep), region=region))
 
 # %% ../nbs/10_evaluation.ipynb #f8a62cae
-def _notes(results: dict, category: CategoryData, masks: torch.Tensor, has_map: bool) -> list[str]:
+def _notes_on_results(results: dict, category: CategoryData, masks: torch.Tensor, has_map: bool) -> list[str]:
     "What the class wants to be said, and a sentence for every metric without a value."
-    image, rule, point = results['image'], results['conditions']['mask_rule'], results['operating_point']
-    masks_known = category.masks_known and has_map
+    image = results['image']
     if not image['n']: return [*category.notes, 'There are no test images: no metric is defined.']
-    notes = [*category.notes] if image['n_anomalous'] else [*category.notes, 'There are no defects in the test images: '
-                                                            'AUROC, AP, F1-max and AUPRO are undefined.']
+    notes = [*category.notes]
+    if not image['n_anomalous']:
+        notes.append('There are no defects in the test images: AUROC, AP, F1-max and AUPRO are undefined.')
     if image['n_anomalous'] == image['n']:
         notes.append('There are no good test images: image AUROC is undefined, AP and F1-max are 1 whatever the '
                      'detector does.')
+    return notes + _pixel_notes(results, category, masks, has_map) + _sureness_notes(results)
+
+# %% ../nbs/10_evaluation.ipynb #107d98b1
+def _pixel_notes(results: dict, category: CategoryData, masks: torch.Tensor, has_map: bool) -> list[str]:
+    "Which pixel metrics have no value, and which defects have no pixel."
+    image, rule, notes = results['image'], results['conditions']['mask_rule'], []
+    masks_known = category.masks_known and has_map
     for kind, of in results['kinds'].items() if masks_known else ():        # else the class has said so
         if of['pixel']['ap'] is None:
             notes.append(f"Not one pixel is a defect in the images of kind {kind} under the mask rule '{rule}': its "
@@ -67,6 +78,12 @@ def _notes(results: dict, category: CategoryData, masks: torch.Tensor, has_map: 
         notes.append(f"Not one pixel is a defect under the mask rule '{rule}': the pixel metrics are undefined.")
     if results['pixel']['ap'] is not None and results['pixel']['auroc'] is None:
         notes.append('Every pixel is a defect: pixel AUROC and AUPRO are undefined.')
+    return notes
+
+# %% ../nbs/10_evaluation.ipynb #382b916f
+def _sureness_notes(results: dict) -> list[str]:
+    "Where there are no intervals, or none with a width, and no operating point."
+    image, point, notes = results['image'], results['operating_point'], []
     for n, what in ((image['n'] - image['n_anomalous'], 'good'), (image['n_anomalous'], 'defective')):
         if n == 1:
             notes.append(f'There is one {what} test image: a bootstrap has nothing to draw from, so there are '
@@ -90,16 +107,23 @@ def wilson_interval(successes: int, n: int) -> list[float] | None:
             if successes < n else 1.]
 
 # %% ../nbs/10_evaluation.ipynb #162150e6
-def _operating_point(detector: object, found: Detections, labels: torch.Tensor) -> dict | None:
+def _with_defaults(detector: object) -> DetectorLike:
+    "A detector of one's own that lacks something gets what an `AnomalyDetector` without thresholds has."
+    if isinstance(detector, AnomalyDetector): return detector
+    names = ('threshold', 'pixel_threshold', 'held_out_scores', 'held_out_groups', 'mask_rule', 'has_map', 'recipe')
+    known = {name: getattr(detector, name, getattr(AnomalyDetector, name)) for name in names}
+    return cast(DetectorLike, SimpleNamespace(**known, quantile=getattr(detector, 'quantile', None),
+                                              predict=getattr(detector, 'predict', None)))
+
+# %% ../nbs/10_evaluation.ipynb #f66215cc
+def _operating_point(detector: DetectorLike, found: Detections, labels: torch.Tensor) -> dict | None:
     "What the detector's threshold does on the test images; None without a threshold or without images."
-    threshold, held_out = getattr(detector, 'threshold', None), getattr(detector, 'held_out_scores', [])
-    groups = getattr(detector, 'held_out_groups', ())
+    threshold, held_out, groups = detector.threshold, detector.held_out_scores, detector.held_out_groups
     if threshold is None or not len(labels): return None
     called = found.scores > threshold
     hits, alarms = int((called & labels).sum()), int((called & ~labels).sum())
     good, bad = int((~labels).sum()), int(labels.sum())
-    return dict(threshold=threshold, pixel_threshold=getattr(detector, 'pixel_threshold', None),
-                quantile=getattr(detector, 'quantile', None),
+    return dict(threshold=threshold, pixel_threshold=detector.pixel_threshold, quantile=detector.quantile,
                 n_held_out=len(held_out), n_held_out_parts=len(set(groups)) or None,
                 promised_false_alarm_rate=promised_rate(held_out, threshold, groups) if held_out else None,
                 false_alarm_rate=alarms / good if good else None, false_alarm_interval=wilson_interval(alarms, good),
@@ -112,7 +136,7 @@ def _operating_point(detector: object, found: Detections, labels: torch.Tensor) 
 # %% ../nbs/10_evaluation.ipynb #d5b91856
 _LOOKED_AT = 1 << 24     # where there are very many normals, so many of them tell where to cut
 
-def _bins(scores: np.ndarray, defect: np.ndarray, n: int = 1024) -> np.ndarray:
+def _bin_edges(scores: np.ndarray, defect: np.ndarray, n: int = 1024) -> np.ndarray:
     "Rising edges: quantiles of the scores of defects and of normals, so that both are cut finely where they are many."
     shares = np.linspace(0, 1, n + 1)
     every = -(-scores.size // _LOOKED_AT)                # the lowest score must be in
@@ -120,7 +144,7 @@ def _bins(scores: np.ndarray, defect: np.ndarray, n: int = 1024) -> np.ndarray:
     return np.unique(np.concatenate([np.quantile(part, shares) for part in parts if part.size]
                                     + [scores.min(keepdims=True)]))
 
-def _histograms(bins: np.ndarray, n_bins: int, weights: np.ndarray) -> np.ndarray:
+def _sums_from_above(bins: np.ndarray, n_bins: int, weights: np.ndarray) -> np.ndarray:
     "(n_bins,) sums of `weights` from the highest bin down."
     return np.bincount(bins, weights, n_bins)[::-1].cumsum()
 
@@ -154,8 +178,9 @@ def intervals(
 
     None where a metric is undefined, or where there is one good or one defective image. Pixel scores
     are cut into some 2,000 bins."""
-    drawn = _drawn(detections, np.asarray(masks, bool), _weights(labels, draws, seed), np.asarray(labels, bool), region)
-    return {part: {name: _limits(values) for name, values in found.items()} for part, found in drawn.items()}
+    drawn = _metrics_of_draws(detections, np.asarray(masks, bool), _draw_weights(labels, draws, seed),
+                              np.asarray(labels, bool), region)
+    return {part: {name: _percentile_limits(values) for name, values in found.items()} for part, found in drawn.items()}
 
 # %% ../nbs/10_evaluation.ipynb #611972d6
 def _image_counts(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
@@ -167,7 +192,7 @@ def _pixel_counts(maps: np.ndarray, masks: np.ndarray, region: torch.Tensor | No
                   = None) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """The same for pixels in bins; and for AUPRO the summed covered shares of the regions (N, K) of each image,
     and how many they are (N,)."""
-    edges = _bins(maps.ravel(), masks.ravel())
+    edges = _bin_edges(maps.ravel(), masks.ravel())
     counted = True if region is None else np.asarray(region).ravel()
     counts = np.zeros((3, len(maps), edges.size)); regions = np.zeros(len(maps))
     for i, (m, mask) in enumerate(zip(maps, masks)):
@@ -175,29 +200,30 @@ def _pixel_counts(maps: np.ndarray, masks: np.ndarray, region: torch.Tensor | No
         label, regions[i] = ndimage.label(mask, structure=np.ones((3, 3)))
         shares = (1 / np.bincount(label.ravel()).clip(1))[label.ravel()]
         for row, weight in zip(counts, (~flat & counted, flat, shares * flat)):
-            row[i] = _histograms(bins, edges.size, weight)
+            row[i] = _sums_from_above(bins, edges.size, weight)
     return counts[0], counts[1], (counts[2], regions)
 
 # %% ../nbs/10_evaluation.ipynb #dab3d9c0
-def _weights(labels: torch.Tensor, draws: int, seed: int) -> np.ndarray:
+def _draw_weights(labels: torch.Tensor | np.ndarray, draws: int, seed: int) -> np.ndarray:
     "(draws, N): how often each image is drawn."
-    labels, rng = np.asarray(labels, bool), np.random.default_rng(seed)
-    weights = np.zeros((draws, labels.size))
-    for of in (np.flatnonzero(~labels), np.flatnonzero(labels)):
+    defect, rng = np.asarray(labels, bool), np.random.default_rng(seed)
+    weights = np.zeros((draws, defect.size))
+    for of in (np.flatnonzero(~defect), np.flatnonzero(defect)):
         if of.size: weights[:, of] = rng.multinomial(of.size, np.full(of.size, 1 / of.size), draws)
     return weights
 
-def _drawn(found: Detections, masks: np.ndarray, weights: np.ndarray,
-           labels: np.ndarray, region: torch.Tensor | None = None) -> dict[str, dict[str, np.ndarray | None]]:
+def _metrics_of_draws(found: Detections, masks: np.ndarray, weights: np.ndarray,
+                      labels: np.ndarray,
+                      region: torch.Tensor | None = None) -> dict[str, dict[str, np.ndarray | None]]:
     "Every metric in every draw, (draws,)."
     drawable = labels.size and 1 not in (labels.sum(), (~labels).sum())
     counts = dict(image=_image_counts(np.asarray(found.scores, np.float64), labels),
                   pixel=_pixel_counts(np.asarray(found.maps), masks, region)) if drawable else {}
-    return {part: _values(weights, counts.get(part), names)
+    return {part: _values_of_draws(weights, counts.get(part), names)
             for part, names in dict(image=('auroc', 'ap'), pixel=('auroc', 'ap', 'aupro')).items()}
 
 # %% ../nbs/10_evaluation.ipynb #a2a5c629
-def _values(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> dict[str, np.ndarray | None]:
+def _values_of_draws(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> dict[str, np.ndarray | None]:
     if counts is None or not counts[0].any() or not counts[1].any(): return dict.fromkeys(names)
     normal, defect, regions = counts
     parts = []
@@ -209,22 +235,48 @@ def _values(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> 
             parts.append(_from_counts(w @ normal, w @ defect, covered))
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
-def _limits(values: np.ndarray | None) -> list[float] | None:
+def _percentile_limits(values: np.ndarray | None) -> list[float] | None:
     # A draw without a single defect pixel has no value: the interval is over those that have one.
     return None if values is None else [min(float(q), 1.) for q in np.nanquantile(values, (0.025, 0.975))]
 
 def _called_intervals(called: np.ndarray, labels: np.ndarray) -> dict[str, list[float] | None]:
     "Of precision and F1 at a threshold; None where they are undefined or there is one image of a sort."
-    names, weights = ('precision_interval', 'f1_interval'), _weights(labels, 1000, 0)
+    names, weights = ('precision_interval', 'f1_interval'), _draw_weights(labels, 1000, 0)
     hits, alarms = weights @ (called & labels), weights @ (called & ~labels)
     if 1 in (labels.sum(), (~labels).sum()) or not labels.any() or not called.any(): return dict.fromkeys(names)
     with np.errstate(invalid='ignore'):
-        return dict(zip(names, map(_limits, (hits / (hits + alarms), 2 * hits / (hits + alarms + labels.sum())))))
+        precision, f1 = hits / (hits + alarms), 2 * hits / (hits + alarms + labels.sum())
+        return dict(zip(names, map(_percentile_limits, (precision, f1))))
+
+# %% ../nbs/10_evaluation.ipynb #b349184c
+def _check_asked(category: CategoryData, mask_rule: str, together: Sequence[str]) -> None:
+    "`ValueError` for a mask rule or a kind of defect that there is not."
+    if mask_rule not in ('half', 'official'):
+        raise ValueError(f"mask_rule is {mask_rule!r}; choose 'half' or 'official'")
+    if unknown := sorted(set(together) - set(category.kinds)):
+        raise ValueError(f"class {category.name} has no test images of kind {', '.join(unknown)}; there are: "
+                         f"{', '.join(sorted(set(category.kinds)))}")
+
+def _detections_of(detector: DetectorLike, category: CategoryData, detections: Detections | None) -> Detections:
+    "Those given, or made here; `ValueError` where they are not of the test images."
+    found = detector.predict(category.test) if detections is None else detections
+    if not len(found.scores) == len(found.maps) == len(category.labels):
+        raise ValueError(f"detections hold {len(found.scores)} scores and {len(found.maps)} maps, but class "
+                         f"{category.name} has {len(category.labels)} test images; give those of category.test")
+    return found
+
+def _results_by_kind(found: Detections, masks: torch.Tensor, category: CategoryData, together: Sequence[str]) -> dict:
+    "The metrics of all test images, and of each kind and of those `together` against the good ones."
+    kinds = np.array(category.kinds, dtype=str)
+    of = lambda *names: _metrics_of(found, masks, category.labels, np.flatnonzero(np.isin(kinds, ['good', *names])),
+                                    category.region)
+    each = {kind: dict(n=int((kinds == kind).sum()), **of(kind)) for kind in sorted(set(kinds) - {'good'})}
+    some = dict(together=dict(kinds=sorted(together), **of(*together))) if together else {}
+    return dict(of(*set(kinds)), kinds=each, **some)
 
 # %% ../nbs/10_evaluation.ipynb #c72af87c
 def evaluate(
-    # with .predict; and .threshold, .pixel_threshold, .quantile, .held_out_scores, .recipe, where it has them
-    detector: object,
+    detector: DetectorLike,     # what it lacks is as an `AnomalyDetector` without thresholds has it
     category: CategoryData,
     detections: Detections | None = None,   # of category.test; None: made here
     # 'half' or 'official', see above; None: the detector's own, which is 'official' for the
@@ -234,32 +286,19 @@ def evaluate(
 # plain JSON: image, pixel, kinds, together, intervals, other_mask_rule, operating_point, conditions, notes
 ) -> dict:
     "All metrics of a detector on the test images of a class, as fractions; None where a metric is undefined."
-    mask_rule = mask_rule or getattr(detector, 'mask_rule', 'half')
-    if mask_rule not in ('half', 'official'):
-        raise ValueError(f"mask_rule is {mask_rule!r}; choose 'half' or 'official'")
-    if unknown := sorted(set(together) - set(category.kinds)):
-        raise ValueError(f"class {category.name} has no test images of kind {', '.join(unknown)}; there are: "
-                         f"{', '.join(sorted(set(category.kinds)))}")
-    found = detector.predict(category.test) if detections is None else detections
-    if not len(found.scores) == len(found.maps) == len(category.labels):
-        raise ValueError(f"detections hold {len(found.scores)} scores and {len(found.maps)} maps, but class "
-                         f"{category.name} has {len(category.labels)} test images; give those of category.test")
-    has_map = getattr(detector, 'has_map', True)             # without one no pixel counts as a defect
-    masks, other = (m[:, 0] if has_map else torch.zeros_like(m[:, 0])
+    detector = _with_defaults(detector)
+    mask_rule, region = mask_rule or detector.mask_rule, category.region
+    _check_asked(category, mask_rule, together)
+    found = _detections_of(detector, category, detections)
+    masks, other = (m[:, 0] if detector.has_map else torch.zeros_like(m[:, 0])  # without a map no pixel is a defect
                     for m in (category.masks, category.masks_official)[::1 if mask_rule == 'half' else -1])
-    kinds = np.array(category.kinds, dtype=str)
-    region = getattr(category, 'region', None)
-    of = lambda *names: _metrics(found, masks, category.labels, np.flatnonzero(np.isin(kinds, ['good', *names])),
-                                 region)
-    results = of(*set(kinds))
-    results['kinds'] = {kind: dict(n=int((kinds == kind).sum()), **of(kind)) for kind in sorted(set(kinds) - {'good'})}
-    if together: results['together'] = dict(kinds=sorted(together), **of(*together))
+    results = _results_by_kind(found, masks, category, together)
     results |= dict(intervals=intervals(found, masks, category.labels, region=region),
                     other_mask_rule=dict(mask_rule='official' if mask_rule == 'half' else 'half',
                                          pixel=evaluate_maps(found.maps, other, region=region)),
                     operating_point=_operating_point(detector, found, category.labels),
-                    conditions=_conditions(detector, category, mask_rule))
-    return dict(results, notes=_notes(results, category, masks, has_map))
+                    conditions=_run_conditions(detector, category, mask_rule))
+    return dict(results, notes=_notes_on_results(results, category, masks, detector.has_map))
 
 # %% ../nbs/10_evaluation.ipynb #f0bf0889
 # conditions that go by a name of their own,
@@ -268,13 +307,13 @@ _BY_OTHER_NAMES = ('name', 'size', 'steps', 'epochs')                           
 # and choices that change no result
 _WITHOUT_EFFECT = ('memory_format', 'compile', 'checkpoint_every')
 
-def changed_fields(recipe: object, usual: object, but: Sequence[str] = ()) -> dict[str, object]:
+def changed_fields(recipe: MethodChoices, usual: MethodChoices, but: Sequence[str] = ()) -> dict[str, object]:
     "The fields, `but` some, in which a recipe differs from another of its kind, as JSON has their values."
     # JSON has lists, not tuples
     both = zip(*(json.loads(json.dumps(dataclasses.asdict(r))).items() for r in (recipe, usual)))
     return {field: value for (field, value), (_, other) in both if value != other and field not in but}
 
-def _changes(recipe: Recipe) -> dict:
+def _changed_choices(recipe: Recipe) -> dict:
     """Every other field in which a recipe differs from the one of its name (the official one where
     there is none of that name)."""
     try: named = by_name(recipe.name)
@@ -282,31 +321,31 @@ def _changes(recipe: Recipe) -> dict:
     return changed_fields(recipe, named, (*_NAMED, *_BY_OTHER_NAMES, *_WITHOUT_EFFECT))
 
 # %% ../nbs/10_evaluation.ipynb #37c5fe83
-def _conditions(detector: object, category: CategoryData, mask_rule: str) -> dict:
+def _run_conditions(detector: DetectorLike, category: CategoryData, mask_rule: str) -> dict:
     "What the metrics rest on; the recipe's part only where the detector has a recipe of ours."
-    conditions, recipe = (dict(category=category.name, size=list(category.size), mask_rule=mask_rule),
-                          getattr(detector, 'recipe', None))
+    conditions: dict = dict(category=category.name, size=list(category.size), mask_rule=mask_rule)
+    recipe = detector.recipe
     if isinstance(recipe, Recipe):
-        fitted = len(category.train) - len(getattr(detector, 'held_out_scores', []))
+        fitted = len(category.train) - len(detector.held_out_scores)
         conditions |= dict(recipe=recipe.name, **{field: getattr(recipe, field) for field in _NAMED},
-                           changes=_changes(recipe),
+                           changes=_changed_choices(recipe),
                            steps=recipe.total_steps(fitted), epochs=None if recipe.steps else recipe.epochs)
     return dict(conditions, n_train=len(category.train), fingerprint=category.fingerprint)
 
 # %% ../nbs/10_evaluation.ipynb #a6d1c0f3
 def method_conditions(
     method: str,            # its name in `methods`
-    detector: object,       # with .recipe, and .backbone where its features are pretrained
-    named: object,          # the recipe that its own comes from: what differs is said
-    published: object = None,   # the method's published recipe, where there is one
+    detector: AnomalyDetector,
+    named: MethodChoices,   # the recipe that its own comes from: what differs is said
+    published: MethodChoices | None = None,     # the method's published recipe, where there is one
 ) -> dict:                  # to be added to the conditions of `evaluate`
     "What the conditions of a run say of its method; of DRAEM's recipe `evaluate` has said the rest."
-    recipe, backbone, apart = detector.recipe, getattr(detector, 'backbone', None), ('name', 'seed')
-    if isinstance(recipe, Recipe): return dict(method=method)
+    recipe, backbone, apart = detector.recipe, detector.backbone, ('name', 'seed')
+    if recipe is None or isinstance(recipe, Recipe): return dict(method=method)
     length = {field: value for field in ('steps', 'epochs', 'batch') if (value := getattr(recipe, field, None))
               is not None}
     unlike = {} if published is None else changed_fields(recipe, published, (*apart, 'holdout', 'quantile'))
-    there = json.loads(json.dumps(dataclasses.asdict(published))) if unlike else {}
+    there = json.loads(json.dumps(dataclasses.asdict(published))) if published and unlike else {}
     return dict(method=method, recipe=f'{method} {recipe.name}' + (f' on {backbone}' if backbone else ''),
                 backbone=backbone, seed=recipe.seed,
                 **length, changes=changed_fields(recipe, named, (*apart, 'size', *length)),
@@ -329,10 +368,7 @@ def headline(results: dict) -> dict[str, str]:
 def results_in_words(results: dict) -> list[str]:
     """What a report says of a run in paragraphs of Markdown: metrics with their intervals, both mask rules, what the
     threshold gives, and whether it keeps what it promised."""
-    percent = lambda value: 'undefined' if value is None else f'{100 * value:.1f} %'
-    sure = lambda value, limits: percent(value) + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})'
-                                                   if limits else '')
-    metric = lambda part, name: sure(results[part][name], results['intervals'][part][name])
+    metric = lambda part, name: _percent_words(results[part][name], results['intervals'][part][name])
     rule, other, point = results['conditions']['mask_rule'], results['other_mask_rule'], results['operating_point']
     lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, '
              f'{results["image"]["n_anomalous"]} of them with defects: image AUROC **{metric("image", "auroc")}**, '
@@ -340,20 +376,29 @@ def results_in_words(results: dict) -> list[str]:
              f'{metric("pixel", "aupro")}; in brackets what 95 % of a thousand other draws of as many '
              'test images give.',
              f'Pixels by the mask rule `{rule}`; by the rule `{other["mask_rule"]}` pixel AP is '
-             f'{percent(other["pixel"]["ap"])}, pixel AUROC {percent(other["pixel"]["auroc"])}.']
+             f'{_percent_words(other["pixel"]["ap"])}, pixel AUROC {_percent_words(other["pixel"]["auroc"])}.']
     no_defects = not results['image']['n_anomalous']
     if no_defects:
         lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, all of '
                  'them good: nothing says how many defects are found.']
-    if point is None: return lines
-    given = lambda name, limits: sure(point[name], point[limits])
+    return lines if point is None else lines + _threshold_in_words(point, no_defects)
+
+# %% ../nbs/10_evaluation.ipynb #3e62a085
+def _percent_words(value: float | None, limits: Sequence[float] | None = None) -> str:
+    "'93.1 % (90.2 to 95.0)'; 'undefined' where there is no value."
+    return (('undefined' if value is None else f'{100 * value:.1f} %')
+            + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})' if limits else ''))
+
+def _threshold_in_words(point: dict, no_defects: bool) -> list[str]:
+    "What an operating point gives, and whether it keeps what it promised."
+    given = lambda name, limits: _percent_words(point[name], point[limits])
     alarms = f'raises a false alarm on **{given("false_alarm_rate", "false_alarm_interval")} of the good ones**'
-    lines.append(f'At the threshold {point["threshold"]:.3f} it ' + (f'{alarms}.' if no_defects else
-                 f'finds **{given("recall", "recall_interval")} of the defective images** (recall) and {alarms}; '
-                 f'precision {given("precision", "precision_interval")}, F1 {given("f1", "f1_interval")}.'))
+    lines = [f'At the threshold {point["threshold"]:.3f} it ' + (f'{alarms}.' if no_defects else
+             f'finds **{given("recall", "recall_interval")} of the defective images** (recall) and {alarms}; '
+             f'precision {given("precision", "precision_interval")}, F1 {given("f1", "f1_interval")}.')]
     of_parts = f' of {n} parts' if (n := point.get('n_held_out_parts')) else ''
     if (promised := point['promised_false_alarm_rate']) is not None:
-        lines.append(f'The threshold promised {percent(promised)} of false alarms: that is all that '
+        lines.append(f'The threshold promised {_percent_words(promised)} of false alarms: that is all that '
                      f'{point["n_held_out"]} held-out normal images{of_parts} can promise.')
         if got := point['false_alarm_interval']:
             lines[-1] += (f' The promise lies {"inside" if got[0] <= promised <= got[1] else "**outside**"} the '
@@ -378,24 +423,33 @@ def results_table(results: dict) -> pd.DataFrame:
 
 # %% ../nbs/10_evaluation.ipynb #313ff2f7
 def evaluate_simulated(
-    detector: object,       # with .predict and .recipe
+    detector: TrainedDraem | OnTiles,
     normal_images: torch.Tensor,    # (N, 3, H, W) uint8, held out from the training
     textures: torch.Tensor, # (M, 3, H, W) uint8: the anomaly source of the training
     samples: int = 64,
 ) -> dict[str, float | None]:       # auroc, ap, f1_max, aupro
     """Pixel metrics on `samples` simulated samples of held-out normal images, the same ones for every
     detector of one recipe and seed."""
-    recipe = detector.recipe
+    recipe = cast(Recipe, detector.recipe)
     simulator, crops = (AnomalySimulator(textures, recipe, normal_images),
                         RandomCrops(normal_images, recipe) if recipe.image_size else None)
     # of large images crops, seen by the detector that looks at tiles
-    looking, parts = detector if crops is None else detector.detector, []
+    looking: AnomalyDetector = detector.detector if isinstance(detector, OnTiles) else detector
+    parts = []
     for at in range(0, samples, 16):
         # Steps that no training reaches, so that these anomalies have never been painted before.
         plan = simulator.plan(len(normal_images), min(16, samples - at), recipe.seed, step := 2**31 + at)
         parts.append(simulator(*(crops.draw(plan, step) if crops else (normal_images, plan))))
     return evaluate_maps(looking.predict(torch.cat([p.augmented for p in parts])).maps,
                          torch.cat([p.mask for p in parts]) > 0.5)
+
+# %% ../nbs/10_evaluation.ipynb #6286eee2
+def _difference_row(exact: Sequence[float | None], draws: Sequence[np.ndarray | None]) -> dict[str, float]:
+    "A row of `compare` from the values of two detectors and those of their draws."
+    first, second = (np.nan if value is None else value for value in exact)
+    low, high = (np.nan, np.nan) if draws[0] is None or draws[1] is None else np.nanquantile(draws[1] - draws[0],
+                                                                                            (0.025, 0.975))
+    return dict(first=first, second=second, difference=second - first, low=low, high=high)
 
 # %% ../nbs/10_evaluation.ipynb #4b076614
 def compare(
@@ -414,18 +468,13 @@ def compare(
     if first.maps.shape != second.maps.shape or tuple(first.maps.shape) != tuple(masks.shape):
         raise ValueError(f'the two detectors and the masks must be of the same images: maps {tuple(first.maps.shape)} '
                          f'and {tuple(second.maps.shape)}, masks {tuple(masks.shape)}')
-    weights, bools = _weights(labels, draws, seed), (np.asarray(masks, bool), np.asarray(labels, bool))
-    drawn = [_drawn(found, bools[0], weights, bools[1], region) for found in (first, second)]
+    weights, bools = _draw_weights(labels, draws, seed), (np.asarray(masks, bool), np.asarray(labels, bool))
+    drawn = [_metrics_of_draws(found, bools[0], weights, bools[1], region) for found in (first, second)]
     exact = [dict(image=evaluate_scores(found.scores, labels), pixel=evaluate_maps(found.maps, masks, region=region))
              for found in (first, second)]
-    rows = {}
-    for part, names in drawn[0].items():
-        for name in names:
-            a, b = (np.nan if e[part][name] is None else e[part][name] for e in exact)
-            spread = ((np.nan, np.nan) if drawn[0][part][name]
-                      is None else np.nanquantile(drawn[1][part][name] - drawn[0][part][name], (0.025, 0.975)))
-            rows['AUPRO' if name == 'aupro' else f'{part} {name.upper()}'] = dict(first=a, second=b, difference=b - a,
-                                                                                  low=spread[0], high=spread[1])
+    rows = {'AUPRO' if name == 'aupro' else f'{part} {name.upper()}':
+            _difference_row([e[part][name] for e in exact], [d[part][name] for d in drawn])
+            for part, names in drawn[0].items() for name in names}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/10_evaluation.ipynb #8dc1984e
@@ -536,6 +585,7 @@ class _About(BaseModel, strict=True):
     device: str = ''
     textures_fingerprint: str = ''
 
+# %% ../nbs/10_evaluation.ipynb #f16abac0
 def _checked(model: type[BaseModel], value: dict, path: Path) -> None:
     "`ValueError` that names the file and the first part that is not as it must be."
     try: model.model_validate(value)
@@ -585,7 +635,7 @@ def conditions_name(results: dict) -> str:
     return ', '.join(words + [f'{field} = {value}' for field, value in c.get('changes', {}).items()])
 
 # %% ../nbs/10_evaluation.ipynb #b5ab5c49
-def _percent(value: float | None) -> float: return np.nan if value is None else 100 * value
+def _as_percent(value: float | None) -> float: return np.nan if value is None else 100 * value
 
 def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
     """A row a run: class, conditions, seed, device, and in percent every metric and the limits of its interval.
@@ -595,9 +645,9 @@ def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
                            seed=r['conditions'].get('seed'),
                            data=r['conditions'].get('fingerprint', ''), devices=r['conditions'].get('device', ''))
     limits = lambda r, m, part, key: dict(zip((f'{m} low', f'{m} high'),
-                                              map(_percent, r.get('intervals', {}).get(part, {}).get(key)
+                                              map(_as_percent, r.get('intervals', {}).get(part, {}).get(key)
                                                   or (None, None))))
-    rows = pd.DataFrame([about(r) | {m: _percent(r[part].get(key)) for m, (part, key) in _OURS.items()}
+    rows = pd.DataFrame([about(r) | {m: _as_percent(r[part].get(key)) for m, (part, key) in _OURS.items()}
                          | {k: v for m, (part, key) in _METRICS.items() for k, v in limits(r, m, part, key).items()}
                          for r in runs])
     # classes of one name, but not of one content
@@ -617,7 +667,7 @@ def runs_table(runs: Sequence[dict]) -> pd.DataFrame:
                       groups.size().rename('seeds'), devices], axis=1).reset_index()
 
 # %% ../nbs/10_evaluation.ipynb #08f43a3f
-def _published(metric: str) -> pd.DataFrame:
+def _published_values(metric: str) -> pd.DataFrame:
     "The published values of a metric: a row a class, a column a method; no column where none were published."
     if metric == 'image AUROC': return paper_table('detection')
     if metric not in _METRICS: return paper_table('detection')[[]]
@@ -629,7 +679,7 @@ def summary_table(runs: Sequence[dict], metric: str = 'image AUROC') -> tuple[pd
     """The paper's table for 'image AUROC', 'pixel AUROC' or 'pixel AP' (any other metric: none published) with one
     column of ours for each set of conditions; and what is missing, in words."""
     if metric not in _OURS: raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(_OURS)}")
-    table, of = _published(metric), {conditions_name(run): PUBLISHED_AS.get(method_of(run)) for run in runs}
+    table, of = _published_values(metric), {conditions_name(run): PUBLISHED_AS.get(method_of(run)) for run in runs}
     classes, notes, ours = table.index.drop('average'), [], runs_table(runs)
     for name, group in ours.groupby('conditions') if len(ours) else ():
         column = group.set_index('category')[metric].reindex(classes)
@@ -668,7 +718,7 @@ def differences(
     methods. low and high are nan where a run has no interval."""
     if metric not in _METRICS:
         raise ValueError(f"no published values of {metric!r}; there are those of: {', '.join(_METRICS)}")
-    table, found = _published(metric).drop('average'), []
+    table, found = _published_values(metric).drop('average'), []
     of = {conditions_name(run): PUBLISHED_AS.get(method_of(run)) for run in runs}
     for (category, conditions), group in _run_rows(runs).dropna(subset=metric).groupby(['category',
                                                                                         'conditions']) if runs else ():

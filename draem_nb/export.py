@@ -23,6 +23,10 @@ import pandas as pd
 from torch import Tensor
 from tqdm import tqdm
 
+# %% auto #0
+__all__ = ['export_onnx', 'export_openvino', 'exported_outputs', 'check_export', 'summary']
+
+# %% ../nbs/15_export.ipynb #d38cb8d2
 from .data import read_image, replacing
 from .detector import Detector
 from .training import versions
@@ -30,9 +34,6 @@ from .training import versions
 if TYPE_CHECKING:
     import onnx
     import openvino
-
-# %% auto #0
-__all__ = ['export_onnx', 'export_openvino', 'exported_outputs', 'check_export', 'summary']
 
 # %% ../nbs/15_export.ipynb #15e00006
 def _passes(detector: Detector) -> list[onnx.NodeProto]:
@@ -143,6 +144,7 @@ def _read_openvino(detector: Detector, file: Path) -> openvino.Model:
     for name, value in _about(detector).items(): model.set_rt_info(value, ['draem_nb', name])
     return model
 
+# %% ../nbs/15_export.ipynb #240ecdf7
 def _in_int8(model: openvino.Model, detector: Detector, images: Tensor) -> openvino.Model:
     "The convolutions in int8; the resizing and the mean of the score stay as they are."
     import nncf

@@ -32,7 +32,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO, cast
 
 # %% ../nbs/13_fanout.ipynb #2b008350
 import pandas as pd
@@ -42,6 +42,8 @@ from . import reports
 from .cli import value_of
 from .data import DEMO_CATEGORIES, find_categories, read_json, temporary_folder
 from .reports import RunFailed, default_folder, locked, report_notebook, run_report
+
+if TYPE_CHECKING: from distributed import Client, Future
 
 # %% ../nbs/13_fanout.ipynb #f02ced6e
 def plan(param_sets: list[dict], runs_dir: str | Path = 'runs', name: str | Path = 'category') -> pd.DataFrame:
@@ -53,7 +55,7 @@ def plan(param_sets: list[dict], runs_dir: str | Path = 'runs', name: str | Path
             run_dir = default_folder(name, params, runs_dir)
             row['run_dir'] = str(run_dir)
             if stale := _other_recipe(run_dir, params): raise ValueError(stale)
-            if reports._already(run_dir, reports._asked(name, params)[1]): row['todo'] = 'complete'
+            if reports.is_complete(run_dir, reports.asked_parameters(name, params)[1]): row['todo'] = 'complete'
         except (ValueError, OSError) as e: row |= dict(todo='refused', why=str(e))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -95,7 +97,7 @@ def estimate(planned: pd.DataFrame, n_workers: int, name: str | Path = 'category
 # %% ../nbs/13_fanout.ipynb #99b52526
 _OUTCOME = 'outcome of the run: '
 
-def _child() -> None:
+def _run_as_child() -> None:
     "The process of one run: a JSON line on stdin says which."
     job = json.loads(sys.stdin.readline())
     def gone() -> None:
@@ -108,36 +110,43 @@ def _child() -> None:
     try:
         # the process of a worker that was just killed may still be saving
         run_report(job['notebook'], job['params'], job['run_dir'], wait=90.)
-        outcome = dict(status='complete')
-    except RunFailed as e: outcome = dict(status='failed', reason=e.reason, last_lines=str(e).split('\n')[-4:])
+        outcome: dict = dict(status='complete')
     except (Exception, KeyboardInterrupt) as e:
-        outcome = dict(status='failed', reason=str(e) or type(e).__name__, last_lines=[])
+        lines = str(e).split('\n')[-4:] if isinstance(e, RunFailed) else []
+        reason = e.reason if isinstance(e, RunFailed) else str(e) or type(e).__name__
+        outcome = dict(status='failed', reason=reason, last_lines=lines)
     try: print('\n' + _OUTCOME + json.dumps(outcome), flush=True)
     finally: os._exit(0)
+
+# %% ../nbs/13_fanout.ipynb #d0aa8c09
+def _start_process(job: dict, threads: int) -> tuple[subprocess.Popen, TextIO, deque[str], threading.Thread]:
+    "A process that makes the run: itself, its stdin, its last lines, and the thread that reads them."
+    # A dask worker sets one thread for its own sake; the run gets its own number.
+    env = os.environ | {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')}
+    process = subprocess.Popen([sys.executable, '-c', 'from draem_nb.fanout import _run_as_child; _run_as_child()'],
+                               env=env, text=True, errors='replace',
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    to, source = cast(TextIO, process.stdin), cast(TextIO, process.stdout)
+    lines: deque[str] = deque(maxlen=20)
+    reader = threading.Thread(target=lambda: lines.extend(line.strip() for line in source if line.strip()), daemon=True)
+    reader.start()
+    to.write(json.dumps(job) + '\n')
+    to.flush()
+    return process, to, lines, reader
 
 # %% ../nbs/13_fanout.ipynb #a4bef966
 def _in_process(job: dict, threads: int, time_limit: float | None, wanted: Callable[[], bool],
                 tell: Callable[[str], None]) -> dict:
     "Run the job in a process of its own; its outcome. `wanted` is asked, `tell` is told its last line, once a second."
-    # A dask worker sets one thread for its own sake; the run gets its own number.
-    env = os.environ | {name: str(threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')}
-    process = subprocess.Popen([sys.executable, '-c', 'from draem_nb.fanout import _child; _child()'], env=env,
-                               text=True, errors='replace',
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               start_new_session=True)
-    lines: deque[str] = deque(maxlen=20)
-    reader = threading.Thread(target=lambda: lines.extend(line.strip() for line in process.stdout if line.strip()),
-                              daemon=True)
-    reader.start()
-    process.stdin.write(json.dumps(job) + '\n')
-    process.stdin.flush()
+    process, to, lines, reader = _start_process(job, threads)
     began, said, reason = (time.monotonic(), '', 'the process of the run was ended from outside; most often because '
                            'memory ran out')
     while process.poll() is None:
         time.sleep(0.2)
         if lines and lines[-1] != said and not lines[-1].startswith(_OUTCOME): tell(said := lines[-1])
         if not wanted():
-            process.stdin.close(); process.wait(70); raise InterruptedError('nobody waits for this run any more')
+            to.close(); process.wait(70); raise InterruptedError('nobody waits for this run any more')
         if time_limit and time.monotonic() - began > time_limit:
             os.killpg(process.pid, signal.SIGKILL)
             reason = f'it ran past its limit of {time_limit:g} s and was ended'
@@ -149,7 +158,7 @@ def _in_process(job: dict, threads: int, time_limit: float | None, wanted: Calla
 # %% ../nbs/13_fanout.ipynb #451c6536
 _NOT_SENT = ('.run.lock', 'report.tmp.ipynb', 'parameters.json')
 
-def _packed(run_dir: Path, complete: bool) -> bytes:
+def _pack_run(run_dir: Path, complete: bool) -> bytes:
     "The folder's files; of a failed run without the checkpoint, which is of use only where it lies."
     with tarfile.open(fileobj=(buffer := io.BytesIO()), mode='w') as archive:
         for path in sorted(run_dir.rglob('*')):
@@ -158,11 +167,11 @@ def _packed(run_dir: Path, complete: bool) -> bytes:
                 archive.add(path, path.relative_to(run_dir))
     return buffer.getvalue()
 
-def _unpack(packed: bytes, run_dir: Path, asked: dict) -> None:
+def _unpack_run(packed: bytes, run_dir: Path, asked: dict) -> None:
     "Put a run where it belongs; `metrics.json`, the sign of a complete one, comes last."
     with locked(run_dir), temporary_folder(run_dir, 'received') as temporary:
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive: archive.extractall(temporary, filter='data')
-        reports._begin(run_dir, asked)
+        reports.begin_run(run_dir, asked)
         files = [path for path in Path(temporary).rglob('*') if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == 'metrics.json'):
             target = run_dir / path.relative_to(temporary)
@@ -170,23 +179,23 @@ def _unpack(packed: bytes, run_dir: Path, asked: dict) -> None:
             os.replace(path, target)
 
 # %% ../nbs/13_fanout.ipynb #308db558
-def _there(params: dict) -> dict:
+def _with_own_roots(params: dict) -> dict:
     "The parameters with the folders of this worker."
     roots = {key: os.environ.get(f'DRAEM_NB_{key.upper()}') for key in ('data_root', 'textures_root')}
     return params | {key: root for key, root in roots.items() if root and params.get(key)}
 
-def _lacking(param_sets: list[dict]) -> str:
+def _what_is_lacking(param_sets: list[dict]) -> str:
     "A sentence where this worker lacks something that the runs need, else nothing."
-    if roots := sorted({p['data_root'] for p in map(_there, param_sets) if p.get('data_root')}):
+    if roots := sorted({p['data_root'] for p in map(_with_own_roots, param_sets) if p.get('data_root')}):
         for root in roots:
             try: found = find_categories(root)
             except (OSError, ValueError) as e: return f'{e}; set DRAEM_NB_DATA_ROOT on that worker'
-            missing = sorted({p['category'] for p in map(_there, param_sets) if p.get('data_root') == root
+            missing = sorted({p['category'] for p in map(_with_own_roots, param_sets) if p.get('data_root') == root
                               and 'category' in p} - set(found))
             if missing:
                 return (f"the data folder {root} has no class {', '.join(missing)}; set DRAEM_NB_DATA_ROOT "
                         "on that worker")
-    for root in {p['textures_root'] for p in map(_there, param_sets) if p.get('textures_root')}:
+    for root in {p['textures_root'] for p in map(_with_own_roots, param_sets) if p.get('textures_root')}:
         if not Path(root).is_dir():
             return f'the textures folder {root} does not exist; set DRAEM_NB_TEXTURES_ROOT on that worker'
     return ''
@@ -195,6 +204,7 @@ def _lacking(param_sets: list[dict]) -> str:
 def _work_folder(key: str) -> Path:
     return Path(os.environ.get('DRAEM_NB_WORK') or Path.home() / '.cache' / 'draem_nb' / 'work') / key
 
+# %% ../nbs/13_fanout.ipynb #3e2f4091
 def _on_worker(job: dict) -> dict:
     "The task: make one run; its outcome, with the folder as bytes where the client cannot see it."
     from distributed import get_worker
@@ -205,23 +215,23 @@ def _on_worker(job: dict) -> dict:
         return worker.status.name == 'running' and state is not None and state.state == 'executing'
     def tell(line: str) -> None: worker.log_event(job['topic'], (job['run'], worker.address, line))
     folder = Path(job['home']) if job['home'] else _work_folder(job['key'])
-    params = job['params'] if job['home'] else _there(job['params'])
-    lacks = (_lacking([params]) if job['version'] == _version() else
-             f"it has draem_nb {_version()} instead of {job['version']}")
+    params = job['params'] if job['home'] else _with_own_roots(job['params'])
+    lacks = (_what_is_lacking([params]) if job['version'] == _library_version() else
+             f"it has draem_nb {_library_version()} instead of {job['version']}")
     if lacks: return dict(status='lacking', reason=lacks, where=worker.address)
     tell(_BEGINS)
     with tempfile.TemporaryDirectory() as scratch:
         notebook = Path(scratch) / job['notebook']
         notebook.write_bytes(gzip.decompress(job['content']))
         spec = dict(notebook=str(notebook), params=params, run_dir=str(folder))
-        outcome = _in_process(spec, _threads(job), job['time_limit'], wanted, tell)
+        outcome = _in_process(spec, _threads_of(job), job['time_limit'], wanted, tell)
     if (folder / 'report.tmp.ipynb').exists():
         os.replace(folder / 'report.tmp.ipynb', folder / 'report.failed.ipynb')     # it was killed
-    if not job['home'] and folder.is_dir(): outcome['packed'] = _packed(folder, outcome['status'] == 'complete')
+    if not job['home'] and folder.is_dir(): outcome['packed'] = _pack_run(folder, outcome['status'] == 'complete')
     return outcome
 
 # %% ../nbs/13_fanout.ipynb #71890d9b
-def _threads(job: dict) -> int:
+def _threads_of(job: dict) -> int:
     from dask.system import CPU_COUNT
     return job['threads'] or int(os.environ.get('DRAEM_NB_THREADS', 0)) or CPU_COUNT
 
@@ -260,24 +270,25 @@ def _local_cluster(stack: ExitStack, workers: int, gpus: int) -> str:
 
 # %% ../nbs/13_fanout.ipynb #64b80a7c
 @contextmanager
-def _connected(scheduler: str, workers: int, gpus: int, patience: float) -> Iterator[object]:
+def _cluster_client(scheduler: str, workers: int, gpus: int, patience: float) -> Iterator[Client]:
     "A client of the cluster at that address, or of one made here."
     import dask
-    from distributed import Client
     quiet = {'distributed.scheduler.allowed-failures': 3, 'distributed.worker.memory.terminate': False,
              'distributed.worker.memory.pause': False,
              'distributed.worker.memory.spill': False, 'distributed.worker.memory.target': False,
              'logging.distributed': 'critical'}
     with dask.config.set(quiet), ExitStack() as stack:
         # a nanny leaves its settings in this process's
-        stack.callback(lambda before=dict(os.environ): (os.environ.clear(), os.environ.update(before)))
+        stack.callback(os.environ.update, dict(os.environ))
+        stack.callback(os.environ.clear)
         if scheduler == 'local': scheduler = _local_cluster(stack, workers, gpus)
-        yield stack.enter_context(_client(Client, scheduler, patience))
+        yield stack.enter_context(_connect_client(scheduler, patience))
 
 # %% ../nbs/13_fanout.ipynb #6f0c2a9e
 _HERE = re.compile(r'(tcp|tls)://(127\.|localhost\b|\[::1\])')
 
-def _client(Client: type, address: str, patience: float) -> object:
+def _connect_client(address: str, patience: float) -> Client:
+    from distributed import Client
     if address.startswith('tcp://') and not _HERE.match(address):
         print(f'{address} is not encrypted, and whoever reaches it can run programs on its workers; '
               'docs/SECURITY.md has the settings of tls://', file=sys.stderr)
@@ -290,7 +301,7 @@ def _client(Client: type, address: str, patience: float) -> object:
                          '`dask scheduler --host 127.0.0.1`, or leave SCHEDULER out') from None
 
 # %% ../nbs/13_fanout.ipynb #a11bc4c3
-def _check_workers(client: object, param_sets: list[dict], local: bool, patience: float) -> dict:
+def _check_workers(client: Client, param_sets: list[dict], local: bool, patience: float) -> dict:
     "The resources to ask for; `ValueError` where the runs cannot be made by these workers."
     address = client.scheduler.address
     try: client.wait_for_workers(1, timeout=patience)
@@ -298,12 +309,12 @@ def _check_workers(client: object, param_sets: list[dict], local: bool, patience
         raise ValueError(f'the scheduler {address} has no worker after {patience:g} s; start some with `dask worker '
                          f'{address} --nthreads 1`') from None
     if local: return {}
-    for worker, version in client.run(_version, on_error='return').items():
+    for worker, version in client.run(_library_version, on_error='return').items():
         if isinstance(version, BaseException): version = 'none that answers'
         if version != draem_nb.__version__:
             raise ValueError(f'worker {worker} has draem_nb {version}, here it is {draem_nb.__version__}; install '
                              'the same on both')
-    if lacking := {w: text for w, text in client.run(_lacking, param_sets).items() if text}:
+    if lacking := {w: text for w, text in client.run(_what_is_lacking, param_sets).items() if text}:
         raise ValueError('\n'.join(f'worker {worker}: {text}' for worker, text in lacking.items()))
     if not any(str(p.get('device') or '').startswith('cuda') for p in param_sets): return {}
     offered = [w for w in client.scheduler_info()['workers'].values() if w['resources'].get('GPU')]
@@ -312,7 +323,7 @@ def _check_workers(client: object, param_sets: list[dict], local: bool, patience
                          f'`dask worker {address} --nthreads 1 --resources GPU=1`')
     return {'GPU': 1}
 
-def _version() -> str: return draem_nb.__version__
+def _library_version() -> str: return draem_nb.__version__
 
 # %% ../nbs/13_fanout.ipynb #b0a4d002
 _BEGINS = 'starting'
@@ -325,28 +336,33 @@ def _in_words(line: str) -> str:
     step = f"{'' if bar['unit'] == 'step' else bar['what'] + ' '}{bar['unit']} {bar['n']} of {bar['total']}"
     return ', '.join(filter(None, [step, '' if '?' in bar['left'] else f"{bar['left']} left", bar['more']]))
 
+# %% ../nbs/13_fanout.ipynb #21292275
+class _RedrawnLines:
+    "The last lines on a terminal, which are drawn anew in their place."
+    def __init__(self) -> None: self.n_drawn = 0
+
+    def draw(self, lines: list[str]) -> None:
+        "These instead of those before, as far as they fit."
+        self.close()
+        columns, rows = shutil.get_terminal_size()
+        lines = [lines[0], *lines[1:][:max(rows - 3, 1)]]
+        print(*(line[:columns - 1] for line in lines), sep='\n', flush=True)
+        self.n_drawn = len(lines)
+
+    def close(self) -> None:
+        "Take them away."
+        if self.n_drawn: print(f'\x1b[{self.n_drawn}A\x1b[J', end='', flush=True)
+        self.n_drawn = 0
+
 # %% ../nbs/13_fanout.ipynb #b0a4d004
 class _Board:
     "The runs of one command on the screen."
     def __init__(self, total: int, every: float = 30.):
-        # lines drawn that will be redrawn
-        self.total, self.every, self.lock, self.drawn = total, every, threading.RLock(), 0
-        self.at_work: dict[str, str] = {}
-        self.where: dict[str, str] = {}
-        self.printed: dict[str, float] = {}
-        self.ended: Counter[str] = Counter()
-        self.over: set[str] = set()
-
-    def progress(self, run: str, where: str, line: str) -> None:
-        "A run says something, from a worker."
-        with self.lock:
-            if run in self.over: return                       # a straggler
-            if self.where.setdefault(run, where) != where: self.say(f'{run}: its worker is gone; it goes on at {where}')
-            self.where[run], self.at_work[run] = where, f'{run}: {_in_words(line)}'
-            if sys.stdout.isatty(): self._draw()
-            elif line != _BEGINS and time.monotonic() - self.printed.get(run, -math.inf) >= self.every:
-                self.printed[run] = time.monotonic()
-                print(self.at_work[run], flush=True)
+        self.total, self.every, self.lock, self.redrawn = total, every, threading.RLock(), _RedrawnLines()
+        self.at_work: dict[str, str] = {}           # what each run said last
+        self.where: dict[str, str] = {}             # its worker
+        self.printed: dict[str, float] = {}         # when that was printed
+        self.ended, self.over = Counter[str](), set[str]()
 
     def end(self, run: str, status: str, text: str = '') -> None:
         "A run is 'complete' or has 'failed'."
@@ -359,24 +375,27 @@ class _Board:
     def say(self, text: str, to: TextIO | None = None) -> None:
         "Something that stays."
         with self.lock:
-            self.close()
+            self.redrawn.close()
             print(text, file=to or sys.stdout, flush=True)
-            if sys.stdout.isatty(): self._draw()
+            if sys.stdout.isatty(): self.redrawn.draw(_standing_lines(self))
 
-    def _draw(self) -> None:
-        self.close()
-        columns, rows = shutil.get_terminal_size()
-        head = (f'{self.ended["complete"]} of {self.total} complete'
-                + (f', {self.ended["failed"]} failed' if self.ended['failed'] else '')
-                + f', {len(self.at_work)} at work')
-        lines = [head, *list(self.at_work.values())[:max(rows - 3, 1)]]
-        print(*(line[:columns - 1] for line in lines), sep='\n', flush=True)
-        self.drawn = len(lines)
+# %% ../nbs/13_fanout.ipynb #f07aa248
+def _standing_lines(board: _Board) -> list[str]:
+    "How many runs are complete, and a line for each at work."
+    failed = f', {board.ended["failed"]} failed' if board.ended['failed'] else ''
+    return [f'{board.ended["complete"]} of {board.total} complete{failed}, {len(board.at_work)} at work',
+            *board.at_work.values()]
 
-    def close(self) -> None:
-        "Take away the lines that are redrawn."
-        if self.drawn: print(f'\x1b[{self.drawn}A\x1b[J', end='', flush=True)
-        self.drawn = 0
+def _show_progress(board: _Board, run: str, where: str, line: str) -> None:
+    "A run says something, from a worker."
+    with board.lock:
+        if run in board.over: return                       # a straggler
+        if board.where.setdefault(run, where) != where: board.say(f'{run}: its worker is gone; it goes on at {where}')
+        board.where[run], board.at_work[run] = where, f'{run}: {_in_words(line)}'
+        if sys.stdout.isatty(): board.redrawn.draw(_standing_lines(board))
+        elif line != _BEGINS and time.monotonic() - board.printed.get(run, -math.inf) >= board.every:
+            board.printed[run] = time.monotonic()
+            print(board.at_work[run], flush=True)
 
 # %% ../nbs/13_fanout.ipynb #9fad7e9f
 def fan_out(
@@ -393,81 +412,106 @@ def fan_out(
     "`run_many` side by side. `ValueError` where the cluster cannot do it; a run that fails is a row with its error."
     try: import distributed  # noqa: F401
     except ImportError: raise ValueError("fan-out needs dask: pip install 'draem_nb[cluster]'") from None
-    rows: dict[int, dict] = {}
     board = _Board(len(param_sets))
-    with locked(runs_dir, '.runs.lock'), contextlib.closing(board):
-        todo: dict[int, dict] = {}
-        seen: set[str] = set()
-        for i, row in enumerate(plan(param_sets, runs_dir, name).to_dict('records')):
-            run_dir = Path(row['run_dir'])
-            if row['todo'] == 'complete':
-                rows[i] = reports._row(reports._finished(run_dir)); board.end(run_dir.name, 'complete')
-            elif row['todo'] == 'refused': rows[i] = _failed(run_dir, dict(reason=row['why']), board)
-            elif row['run_dir'] in seen:
-                rows[i] = _failed(run_dir, dict(reason='the same run is asked for twice'), board)
-            else: todo[i] = _job(param_sets[i], run_dir, name, time_limit); seen.add(row['run_dir'])
+    with locked(runs_dir, '.runs.lock'), contextlib.closing(board.redrawn):
+        rows, jobs = _rows_and_jobs(param_sets, runs_dir, name, time_limit, board)
         if n := board.ended['complete']: print(f'{n} of {len(param_sets)} runs are complete already')
-        n, each, gpus = local_size(len(todo) or 1)
-        workers = workers or n
-        for job in todo.values():
-            job['threads'] = threads or (max(1, n * each // workers) if scheduler == 'local' else None)
-            if scheduler == 'local': job['home'] = str(Path(job['run_dir']).absolute())
-        until = None
-        while todo:
-            try:
-                with _connected(scheduler, workers, gpus, patience) as client:
-                    until = None
-                    for i, outcome in _results(client, todo,
-                                               _check_workers(client, [j['params'] for j in todo.values()],
-                                                              scheduler == 'local', patience), patience, board):
-                        rows[i] = _received(todo.pop(i), outcome, board)
-            except ConnectionError as e:
-                until = until or time.monotonic() + patience
-                board.say(f'the scheduler is gone ({e}); waiting for it at the same address', sys.stderr)
-                time.sleep(1)
-            except ValueError:
-                if until is None or time.monotonic() > until: raise     # not one that went away just now
+        workers, gpus = _share_cores(jobs, scheduler, workers, threads)
+        _run_jobs(jobs, rows, scheduler, workers, gpus, patience, board)
     return pd.DataFrame([param_sets[i] | rows[i] for i in range(len(param_sets))])
 
+# %% ../nbs/13_fanout.ipynb #3f0593f8
+def _rows_and_jobs(param_sets: list[dict], runs_dir: str | Path, name: str | Path, time_limit: float | None,
+                   board: _Board) -> tuple[dict[int, dict], dict[int, dict]]:
+    "By their place in the table: rows of the runs that are complete or refused, and jobs of the others."
+    rows: dict[int, dict] = {}
+    jobs: dict[int, dict] = {}
+    wanted: set[str] = set()
+    for i, row in enumerate(plan(param_sets, runs_dir, name).to_dict('records')):
+        run_dir = Path(row['run_dir'])
+        if row['todo'] == 'complete':
+            rows[i] = reports.result_row(reports.finished_run(run_dir)); board.end(run_dir.name, 'complete')
+        elif row['todo'] == 'refused': rows[i] = _failed_row(run_dir, dict(reason=row['why']), board)
+        elif row['run_dir'] in wanted:
+            rows[i] = _failed_row(run_dir, dict(reason='the same run is asked for twice'), board)
+        else: jobs[i] = _job_of(param_sets[i], run_dir, name, time_limit); wanted.add(row['run_dir'])
+    return rows, jobs
+
+def _share_cores(jobs: dict[int, dict], scheduler: str, workers: int | None, threads: int | None) -> tuple[int, int]:
+    "Give each job its threads and, on this machine, its folder; gives the numbers of workers and of GPUs."
+    n, each, gpus = local_size(len(jobs) or 1)
+    workers = workers or n
+    for job in jobs.values():
+        job['threads'] = threads or (max(1, n * each // workers) if scheduler == 'local' else None)
+        if scheduler == 'local': job['home'] = str(Path(job['run_dir']).absolute())
+    return workers, gpus
+
+# %% ../nbs/13_fanout.ipynb #37cb3b3d
+def _run_jobs(jobs: dict[int, dict], rows: dict[int, dict], scheduler: str, workers: int, gpus: int, patience: float,
+              board: _Board) -> None:
+    "Have all jobs done, each of which becomes a row; a scheduler that goes away is waited for."
+    until = None
+    while jobs:
+        try:
+            with _cluster_client(scheduler, workers, gpus, patience) as client:
+                until = None
+                resources = _check_workers(client, [job['params'] for job in jobs.values()], scheduler == 'local',
+                                           patience)
+                for i, outcome in _outcomes_of_jobs(client, jobs, resources, patience, board):
+                    rows[i] = _received_row(jobs.pop(i), outcome, board)
+        except ConnectionError as e:
+            until = until or time.monotonic() + patience
+            board.say(f'the scheduler is gone ({e}); waiting for it at the same address', sys.stderr)
+            time.sleep(1)
+        except ValueError:
+            if until is None or time.monotonic() > until: raise     # not one that went away just now
+
 # %% ../nbs/13_fanout.ipynb #d3dd0618
-def _job(params: dict, run_dir: Path, name: str | Path, time_limit: float | None) -> dict:
+def _job_of(params: dict, run_dir: Path, name: str | Path, time_limit: float | None) -> dict:
     "All that a worker must know of one run."
     notebook = report_notebook(name)
     content = notebook.read_bytes()
-    params, asked = reports._asked(name, params)
+    params, asked = reports.asked_parameters(name, params)
     key = hashlib.sha256(content + json.dumps([os.uname().nodename, str(run_dir.absolute()),
                                                asked]).encode()).hexdigest()[:24]
     return dict(run=run_dir.name, run_dir=str(run_dir), params=params, asked=asked, notebook=notebook.name,
                 content=gzip.compress(content, mtime=0), key=key,
                 topic=f'draem_nb-{os.getpid()}', time_limit=time_limit, home=None, threads=None,
-                version=_version())
+                version=_library_version())
 
-def _received(job: dict, outcome: dict, board: _Board) -> dict:
+def _received_row(job: dict, outcome: dict, board: _Board) -> dict:
     "Put what came in its place; the row of the table."
     run_dir = Path(job['run_dir'])
     try:
-        if packed := outcome.get('packed'): _unpack(packed, run_dir, job['asked'])
+        if packed := outcome.get('packed'): _unpack_run(packed, run_dir, job['asked'])
         if outcome['status'] == 'complete':
-            row = reports._row(reports._finished(run_dir))
+            row = reports.result_row(reports.finished_run(run_dir))
             board.end(run_dir.name, 'complete', f'{run_dir.name}: complete')
             return row
     except (OSError, ValueError) as e: outcome = dict(reason=f'its result could not be stored here: {e}')
-    return _failed(run_dir, outcome, board)
+    return _failed_row(run_dir, outcome, board)
 
 # %% ../nbs/13_fanout.ipynb #10876c26
-def _failed(run_dir: Path, outcome: dict, board: _Board) -> dict:
+def _failed_row(run_dir: Path, outcome: dict, board: _Board) -> dict:
     kept = run_dir / 'report.failed.ipynb'
     board.end(run_dir.name, 'failed', '\n'.join([f"{run_dir.name}: failed: {outcome['reason']}",
                                                  *(f'    {line}' for line in outcome.get('last_lines', [])),
                      *([f'    its notebook: {kept}'] if kept.is_file() else [])]))
     return dict(status='failed', error=outcome['reason'], run_dir=str(run_dir))
 
+# %% ../nbs/13_fanout.ipynb #ed3b6e46
+def _job_outcome(future: Future) -> dict:
+    "What became of a job that is done; `ConnectionError` where its scheduler lost it."
+    error = future.exception() if future.status == 'error' else None
+    if future.cancelled(): raise ConnectionError('lost')
+    return dict(status='failed', reason=_reason_in_words(error)) if error else future.result()
+
 # %% ../nbs/13_fanout.ipynb #96b253f2
-def _results(client: object, todo: dict[int, dict], resources: dict, patience: float,
-             board: _Board) -> Iterator[tuple[int, dict]]:
+def _outcomes_of_jobs(client: Client, todo: dict[int, dict], resources: dict, patience: float,
+                      board: _Board) -> Iterator[tuple[int, dict]]:
     "Index and outcome of each job, as they come; `ConnectionError` when the scheduler is gone."
     topic = next(iter(todo.values()))['topic']
-    client.subscribe_topic(topic, lambda event: board.progress(*event[1]))
+    client.subscribe_topic(topic, lambda event: _show_progress(board, *event[1]))
     submit = lambda job: client.submit(_on_worker, job, pure=False, resources=resources or None)
     pending = {i: submit(job) for i, job in todo.items()}
     alone, looked = None, time.monotonic()
@@ -475,10 +519,7 @@ def _results(client: object, todo: dict[int, dict], resources: dict, patience: f
         if client.status != 'running' or any(f.cancelled() for f in pending.values()):
             raise ConnectionError(client.status)
         for i in [i for i, future in pending.items() if future.done()]:
-            future = pending.pop(i)
-            error = future.exception() if future.status == 'error' else None
-            if future.cancelled(): raise ConnectionError('lost')
-            outcome = dict(status='failed', reason=_why(error)) if error else future.result()
+            outcome = _job_outcome(pending.pop(i))
             if outcome['status'] != 'lacking': yield i, outcome; continue
             # A worker that came later: it would take one run after the other and do none.
             board.say(f"worker {outcome['where']} is sent away: {outcome['reason']}", sys.stderr)
@@ -493,7 +534,7 @@ def _results(client: object, todo: dict[int, dict], resources: dict, patience: f
                                  'command goes on')
 
 # %% ../nbs/13_fanout.ipynb #e1236c94
-def _why(error: BaseException) -> str:
+def _reason_in_words(error: BaseException) -> str:
     if type(error).__name__ == 'KilledWorker':
         return 'every worker that tried it died; most often because memory ran out'
     return f'{type(error).__name__}: {error}'
@@ -523,13 +564,15 @@ def table(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RunFailed) as e: print(f'draem_nb: {e}', file=sys.stderr); return 1
 
 # %% ../nbs/13_fanout.ipynb #94fca836
-def _table_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser('draem_nb table', description='Every method, class, seed and recipe as a report, '
-                                     'side by side; then the summary.', allow_abbrev=False)
-    names = lambda text: list(dict.fromkeys(part.strip() for part in text.split(',') if part.strip()))
-    option = parser.add_argument
+def _split_names(text: str) -> list[str]:
+    "'a, b' as a and b, each once."
+    return list(dict.fromkeys(part.strip() for part in text.split(',') if part.strip()))
+
+def _add_run_options(option: Callable) -> None:
+    "Which runs there are."
+    names = _split_names
     option('--categories', type=names, help='a,b,c (default: every class of the data root, or the built-in ones)')
-    option('--seeds', type=lambda text: [_number(n, int, 0) for n in names(text)], default=[0],
+    option('--seeds', type=lambda text: [_parse_number(n, int, 0) for n in names(text)], default=[0],
            help='0,1,2 (default: 0)')
     option('--methods', type=names, default=['draem'], help='draem,padim,memory: names of 40_methods (default: draem)')
     option('--recipes', type=names, default=['demo'],
@@ -539,20 +582,31 @@ def _table_parser() -> argparse.ArgumentParser:
            help='folder of the classes (default: the built-in ones, or DRAEM_NB_DATA_ROOT)')
     option('--textures-root', default=os.environ.get('DRAEM_NB_TEXTURES_ROOT'),
            help='folder of anomaly source images (default: the built-in ones)')
+
+# %% ../nbs/13_fanout.ipynb #ce8062e8
+def _add_machine_options(option: Callable) -> None:
+    "Where and how they are made."
     option('--device', help="'cpu' or 'cuda'; with a scheduler, 'cuda' asks for workers with --resources GPU=1")
     option('--runs-dir', default='runs', help='(default: runs)')
     option('--scheduler', default='local', help='address of a dask scheduler, tcp://host:8786 (default: workers on '
            'this machine)')
-    option('--workers', type=lambda text: _number(text, int, 1),
+    option('--workers', type=lambda text: _parse_number(text, int, 1),
            help='of this machine (default: by cores, memory and GPUs)')
-    option('--threads', type=lambda text: _number(text, int, 1),
+    option('--threads', type=lambda text: _parse_number(text, int, 1),
            help='of each run (default: the cores shared among the workers)')
-    option('--time-limit', type=lambda text: _number(text, float, 1), help='seconds for one run')
+    option('--time-limit', type=lambda text: _parse_number(text, float, 1), help='seconds for one run')
     option('--dry-run', action='store_true', help='show the plan and an estimate of the time')
+
+# %% ../nbs/13_fanout.ipynb #c56e8bb3
+def _table_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser('draem_nb table', description='Every method, class, seed and recipe as a report, '
+                                     'side by side; then the summary.', allow_abbrev=False)
+    _add_run_options(parser.add_argument)
+    _add_machine_options(parser.add_argument)
     return parser
 
 # %% ../nbs/13_fanout.ipynb #ea944c84
-def _number(text: str, kind: type, least: float) -> float:
+def _parse_number(text: str, kind: type, least: float) -> float:
     with contextlib.suppress(ValueError):
         if (value := kind(text)) >= least: return value
     raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number of at least {least}")
@@ -564,7 +618,7 @@ def _param_sets(options: argparse.Namespace) -> list[dict]:
         if not getattr(options, name): raise ValueError(f'--{name} names none')
     root, elsewhere = options.data_root, options.scheduler != 'local' and options.categories
     there = find_categories(root) if root and not elsewhere else None if root else sorted(DEMO_CATEGORIES)
-    classes = options.categories or there
+    classes = options.categories or there or []
     if there is not None and (unknown := sorted(set(classes) - set(there))):
         raise ValueError(f"there is no class {', '.join(unknown)} in {root or 'the built-in ones'}; there are: "
                          f"{', '.join(there) or 'none'}")
@@ -585,13 +639,12 @@ def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
     known = estimate(planned, n)
     print(f"{counts['run']} to run, {counts['complete']} complete, {counts['refused']} refused; "
           + ('no estimate: for some there is no complete run of the same method and recipe' if known is None else
-             f'about {_about(known)} on {n} worker{"s" * (n > 1)}, by complete runs'))
+             f'about {_duration_words(known)} on {n} worker{"s" * (n > 1)}, by complete runs'))
 
 def _n_workers(options: argparse.Namespace, n_runs: int) -> int:
     if options.workers or options.scheduler == 'local': return options.workers or local_size(n_runs)[0]
-    from distributed import Client
-    with _client(Client, options.scheduler, 5.) as client: return max(1, len(client.scheduler_info()['workers']))
+    with _connect_client(options.scheduler, 5.) as client: return max(1, len(client.scheduler_info()['workers']))
 
-def _about(seconds: float) -> str:
+def _duration_words(seconds: float) -> str:
     return (f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min' if seconds
             < 7200 else f'{seconds / 3600:.1f} h')

@@ -106,10 +106,10 @@ class Standardise(nn.Module):
         return [(level - mean[:, None, None]) / std[:, None, None] for level, (mean, std) in zip(levels, both)]
 
 # %% ../nbs/45_feature_draem.ipynb #9fafc3a8
-def _layer(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
+def _layer_of(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), BatchNorm2d(c_out), nn.ReLU())
 
-def _resized(x: Tensor, size: torch.Size) -> Tensor:
+def _resize_to(x: Tensor, size: torch.Size) -> Tensor:
     return x if x.shape[2:] == size else F.interpolate(x, size, mode='bilinear', align_corners=False)
 
 # %% ../nbs/45_feature_draem.ipynb #58c8a20c
@@ -119,9 +119,9 @@ class FeatureReconstruction(nn.Module):
         super().__init__()
         steps = [after // before for before, after in zip(strides, (*strides[1:], 2 * strides[-1]))]
         above = [0] + [width] * (len(strides) - 1)
-        self.down = nn.ModuleList(_layer(c + a, width, step) for c, a, step in zip(channels, above, steps))
-        self.middle = _layer(width, width)
-        self.up = nn.ModuleList(_layer(width, width) for _ in strides)
+        self.down = nn.ModuleList(_layer_of(c + a, width, step) for c, a, step in zip(channels, above, steps))
+        self.middle = _layer_of(width, width)
+        self.up = nn.ModuleList(_layer_of(width, width) for _ in strides)
         self.out = nn.ModuleList(nn.Conv2d(width, c, 1) for c in channels)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
@@ -130,7 +130,7 @@ class FeatureReconstruction(nn.Module):
         for level, down in zip(levels, self.down): x = down(level if x is None else torch.cat([x, level], 1))
         x = self.middle(x)
         for level, up, out in list(zip(levels, self.up, self.out))[::-1]:
-            x = up(_resized(x, level.shape[2:]))
+            x = up(_resize_to(x, level.shape[2:]))
             found.append(out(x))
         return found[::-1]
 
@@ -141,14 +141,14 @@ class FeatureSegmentation(nn.Module):
         super().__init__()
         self.join = nn.ModuleList(nn.Conv2d(c, width, 1, bias=False) for c in channels)
         self.start = nn.Sequential(BatchNorm2d(width), nn.ReLU())
-        self.layers = nn.Sequential(_layer(width, 64), _layer(64, 64))
+        self.layers = nn.Sequential(_layer_of(width, 64), _layer_of(64, 64))
         self.out = nn.Conv2d(64, 2, 1)
         nn.init.constant_(self.out.get_parameter('bias')[1:], -3.)       # anomalies are rare (Lin et al., ICCV 2017)
 
     def forward(self, parts: list[Tensor]) -> Tensor:
         "Parts (B, C, H, W) -> logits (B, 2, H, W) of the first one's size."
         size = parts[0].shape[2:]
-        joined = sum(_resized(join(part), size) for join, part in zip(self.join, parts))
+        joined = sum(_resize_to(join(part), size) for join, part in zip(self.join, parts))
         return self.out(self.layers(self.start(joined)))
 
 def networks(recipe: FeatureDraemRecipe) -> nn.ModuleDict:
@@ -217,10 +217,9 @@ class FeatureDraemMethod(NetworkDetector):
     method, recipe_type = 'feature_draem', FeatureDraemRecipe
     recipe: FeatureDraemRecipe
 
-    @property
-    def backbone(self) -> str:
-        "What tables call its frozen network."
-        return BACKBONES[self.recipe.backbone].title
+    def __init__(self, recipe: FeatureDraemRecipe, device: str | torch.device | None = None):
+        super().__init__(recipe, device)
+        self.backbone = BACKBONES[recipe.backbone].title
 
     @property
     def trunk(self) -> Trunk:
@@ -243,7 +242,7 @@ class FeatureDraemDetector(FeatureDraemMethod):
         "Of (B, 3, H, W) uint8: no reconstruction; probabilities (B, 1, H, W), scores (B,)."
         levels = levels_of(self.trunk, batch, self.recipe.levels)
         logits = reconstruct_and_segment(self.nets, levels)[2]
-        maps = torch.sigmoid(_resized(logits[:, 1:] - logits[:, :1], batch.shape[2:]))     # softmax of two, class 1
+        maps = torch.sigmoid(_resize_to(logits[:, 1:] - logits[:, :1], batch.shape[2:]))     # softmax of two, class 1
         return None, maps, self.score_of(maps, self.recipe.score_window)
 
 # %% ../nbs/45_feature_draem.ipynb #76a5843f

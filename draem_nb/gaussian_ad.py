@@ -86,9 +86,8 @@ class GaussianDetector(FeatureDetector):
                 found, level = averages_of(self.net, x, self.recipe.levels[0])
                 averages.append(found)
                 yield level.transpose(0, 1).flatten(1)[None]
-        sums = sums_of(places())
+        place_mean, place_whiten = sums_of(places()).gaussians(0.01)            # on the diagonal, as in PaDiM
         means, whiten = zip(*(gaussian(torch.cat(part)) for part in zip(*averages)))
-        place_mean, place_whiten = sums.gaussians(0.01)                         # on the diagonal, as in PaDiM
         return dict(means=list(means), whiten=list(whiten), place_mean=place_mean[0], place_whiten=place_whiten[0])
 
     def distances(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ __all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold'
            'save_pictures']
 
 # %% ../nbs/14_inspection.ipynb #ba6b57e2
-def _shares(n: int, groups: Sequence[str]) -> tuple[np.ndarray, int]:
+def _shares_of_parts(n: int, groups: Sequence[str]) -> tuple[np.ndarray, int]:
     "How much each of n held-out images counts in the promise, and how many parts they show."
     if len(groups) not in (0, n):
         raise ValueError(f'there are {len(groups)} groups for {n} scores; give one for each, or none')
@@ -43,7 +43,7 @@ def promised_rate(scores: Sequence[float], threshold: float, groups: Sequence[st
     """Largest expected share of false alarms, 0..1, when scores above `threshold` alarm.
 
     `scores`: of held-out good images; `groups`: the part that each of them shows, empty where each shows its own."""
-    shares, n_parts = _shares(len(scores), groups)
+    shares, n_parts = _shares_of_parts(len(scores), groups)
     return (float(shares[np.asarray(scores) > threshold].sum()) + 1) / (n_parts + 1)
 
 def smallest_rate(n: int) -> float:
@@ -57,7 +57,7 @@ def threshold_for(scores: Sequence[float], false_alarms: float, groups: Sequence
     `ValueError` where the share is out of range, or where so few images cannot promise it."""
     if not 0 < false_alarms < 1:
         raise ValueError(f'false_alarms is {false_alarms}; it must be a share between 0 and 1, such as 0.01')
-    shares, n_parts = _shares(len(scores), groups)
+    shares, n_parts = _shares_of_parts(len(scores), groups)
     ranked = np.argsort(scores, kind='stable')
     above = shares[ranked][::-1].cumsum()[::-1] - shares[ranked]        # of each score: what lies above it
     kept = above + 1 <= false_alarms * (n_parts + 1) + 1e-9             # 1e-9: 20 * 0.05 must not be less than 1
@@ -81,6 +81,7 @@ def choose_threshold(detector: AnomalyDetector, threshold: float | None = None,
     if false_alarms is not None: detector.threshold = threshold_for(detector.held_out_scores, false_alarms,
                                                                     detector.held_out_groups)
 
+# %% ../nbs/14_inspection.ipynb #031f299b
 def calibrate(
     detector: AnomalyDetector,
     images: Sequence[str | Path] | np.ndarray | Tensor,     # good ones, not trained on
@@ -96,6 +97,7 @@ def calibrate(
     detector.n_corrected, detector.false_alarms = len(corrected), false_alarms
     detector.threshold = threshold_for(detector.held_out_scores, false_alarms, groups)
 
+# %% ../nbs/14_inspection.ipynb #d1e29030
 def trained_on(run_dir: Path) -> dict[str, str]:
     "The images that a run has learned from, sha256 -> name; empty where that cannot be said, as without its data."
     try:
@@ -152,13 +154,13 @@ def calibrate_across(
 ) -> None:
     "Set both thresholds of a detector by `cross_fit`. `ValueError` where a fold's detector would learn from more."
     groups, n = list(category.groups), len(category.train)
-    if false_alarms is None: false_alarms = smallest_rate(_shares(n, groups)[1])
+    if false_alarms is None: false_alarms = smallest_rate(_shares_of_parts(n, groups)[1])
     threshold_for(range(n), false_alarms, groups)               # what cannot be promised is refused before the work
     most = n - int(np.bincount(folds := folds_of(n, k, groups)).min())
     if n_learned is not None and most > n_learned:
         raise ValueError(f'with cross_fit={k} a detector would learn from {most} images, but the one of this run '
-                         f'learned from {n_learned}, so the promise would be too bold; choose a smaller cross_fit, or train '
-                         'with the recipe field holdout=0')
+                         f'learned from {n_learned}, so the promise would be too bold; choose a smaller cross_fit, or '
+                         'train with the recipe field holdout=0')
     scores, maps = cross_fit(category, fit, folds)
     detector.held_out_scores, detector.held_out_groups = scores.tolist(), groups
     detector.n_corrected, detector.false_alarms, detector.cross_fit = 0, false_alarms, int(k)
@@ -171,7 +173,7 @@ def calibrate_across(
 def threshold_interval(scores: Sequence[float], threshold: float, level: float = 0.9,
                        groups: Sequence[str] = ()) -> tuple[float, float]:
     "Where a threshold could lie if other good images were held out; as `promised_rate`, with at least one score."
-    shares, n_parts = _shares(len(scores), groups)
+    shares, n_parts = _shares_of_parts(len(scores), groups)
     order = np.argsort(scores, kind='stable')
     ranked, reached = np.asarray(scores, float)[order], shares[order].cumsum()      # reached: parts up to each score
     below = stats.binom(n_parts, shares[order][ranked <= threshold].sum() / (n_parts + 1))

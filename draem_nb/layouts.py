@@ -157,15 +157,15 @@ class ClassFiles:
     skipped: dict[Path, str] = field(default_factory=dict)  # files in its folder that are not read, with the reason
 
 # %% ../nbs/00b_layouts.ipynb #52c42a1e
-def _images(folder: Path) -> list[Path]: # none if there is no such folder
+def _images_in(folder: Path) -> list[Path]: # none if there is no such folder
     return find_images(folder) if folder.is_dir() else []
 
 def _required_images(folder: Path) -> list[Path]:
-    if found := _images(folder): return found
+    if found := _images_in(folder): return found
     raise FileNotFoundError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
 
 def _by_stem(folder: Path) -> dict[str, Path]: # of the files in this folder itself
-    return {p.stem: p for p in _images(folder) if p.parent == folder}
+    return {p.stem: p for p in _images_in(folder) if p.parent == folder}
 
 def _missing_mask(image: Path, there: Path) -> FileNotFoundError:
     return FileNotFoundError(f"the defect image {image} has no mask; put one at {there} "
@@ -181,11 +181,11 @@ def _test_files(
     test: Path, mask_folder: Path, good: str = 'good', leave: str = '',
 ) -> tuple[list[Path], list[str], list[list[Path]]]:
     "Test images, kinds and masks; each kind is a folder of `test` and of `mask_folder`, and `leave` is skipped."
-    paths = [p for p in _images(test) if p.relative_to(test).parts[0] != leave]
+    paths = [p for p in _images_in(test) if p.relative_to(test).parts[0] != leave]
     if stray := next((p for p in paths if p.parent == test), None):
         raise ValueError(f"the test image {stray} must lie in test/good or in test/<kind of defect>")
     folders = [p.relative_to(test).parts[0] for p in paths]
-    found = {kind: {p.stem: p for p in _images(mask_folder / kind)} for kind in set(folders)}
+    found = {kind: {p.stem: p for p in _images_in(mask_folder / kind)} for kind in set(folders)}
     masks: list[list[Path]] = []
     for path, kind in zip(paths, folders):
         mask = found[kind].get(f'{path.stem}_mask') or found[kind].get(path.stem)
@@ -193,17 +193,17 @@ def _test_files(
         masks.append([] if mask is None or kind == good else [mask])
     return paths, ['good' if kind == good else kind for kind in folders], masks
 
-def _mvtec(folder: Path) -> ClassFiles:
+def _read_mvtec(folder: Path) -> ClassFiles:
     tested = _test_files(folder / 'test', folder / 'ground_truth')
     return ClassFiles(folder.name, folder, 'mvtec', _required_images(folder / 'train' / 'good'), *tested)
 
 # %% ../nbs/00b_layouts.ipynb #20526359
-def _btad(folder: Path) -> ClassFiles:
+def _read_btad(folder: Path) -> ClassFiles:
     tested = _test_files(folder / 'test', folder / 'ground_truth', good='ok')
     return ClassFiles(folder.name, folder, 'btad', _required_images(folder / 'train' / 'ok'), *tested)
 
 def _validation_note(folder: Path) -> str:
-    n = len(_images(folder / 'validation'))
+    n = len(_images_in(folder / 'validation'))
     return f'The {n} normal images in validation are not used: the threshold comes from a share of train/good.'
 
 def _mvtec_ad_2(folder: Path) -> ClassFiles:
@@ -215,9 +215,9 @@ def _mvtec_ad_2(folder: Path) -> ClassFiles:
 
 # %% ../nbs/00b_layouts.ipynb #7eb6fb7b
 def _mvtec_loco(folder: Path) -> ClassFiles:
-    paths = _images(folder / 'test')
+    paths = _images_in(folder / 'test')
     kinds = [p.relative_to(folder / 'test').parts[0] for p in paths]
-    masks = [[] if kind == 'good' else _images(folder / 'ground_truth' / kind / p.stem)
+    masks = [[] if kind == 'good' else _images_in(folder / 'ground_truth' / kind / p.stem)
              for p, kind in zip(paths, kinds)]
     for path, kind, mask in zip(paths, kinds, masks):
         if kind == 'good' or mask: continue
@@ -250,7 +250,7 @@ def _in_class(name: str, file: str) -> bool: # whether a path of the table stays
     return Path(file).parts[:1] == (name,) and '..' not in Path(file).parts
 
 # %% ../nbs/00b_layouts.ipynb #1a55b011
-def _visa(folder: Path) -> ClassFiles:
+def _read_visa(folder: Path) -> ClassFiles:
     root, rows = folder.parent, [row for row in _visa_rows(folder.parent) if row['object'] == folder.name]
     for row in rows:
         if (row['split'] not in ('train', 'test') or row['label'] not in ('normal', 'anomaly')
@@ -277,7 +277,7 @@ def _kolektor_pairs(folder: Path) -> list[tuple[Path, Path, bool]]: # image, mas
         with open_image(mask) as opened: pairs.append((path, mask, opened.convert('L').getbbox() is not None))
     return pairs
 
-def _kolektor(folder: Path) -> ClassFiles:
+def _read_kolektor(folder: Path) -> ClassFiles:
     train, test = _kolektor_pairs(folder / 'train'), _kolektor_pairs(folder / 'test')
     good = [path for path, _, defect in train if not defect]
     if not good: raise FileNotFoundError(f"{folder / 'train'} holds no image with a black mask")
@@ -287,7 +287,7 @@ def _kolektor(folder: Path) -> ClassFiles:
                       notes=(note,))
 
 # %% ../nbs/00b_layouts.ipynb #6ab99cfe
-def _dagm(folder: Path) -> ClassFiles:
+def _read_dagm(folder: Path) -> ClassFiles:
     labels = {part: _by_stem(folder / part / 'Label') for part in ('Train', 'Test')}
     images = {part: list(_by_stem(folder / part).values()) for part in labels}
     label = lambda part, path: labels[part].get(f'{path.stem}_label')
@@ -302,7 +302,7 @@ def _dagm(folder: Path) -> ClassFiles:
 # %% ../nbs/00b_layouts.ipynb #3dac3385
 _TILE = re.compile(r'exp(\d+)_num_(\d+)$')
 
-def _tiles(stems: Sequence[str]) -> list[list[str]]:
+def _names_by_tile(stems: Sequence[str]) -> list[list[str]]:
     "The names of photographs, gathered by tile, in order of their number."
     def key(stem: str) -> tuple[int, int]:
         if not (found := _TILE.match(stem)):
@@ -319,9 +319,9 @@ def _tiles(stems: Sequence[str]) -> list[list[str]]:
 # %% ../nbs/00b_layouts.ipynb #8a9bf50e
 def _magnetic_tile(folder: Path) -> ClassFiles:
     def photographs(kind: str) -> dict[str, Path]:
-        return {p.stem: p for p in _images(folder / kind / 'Imgs') if p.suffix.lower() in ('.jpg', '.jpeg')}
+        return {p.stem: p for p in _images_in(folder / kind / 'Imgs') if p.suffix.lower() in ('.jpg', '.jpeg')}
     free = photographs('MT_Free')
-    tiles = {tile[0]: tile for tile in _tiles(list(free))}
+    tiles = {tile[0]: tile for tile in _names_by_tile(list(free))}
     aside = _test_share(list(tiles), 0.2)
     train, good = ([free[stem] for first, tile in tiles.items() if (first in aside) == side for stem in tile]
                    for side in (False, True))
@@ -348,7 +348,7 @@ def groups_of(
     "Which images show the same part. `ValueError` for a pattern without brackets, or one that a path does not match."
     if pattern is None:
         if not paths or not all(_TILE.match(path.stem) for path in paths): return ()
-        first = {stem: tile[0] for tile in _tiles([path.stem for path in paths]) for stem in tile}
+        first = {stem: tile[0] for tile in _names_by_tile([path.stem for path in paths]) for stem in tile}
         return tuple(first[path.stem] for path in paths)
     try: search = re.compile(pattern)
     except re.error as error: raise ValueError(f'groups={pattern!r} is no regular expression: {error}') from None
@@ -363,7 +363,7 @@ def groups_of(
 # %% ../nbs/00b_layouts.ipynb #ea7953e3
 _GOOD, _BAD = ('good', 'ok'), ('bad', 'ng', 'nok', 'ko', 'defect', 'defects', 'defective')     # in small letters
 
-def _named(folder: Path, names: Sequence[str]) -> list[Path]:
+def _folders_named(folder: Path, names: Sequence[str]) -> list[Path]:
     "The subfolders that have one of these names, in small or capital letters."
     return [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in names]
 
@@ -379,7 +379,7 @@ def _plain_mask(bad: Path, image: Path) -> Path | None:
 # %% ../nbs/00b_layouts.ipynb #e8db178b
 def _plain_defects(folder: Path, bad: Path) -> tuple[list[Path], list[str], list[Path | None]]:
     "The images of defects, their types, and their masks: all of them or none."
-    defects = [p for p in _images(bad) if not p.stem.endswith('_mask')]
+    defects = [p for p in _images_in(bad) if not p.stem.endswith('_mask')]
     kinds = [p.relative_to(bad).parts[0] if p.parent != bad else 'bad' for p in defects]
     masks = [_plain_mask(bad, p) for p in defects]
     if any(masks) and not all(masks):
@@ -387,9 +387,10 @@ def _plain_defects(folder: Path, bad: Path) -> tuple[list[Path], list[str], list
         raise _missing_mask(missing, folder / 'masks' / f'{missing.relative_to(bad).with_suffix("")}.png')
     return defects, kinds, masks
 
-def _plain(folder: Path, layout: str = 'folder', good_alone: bool = False) -> ClassFiles:
+# %% ../nbs/00b_layouts.ipynb #feb6a025
+def _read_plain(folder: Path, layout: str = 'folder', good_alone: bool = False) -> ClassFiles:
     "`good_alone`: all images of the folder itself are good ones."
-    of = {names: [] if good_alone else _named(folder, names) for names in (_GOOD, _BAD)}
+    of = {names: [] if good_alone else _folders_named(folder, names) for names in (_GOOD, _BAD)}
     for found in of.values():
         if len(found) > 1:
             raise ValueError(f'{folder} has {found[0].name} and {found[1].name}, which mean the same; keep one of them')
@@ -413,7 +414,8 @@ class Layout:
     read: Callable[[Path], ClassFiles]
     alone: bool = False                     # whether the folder is a data set by itself
 
-def _has(*folders: str) -> Callable[[Path], bool]: return lambda folder: all((folder / f).is_dir() for f in folders)
+def _has_folders(*folders: str) -> Callable[[Path], bool]:
+    return lambda folder: all((folder / f).is_dir() for f in folders)
 
 def _in_visa(folder: Path) -> bool:
     if not (folder.parent / _VISA).is_file(): return False
@@ -421,12 +423,13 @@ def _in_visa(folder: Path) -> bool:
 
 def _is_loco(folder: Path) -> bool:
     kinds = 'logical_anomalies', 'structural_anomalies'
-    return _has('train/good')(folder) and any((folder / 'test' / kind).is_dir() for kind in kinds)
+    return _has_folders('train/good')(folder) and any((folder / 'test' / kind).is_dir() for kind in kinds)
 
+# %% ../nbs/00b_layouts.ipynb #6fec6eb9
 _PARTS = ('train', 'test', 'validation', 'masks', 'ground_truth', 'label', *_GOOD, *_BAD)   # of a class, not one itself
 
 def _is_plain(folder: Path) -> bool:
-    return folder.resolve().name.lower() not in _PARTS and bool(_named(folder, _GOOD))
+    return folder.resolve().name.lower() not in _PARTS and bool(_folders_named(folder, _GOOD))
 
 def _is_flat(folder: Path) -> bool:
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith('.')]
@@ -434,20 +437,20 @@ def _is_flat(folder: Path) -> bool:
     return images and not any(entry.is_dir() for entry in entries) and folder.resolve().name.lower() not in _PARTS
 
 def _is_kolektor(folder: Path) -> bool:
-    return _has('train', 'test')(folder) and next((folder / 'train').glob('*_GT.png'), None) is not None
+    return _has_folders('train', 'test')(folder) and next((folder / 'train').glob('*_GT.png'), None) is not None
 
 # %% ../nbs/00b_layouts.ipynb #1a55b012
 LAYOUTS = {
-    'visa': Layout(_in_visa, _visa),
-    'mvtec_ad_2': Layout(_has('train/good', 'test_public'), _mvtec_ad_2),
+    'visa': Layout(_in_visa, _read_visa),
+    'mvtec_ad_2': Layout(_has_folders('train/good', 'test_public'), _mvtec_ad_2),
     'mvtec_loco': Layout(_is_loco, _mvtec_loco),
-    'mvtec': Layout(_has('train/good'), _mvtec),
-    'btad': Layout(_has('train/ok'), _btad),
-    'dagm': Layout(_has('Train/Label', 'Test'), _dagm),
-    'kolektor': Layout(_is_kolektor, _kolektor, alone=True),
-    'magnetic_tile': Layout(_has('MT_Free/Imgs'), _magnetic_tile, alone=True),
-    'folder': Layout(_is_plain, _plain, alone=True),
-    'flat': Layout(_is_flat, lambda folder: _plain(folder, 'flat', good_alone=True), alone=True),
+    'mvtec': Layout(_has_folders('train/good'), _read_mvtec),
+    'btad': Layout(_has_folders('train/ok'), _read_btad),
+    'dagm': Layout(_has_folders('Train/Label', 'Test'), _read_dagm),
+    'kolektor': Layout(_is_kolektor, _read_kolektor, alone=True),
+    'magnetic_tile': Layout(_has_folders('MT_Free/Imgs'), _magnetic_tile, alone=True),
+    'folder': Layout(_is_plain, _read_plain, alone=True),
+    'flat': Layout(_is_flat, lambda folder: _read_plain(folder, 'flat', good_alone=True), alone=True),
 }
 
 # %% ../nbs/00b_layouts.ipynb #43e72cf1
@@ -514,9 +517,14 @@ def list_files(
         raise FileNotFoundError(f"the class folder {root / name} has no train/good; put images of good parts there"
                                 + (f" (or another layout than {layout!r} fits)" if layout else '')
                                 + f"; {_what_is_there(root / name)}; {_EXPECTED}{meant}")
+    raise _unknown_class(root, name, there, layout)
+
+# %% ../nbs/00b_layouts.ipynb #1a9c2a04
+def _unknown_class(root: Path, name: str, there: dict, layout: str | None) -> ValueError:
+    "What to say of a class that is not there."
     near = difflib.get_close_matches(name.lower(), {of.lower(): of for of in there}, 1)
     meant = f"; did you mean {next(of for of in there if of.lower() == near[0])}?" if near else ''
     if root.resolve().name.lower() in _PARTS and (above := find_classes(root.resolve().parent, layout)):
         meant = f"; this folder is a part of the class {next(iter(above))}: give the folder above it"
     none = f'none (a class is a folder with train/good, or good and bad); {_what_is_there(root)}; {_EXPECTED}'
-    raise ValueError(f"unknown class {name!r} in {root}; there are: {', '.join(there) or none}{meant}")
+    return ValueError(f"unknown class {name!r} in {root}; there are: {', '.join(there) or none}{meant}")

@@ -6,28 +6,27 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .recipes import Recipe
-
 # %% auto #0
-__all__ = ['ssim_map', 'ssim_loss', 'focal_loss', 'Losses', 'draem_loss', 'reconstruction_error']
+__all__ = ['ssim_map', 'ssim_loss', 'focal_loss', 'Losses', 'LossWeights', 'draem_loss', 'gradient_magnitude',
+           'reconstruction_error']
 
 # %% ../nbs/05_losses.ipynb #0beca4e1
 @lru_cache(maxsize=32)
-def _band(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+def _blur_band(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     "The (size, size) matrix whose product blurs along one axis: 11 taps, sigma 1.5, zeros outside."
     offset = torch.arange(size)[:, None] - torch.arange(size)[None]
     taps = torch.exp(-torch.arange(-5., 6., dtype=dtype)**2 / (2 * 1.5**2))
     return torch.where(offset.abs() <= 5, (taps / taps.sum())[(offset + 5).clamp(0, 10)], 0.).to(device)
 
-def _blur(x: Tensor) -> Tensor:
-    return _band(x.shape[-2], x.device, x.dtype) @ x @ _band(x.shape[-1], x.device, x.dtype)  # symmetric
+def _blur_maps(x: Tensor) -> Tensor:
+    return _blur_band(x.shape[-2], x.device, x.dtype) @ x @ _blur_band(x.shape[-1], x.device, x.dtype)  # symmetric
 
 # %% ../nbs/05_losses.ipynb #6ee29fff
 def ssim_map(x: Tensor, y: Tensor) -> Tensor:
@@ -35,26 +34,27 @@ def ssim_map(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape:
         raise ValueError(f'SSIM compares images of one shape, got {tuple(x.shape)} and {tuple(y.shape)}')
     C1, C2 = 0.01**2, 0.03**2
-    mx, my = _blur(x), _blur(y)
+    mx, my = _blur_maps(x), _blur_maps(y)
     product, squares = mx * my, mx * mx + my * my
-    covariance, variances = _blur(x * y) - product, _blur(x * x + y * y) - squares
+    covariance, variances = _blur_maps(x * y) - product, _blur_maps(x * x + y * y) - squares
     return ((2 * product + C1) * (2 * covariance + C2)) / ((squares + C1) * (variances + C2))
 
 # %% ../nbs/05_losses.ipynb #515a2980
 @lru_cache(maxsize=32)
-def _strips(size: int, device: torch.device, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
+def _strips_of_band(size: int, device: torch.device, dtype: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
     "Inputs, outputs and the piece of the band between them, (outputs, inputs), for every 32 outputs."
     starts = range(0, size, 32)
     strips = [(slice(max(0, i - 5), min(size, i + 37)), slice(i, min(size, i + 32))) for i in starts]
-    return [(inputs, outputs, _band(size, device, dtype)[outputs, inputs].contiguous()) for inputs, outputs in strips]
+    band = _blur_band(size, device, dtype)
+    return [(inputs, outputs, band[outputs, inputs].contiguous()) for inputs, outputs in strips]
 
 def _blur_strips(maps: Tensor) -> Tensor:
     "Blur n maps (H, n, W) that lie row by row."
     H, n, W = maps.shape
     down, out = torch.empty_like(maps), torch.empty_like(maps)
-    for inputs, outputs, band in _strips(H, maps.device, maps.dtype):
+    for inputs, outputs, band in _strips_of_band(H, maps.device, maps.dtype):
         torch.mm(band, maps.view(H, -1)[inputs], out=down.view(H, -1)[outputs])
-    for inputs, outputs, band in _strips(W, maps.device, maps.dtype):
+    for inputs, outputs, band in _strips_of_band(W, maps.device, maps.dtype):
         torch.mm(down.view(-1, W)[:, inputs], band.mT, out=out.view(-1, W)[:, outputs])
     return out
 
@@ -128,8 +128,24 @@ class Losses(NamedTuple):
     l2: Tensor
     focal: Tensor
 
+class LossWeights(Protocol):
+    "How much each term counts, and the exponent of the focal loss. A recipe of DRAEM is one."
+    @property
+    def ssim_weight(self) -> float:
+        "Of the SSIM loss."
+    @property
+    def l2_weight(self) -> float:
+        "Of the squared error."
+    @property
+    def focal_weight(self) -> float:
+        "Of the focal loss."
+    @property
+    def focal_gamma(self) -> float:
+        "How strongly easy pixels are left out of it."
+
+# %% ../nbs/05_losses.ipynb #30590d9e
 def draem_loss(
-    reconstruction: Tensor | None, logits: Tensor | None, target: Tensor, mask: Tensor, recipe: Recipe,
+    reconstruction: Tensor | None, logits: Tensor | None, target: Tensor, mask: Tensor, weights: LossWeights,
 ) -> Losses:
     """Weighted sum of the three losses in the target's type (float32), also under autocast.
 
@@ -139,11 +155,11 @@ def draem_loss(
         if reconstruction is not None:
             reconstruction = reconstruction.to(target.dtype)
             ssim, l2 = ssim_loss(target, reconstruction), F.mse_loss(reconstruction, target)
-        if logits is not None: focal = focal_loss(logits.to(target.dtype), mask, recipe.focal_gamma)
-    return Losses(recipe.ssim_weight * ssim + recipe.l2_weight * l2 + recipe.focal_weight * focal, ssim, l2, focal)
+        if logits is not None: focal = focal_loss(logits.to(target.dtype), mask, weights.focal_gamma)
+    return Losses(weights.ssim_weight * ssim + weights.l2_weight * l2 + weights.focal_weight * focal, ssim, l2, focal)
 
 # %% ../nbs/05_losses.ipynb #8341253e
-def _gradient(gray: Tensor) -> Tensor:
+def gradient_magnitude(gray: Tensor) -> Tensor:
     "Prewitt gradient magnitude of (B, 1, H, W), replicated border."
     prewitt = torch.tensor([[-1., 0., 1.]] * 3, device=gray.device, dtype=gray.dtype) / 3
     g = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode='replicate'), torch.stack([prewitt, prewitt.T])[:, None])
@@ -157,7 +173,7 @@ def reconstruction_error(image: Tensor, reconstruction: Tensor, kind: str = 'ssi
     total = torch.zeros_like(x)
     for scale in range(4):
         if scale: x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        gx, gy = _gradient(x), _gradient(y)
+        gx, gy = gradient_magnitude(x), gradient_magnitude(y)
         gms = (2 * gx * gy + 0.0026) / (gx**2 + gy**2 + 0.0026)
         total = total + F.interpolate(gms, image.shape[-2:], mode='bilinear', align_corners=False)
     return 1 - total / 4

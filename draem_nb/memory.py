@@ -51,7 +51,7 @@ def pieces_of(net: Trunk, images: Tensor, levels: tuple[int, ...]) -> Tensor:
     return torch.cat([found[0], *coarser], 1).permute(0, 2, 3, 1)
 
 # %% ../nbs/43_memory.ipynb #19b1ca04
-def _squared(x: Tensor, norms: Tensor, to: Tensor) -> Tensor:
+def _squared_distances(x: Tensor, norms: Tensor, to: Tensor) -> Tensor:
     "(N, D) with their squared norms (N,), (M, D) -> (N, M) squared distances."
     return torch.addmm(to.square().sum(1), x, to.T, alpha=-2).add_(norms[:, None]).clamp_(min=0)
 
@@ -66,19 +66,19 @@ def coreset(points: Tensor, n: int, first: int = 0) -> tuple[Tensor, float]:
     bar = tqdm(total=n, desc='choosing what to remember', unit='piece', mininterval=0.5, delay=2)
     while True:
         for part, near, norm in zip(*(t.split(_CHUNK) for t in (points, nearest, norms))):
-            torch.minimum(near, _squared(part, norm, points[new]).amin(1), out=near)
+            torch.minimum(near, _squared_distances(part, norm, points[new]).amin(1), out=near)
         nearest[chosen] = 0                                         # whatever rounding says
         bar.update(len(new))
         if len(chosen) >= n or float(nearest.max()) == 0: break
         top = nearest.topk(min(_LIVELY, len(points)))
-        new = _round(points[top.indices], norms[top.indices], top.values.clone(), n - len(chosen))
+        new = _next_choices(points[top.indices], norms[top.indices], top.values.clone(), n - len(chosen))
         new = top.indices[new].tolist()
         chosen += new
     bar.close()
     return torch.tensor(chosen), float(nearest.max()) ** 0.5
 
 # %% ../nbs/43_memory.ipynb #af55c4ed
-def _round(points: Tensor, norms: Tensor, nearest: Tensor, n: int) -> list[int]:
+def _next_choices(points: Tensor, norms: Tensor, nearest: Tensor, n: int) -> list[int]:
     "At most n next choices among the farthest points, given their squared distances, for as long as they are sure."
     outside = float(nearest[-1])
     new: list[int] = []
@@ -86,12 +86,12 @@ def _round(points: Tensor, norms: Tensor, nearest: Tensor, n: int) -> list[int]:
         value, i = nearest.max(0)
         if value <= 0 or new and value < outside: break
         new.append(int(i))
-        torch.minimum(nearest, _squared(points, norms, points[i:i + 1])[:, 0], out=nearest)
+        torch.minimum(nearest, _squared_distances(points, norms, points[i:i + 1])[:, 0], out=nearest)
         nearest[i] = 0
     return new
 
 # %% ../nbs/43_memory.ipynb #be1ac07f
-def _projected(points: Tensor, dimensions: int, g: torch.Generator) -> Tensor:
+def _project_randomly(points: Tensor, dimensions: int, g: torch.Generator) -> Tensor:
     "(N, C) -> (N, D) along random directions; as they are where that is no fewer dimensions."
     channels = points.shape[1]
     if channels <= dimensions: return points
@@ -111,7 +111,7 @@ class MemoryDetector(FeatureDetector):
             share = -(-recipe.candidates // n)
             kept += [image[torch.randperm(len(image), generator=g)[:share].to(image.device)] for image in found]
         candidates = torch.cat(kept)
-        points = _projected(candidates, recipe.projection, g)
+        points = _project_randomly(candidates, recipe.projection, g)
         first = int(torch.randint(len(points), (), generator=g))
         return dict(memory=candidates[coreset(points, recipe.pieces, first)[0].to(points.device)])
 
@@ -119,7 +119,7 @@ class MemoryDetector(FeatureDetector):
         "Maps of the distance to the nearest remembered piece, and the weighed largest distance."
         found, memory = pieces_of(self.net, images, self.recipe.levels), self.learned['memory']
         pieces = found.flatten(1, 2)
-        nearest = torch.stack([_squared(p, p.square().sum(1), memory).amin(1).sqrt() for p in pieces])
+        nearest = torch.stack([_squared_distances(p, p.square().sum(1), memory).amin(1).sqrt() for p in pieces])
         top = pieces[torch.arange(len(pieces)), nearest.argmax(1)]
         scores = torch.stack([weighed(piece, memory, self.recipe.neighbours) for piece in top])
         return as_maps(nearest.view(found.shape[:3]), self.size, self.recipe.sigma), scores

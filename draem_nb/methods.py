@@ -8,23 +8,22 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import (cutpaste, dagan, detector, feature_draem, fusion, ganomaly, gaussian_ad, memory, padim,
-                      plots, recipes, riad, students, tiling)
-from .autoencoder import Autoencoder, AutoencoderDetector, AutoencoderRecipe
-from .autoencoder import fit as fit_autoencoder
-from .data import CategoryData, check_size, read_json, replacing
+from . import (autoencoder, cutpaste, dagan, detector, feature_draem, fusion, ganomaly, gaussian_ad, memory,
+                      padim, plots, recipes, riad, students, tiling)
+from .autoencoder import AutoencoderDetector, AutoencoderRecipe
+from .data import CategoryData, read_json
 from .detector import AnomalyDetector
 from .fitting import describe_run, is_there, keep_run
+from .recipes import MethodChoices
 from .simulator import AnomalySimulator
 from .textures import load_textures
-from .training import RandomCrops, damage_named, load_checkpoint, pick_device, split_held_out, train
+from .training import RandomCrops, pick_device, split_held_out, train
 
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'method', 'recipe_of', 'published', 'textures_of', 'examples', 'fit', 'load']
@@ -32,14 +31,14 @@ __all__ = ['METHODS', 'Method', 'method', 'recipe_of', 'published', 'textures_of
 # %% ../nbs/40_methods.ipynb #0d7e3075
 class Method(Protocol):
     "A way to make detectors. A module with these three functions is one, and so is an object with these methods."
-    def by_name(self, name: str) -> object:
+    def by_name(self, name: str, /) -> MethodChoices:
         "The recipe of that name, a frozen dataclass with at least size, seed, holdout and quantile; there is a 'demo'."
 
-    def fit(self, category: CategoryData, recipe: object = None, device: str | torch.device | None = None,
+    def fit(self, category: CategoryData, recipe: Any = None, device: str | torch.device | None = None,
             textures: Tensor | None = None, run_dir: str | Path | None = None) -> AnomalyDetector:
         "A detector with thresholds from held-out normal images; with a `run_dir` it is kept there as a run."
 
-    def load(self, run_dir: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
+    def load(self, run_dir: str | Path, /, device: str | torch.device | None = None) -> AnomalyDetector:
         "The detector of a run."
 
 # %% ../nbs/40_methods.ipynb #93207c4b
@@ -67,16 +66,10 @@ class _Draem:
         crops = (images, plan) if recipe.image_size is None else RandomCrops(images, recipe).draw(plan, 0)
         return plots.simulated_gallery(simulator(*crops))
 
-# %% ../nbs/40_methods.ipynb #1ab6c0d9
-def _save_autoencoder(found: AutoencoderDetector, run_dir: Path) -> None:
-    state = dict(recipe=dataclasses.asdict(found.recipe), net=found.net.state_dict(), losses=found.losses)
-    with replacing(run_dir / 'checkpoint.pt') as temporary: torch.save(state, temporary)
-    rows = pd.DataFrame(dict(step=range(1, len(found.losses) + 1), loss=found.losses.tolist()))
-    with replacing(run_dir / 'losses.csv') as temporary: rows.to_csv(temporary, index=False)
-    found.save_calibration(run_dir)
-
 # %% ../nbs/40_methods.ipynb #e8655a0d
 class _Autoencoder:
+    load = staticmethod(autoencoder.load)
+
     def by_name(self, name: str) -> AutoencoderRecipe:
         if name != 'demo': raise ValueError(f'unknown recipe {name!r}; an autoencoder has: demo')
         return AutoencoderRecipe()
@@ -87,21 +80,8 @@ class _Autoencoder:
         recipe, device = recipe or AutoencoderRecipe(), pick_device(device)
         about = describe_run('autoencoder', category, recipe, device)
         if run_dir and is_there(Path(run_dir), about): return self.load(run_dir, device)
-        found = fit_autoencoder(category, recipe, device)
-        found.save = lambda run_dir: _save_autoencoder(found, Path(run_dir))
+        found = autoencoder.fit(category, recipe, device)
         if run_dir: keep_run(found, about, Path(run_dir))
-        return found
-
-    def load(self, run_dir: str | Path, device: str | torch.device | None = None) -> AutoencoderDetector:
-        device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'
-        state = load_checkpoint(path, device)
-        with damage_named(path):
-            if 'bottleneck' not in state['recipe']: raise ValueError(f'{path} is not the checkpoint of an autoencoder')
-            recipe = AutoencoderRecipe(**state['recipe'])
-            net = Autoencoder(check_size(recipe.size), recipe.bottleneck).to(device)
-            net.load_state_dict(state['net'])
-            found = AutoencoderDetector(net, recipe, state['losses'])
-        found.load_calibration(run_dir)
         return found
 
 # %% ../nbs/40_methods.ipynb #67f88abc
@@ -114,31 +94,32 @@ def method(name: str) -> Method:
     if name not in METHODS: raise ValueError(f'unknown method {name!r}; there are: {", ".join(METHODS)}')
     return METHODS[name]
 
-def recipe_of(name: str, recipe: str = 'demo', **fields: object) -> object:
+def recipe_of(name: str, recipe: str = 'demo', **fields: Any) -> Any:
     "A method's recipe by its name, with other values in some fields; `ValueError` names a field that it does not have."
-    found = method(name).by_name(recipe)
+    found: Any = method(name).by_name(recipe)
     known = [f.name for f in dataclasses.fields(found)]
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(known)}")
     return dataclasses.replace(found, **fields)
 
-def published(name: str) -> object | None:
+def published(name: str) -> MethodChoices | None:
     "A method's published recipe; None where it has none."
     for recipe in ('published', 'paper'):
         try: return method(name).by_name(recipe)
         except ValueError: pass
+    return None
 
 # %% ../nbs/40_methods.ipynb #c41d9e58
 def textures_of(
     name: str,                                      # of the method
-    recipe: object,                                 # of that method
+    recipe: MethodChoices,                          # of that method
     root: str | Path | None = None,                 # folder of images; None: the built-in photographs
 ) -> Tensor | None:                                 # (N, 3, H, W) uint8, of the recipe's size
     "The anomaly source of a method that simulates anomalies; None for one that does not."
     if not getattr(method(name), 'wants_textures', False): return None
     return load_textures(root, recipe.size, getattr(recipe, 'antialias', True))
 
-def examples(name: str, images: Tensor, recipe: object, textures: Tensor | None = None) -> Figure | None:
+def examples(name: str, images: Tensor, recipe: MethodChoices, textures: Tensor | None = None) -> Figure | None:
     "What a method makes of (N, 3, H, W) uint8 normal images to learn from; None where it learns from them as they are."
     shown = getattr(method(name), 'examples', None)
     return shown(images, recipe, textures) if shown else None
@@ -147,7 +128,7 @@ def examples(name: str, images: Tensor, recipe: object, textures: Tensor | None 
 def fit(
     name: str,                                      # of the method
     category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: object = None,                          # of that method; None: its 'demo'
+    recipe: MethodChoices | None = None,            # of that method; None: its 'demo'
     device: str | torch.device | None = None,       # None: a GPU where there is one
     textures: Tensor | None = None,                 # (N, 3, H, W) uint8 anomaly source, see `textures_of`
     run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept

@@ -50,7 +50,7 @@ def _count_into(counts: np.ndarray, part: np.ndarray, at: np.ndarray, lock: Lock
 
 _PART = 1 << 24     # scores that are sorted at once, so that maps that lie in a file stay there but for 64 MiB a thread
 
-def _counts(scores: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _counts_above(scores: np.ndarray, at: np.ndarray) -> np.ndarray:
     counts, lock = np.zeros((2, at.size), np.int64), Lock()
     # a smaller part is sorted sooner than a thread starts
     threads = min(torch.get_num_threads(), scores.size // 100_000)
@@ -63,15 +63,15 @@ def _counts(scores: np.ndarray, at: np.ndarray) -> np.ndarray:
     return counts
 
 # %% ../nbs/09_metrics.ipynb #8c3648cd
-def _array(values: object) -> np.ndarray:
+def _as_array(values: object) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         if values.dtype == torch.bfloat16: values = values.float()      # NumPy has no bfloat16
     return np.asarray(values)
 
-def _checked(scores: object, labels: object, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
+def _checked_scores(scores: object, labels: object, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
     "Both as arrays of one shape, labels as bool, scores free of NaN and infinity; else `ValueError`."
-    scores, labels = _array(scores), _array(labels)
+    scores, labels = _as_array(scores), _as_array(labels)
     if scores.shape != labels.shape:
         raise ValueError(f"{names[0]} have shape {scores.shape} and {names[1]} {labels.shape}; both must be the same")
     # NaN wins both min and max, so two passes without a copy see everything that is not finite.
@@ -86,7 +86,7 @@ def _checked(scores: object, labels: object, names: tuple[str, str]) -> tuple[np
 def _tie_groups(scores: np.ndarray, labels: np.ndarray) -> TieGroups:
     scores, labels = scores.ravel(), labels.ravel()
     at, member, size = np.unique(scores[labels], return_inverse=True, return_counts=True)
-    above, at_least = _counts(scores, at)
+    above, at_least = _counts_above(scores, at)
     own = np.cumsum(size[::-1])[::-1]                                   # the defects are among the counted
     at_least -= own
     above -= own - size
@@ -98,7 +98,7 @@ def tie_groups(
     labels: object, # the same shape, bool or 0 / 1; True is a defect
 ) -> TieGroups:
     "What every metric is made from. Shapes that differ, NaN and infinity raise `ValueError`."
-    return _tie_groups(*_checked(scores, labels, ('scores', 'labels')))
+    return _tie_groups(*_checked_scores(scores, labels, ('scores', 'labels')))
 
 # %% ../nbs/09_metrics.ipynb #44028807
 def auroc(groups: TieGroups) -> float | None:
@@ -175,15 +175,15 @@ def area_to(
     return float(area) / limit
 
 # %% ../nbs/09_metrics.ipynb #980251fc
-def _planes(values: object, name: str) -> np.ndarray:
+def _as_planes(values: object, name: str) -> np.ndarray:
     "(M, H, W) from (M, H, W) or (M, 1, H, W)."
-    values = _array(values)
+    values = _as_array(values)
     if values.ndim == 4 and values.shape[1] == 1: values = values[:, 0]
     if values.ndim != 3: raise ValueError(f"{name} have shape {values.shape}; they must be (M, H, W) or (M, 1, H, W)")
     return values
 
 def _checked_maps(maps: object, masks: object) -> tuple[np.ndarray, np.ndarray]:
-    return _checked(_planes(maps, 'maps'), _planes(masks, 'masks'), ('maps', 'masks'))
+    return _checked_scores(_as_planes(maps, 'maps'), _as_planes(masks, 'masks'), ('maps', 'masks'))
 
 # %% ../nbs/09_metrics.ipynb #63345d6c
 def evaluate_maps(
@@ -195,14 +195,14 @@ def evaluate_maps(
     "The metrics of all pixels of M score maps. Shapes that differ, NaN and infinity raise `ValueError`."
     if not 0 < fpr_limit <= 1: raise ValueError(f"fpr_limit is {fpr_limit}; it must be above 0 and at most 1")
     maps, masks = _checked_maps(maps, masks)
-    counted = ... if region is None else (slice(None), _array(region))
+    counted = ... if region is None else (slice(None), _as_array(region))
     groups = _tie_groups(maps[counted], masks[counted])
     aupro = area_to(*corners(groups, region_weights(masks)),
                     fpr_limit) if groups.n_defects and groups.n_normals else None
     return dict(auroc=auroc(groups), ap=average_precision(groups), f1_max=f1_max(groups)[0], aupro=aupro)
 
 # %% ../nbs/09_metrics.ipynb #a3cfe56d
-def _thinned(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+def _thin_curve(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
     "At most `points` corners of the curve, its ends among them, evenly along its length."
     length = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
     keep = np.unique(np.searchsorted(length, np.linspace(0, length[-1], points)).clip(max=x.size - 1))
@@ -220,9 +220,9 @@ def curves(
     out: dict[str, np.ndarray | None] = dict(fpr=None, tpr=None, recall=None, precision=None)
     if groups.n_defects:
         steps = precision(groups)
-        out['recall'], out['precision'] = _thinned(np.append(0, groups.found / groups.n_defects),
-                                                   np.append(steps[0], steps), points)
-        if groups.n_normals: out['fpr'], out['tpr'] = _thinned(*corners(groups), points)
+        out['recall'], out['precision'] = _thin_curve(np.append(0, groups.found / groups.n_defects),
+                                                      np.append(steps[0], steps), points)
+        if groups.n_normals: out['fpr'], out['tpr'] = _thin_curve(*corners(groups), points)
     return out
 
 def pro_curve(
@@ -234,7 +234,7 @@ def pro_curve(
     maps, masks = _checked_maps(maps, masks)
     groups = _tie_groups(maps, masks)
     if not groups.n_defects or not groups.n_normals: return dict(fpr=None, pro=None)
-    return dict(zip(('fpr', 'pro'), _thinned(*corners(groups, region_weights(masks)), points)))
+    return dict(zip(('fpr', 'pro'), _thin_curve(*corners(groups, region_weights(masks)), points)))
 
 # %% ../nbs/09_metrics.ipynb #42be0bbe
 def bootstrap_interval(
@@ -247,7 +247,7 @@ def bootstrap_interval(
     """Percentile bootstrap over images; draws in which the metric is undefined (None) do not count.
 
     The same seed gives the same interval, and the same draws for every metric."""
-    labels, rng = _array(labels).astype(bool), np.random.default_rng(seed)
+    labels, rng = _as_array(labels).astype(bool), np.random.default_rng(seed)
     strata = [np.flatnonzero(labels == value) for value in (False, True)]
     if metric(np.arange(labels.size)) is None: return None
     drawn = [metric(np.concatenate([rng.choice(of, of.size) for of in strata if of.size]))

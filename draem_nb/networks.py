@@ -64,12 +64,12 @@ def _double_conv(c_in: int, c_mid: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_mid, 3, padding=1), BatchNorm2d(c_mid), nn.ReLU(inplace=True),
                          nn.Conv2d(c_mid, c_out, 3, padding=1), BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
-def _up(c_in: int, c_out: int) -> nn.Sequential:
+def _upsampling_layers(c_in: int, c_out: int) -> nn.Sequential:
     "upsampling 0, conv 1, bn 2, relu 3."
     return nn.Sequential(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=True),
                          nn.Conv2d(c_in, c_out, 3, padding=1), BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
-def _fin(c_in: int, c_out: int) -> nn.Sequential:
+def _last_layer(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1))
 
 # %% ../nbs/04_networks.ipynb #6852e85b
@@ -91,9 +91,9 @@ class _ReconstructiveDecoder(nn.Module):
     def __init__(self, w: int, c_out: int):
         super().__init__()
         for i, (a, b) in enumerate([(8, 4), (4, 2), (2, 1)], 1):
-            self.add_module(f'up{i}', _up(a * w, a * w))
+            self.add_module(f'up{i}', _upsampling_layers(a * w, a * w))
             self.add_module(f'db{i}', _double_conv(a * w, a * w, b * w))
-        self.up4, self.db4, self.fin_out = _up(w, w), _double_conv(w, w, w), _fin(w, c_out)
+        self.up4, self.db4, self.fin_out = _upsampling_layers(w, w), _double_conv(w, w, w), _last_layer(w, c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.children(): x = layer(x)
@@ -119,9 +119,9 @@ class _DiscriminativeDecoder(nn.Module):
         # name, channels from below, channels after the upsampling, channels of the skip connection, channels out
         for name, below, up, skip, out in [('b', 8, 8, 8, 8), ('1', 8, 4, 8, 4), ('2', 4, 2, 4, 2),
                                            ('3', 2, 1, 2, 1), ('4', 1, 1, 1, 1)]:
-            self.add_module(f'up{"_" * (name == "b")}{name}', _up(below * w, up * w))
+            self.add_module(f'up{"_" * (name == "b")}{name}', _upsampling_layers(below * w, up * w))
             self.add_module(f'db{"_" * (name == "b")}{name}', _double_conv((up + skip) * w, out * w, out * w))
-        self.fin_out = _fin(w, c_out)
+        self.fin_out = _last_layer(w, c_out)
 
     def forward(self, outputs: list[Tensor]) -> Tensor:
         *skips, x = outputs
@@ -209,8 +209,7 @@ _BUFFER = 2**25
 
 # %% ../nbs/04_networks.ipynb #11a56926
 class WinogradConv2d(nn.Module):
-    """A trained 3 x 3 convolution (stride 1, padding 1) for prediction, channels-last: (B, C, H, W) -> (B, O, H, W), H
-    and W multiples of 4."""
+    "A trained 3 x 3 convolution (stride 1, padding 1) for prediction, channels-last."
     weight: Tensor              # (36, O, C)
     bias: Tensor                # (O,)
     to_points: Tensor           # (36, 1, 6, 6)
@@ -225,7 +224,7 @@ class WinogradConv2d(nn.Module):
         for name, value in buffers.items(): self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        "(B, C, H, W) -> (B, O, H, W)."
+        "(B, C, H, W) -> (B, O, H, W), H and W multiples of 4."
         (B, C, H, W), O, h, w = x.shape, len(self.bias), x.shape[2] // 4, x.shape[3] // 4
         y = x.new_empty(B, h, 4, w, 4, O)
         for part, out in zip(x.split(n := max(1, _BUFFER // (144 * C * h * w))), y.split(n)):
@@ -236,7 +235,7 @@ class WinogradConv2d(nn.Module):
         return y.view(B, H, W, O).permute(0, 3, 1, 2)
 
 # %% ../nbs/04_networks.ipynb #fcbfc38a
-def _pays(conv: nn.Conv2d, h: int, w: int) -> bool:
+def _pays_for_winograd(conv: nn.Conv2d, h: int, w: int) -> bool:
     wide = min(conv.in_channels, conv.out_channels) >= 256
     fits = 144 * max(conv.in_channels, conv.out_channels) * (h * w // 16) <= _BUFFER
     return wide and h % 4 == w % 4 == 0 and h * w >= 32 * 32 and fits
@@ -254,6 +253,6 @@ def winograd(net: Draem, size: tuple[int, int]) -> Draem:
     for hook in hooks: hook.remove()
     for sequence in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for i, layer in enumerate(sequence):
-            if isinstance(layer, nn.Conv2d) and layer in sizes and _pays(layer, *sizes[layer]):
+            if isinstance(layer, nn.Conv2d) and layer in sizes and _pays_for_winograd(layer, *sizes[layer]):
                 sequence[i] = WinogradConv2d(layer)
     return net

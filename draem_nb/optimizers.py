@@ -52,11 +52,11 @@ class Muon(torch.optim.Optimizer):
         for kernel in group['params']:
             if kernel.grad is not None: by_shape[kernel.shape].append(kernel)
         for kernels in by_shape.values():
-            moves = orthogonalise(torch.stack([self._direction(k, group['momentum']) for k in kernels]).flatten(2))
+            moves = orthogonalise(torch.stack([self._direction_of(k, group['momentum']) for k in kernels]).flatten(2))
             for kernel, move in zip(kernels, moves):
                 kernel.copy_(_unit_filters(kernel - group['lr'] * move.view_as(kernel)))
 
-    def _direction(self, kernel: Tensor, momentum: float) -> Tensor:
+    def _direction_of(self, kernel: Tensor, momentum: float) -> Tensor:
         "Nesterov's momentum of the gradient; the state is made at the first step."
         state = self.state[kernel]
         if not state: state['momentum'] = torch.zeros_like(kernel)

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import CategoryData
-from .features import BACKBONES, FeatureDetector, FeatureRecipe, as_maps, fit_detector, levels_of
+from .features import BACKBONES, FeatureDetector, FeatureRecipe, Trunk, as_maps, fit_detector, levels_of
 from .recipes import Count, Positive, as_recipe
 from .regions import inside
 from .simulator import generator_of
 
 # %% auto #0
 __all__ = ['load', 'PadimRecipe', 'paper', 'demo', 'by_name', 'channels_of', 'embedding', 'Sums', 'sums_of', 'unpacked',
-           'PadimDetector', 'fit']
+           'embeddings', 'PadimDetector', 'fit']
 
 # %% ../nbs/44_padim.ipynb #9a9c96e7
 @as_recipe
@@ -112,6 +112,11 @@ def unpacked(packed: Tensor, channels: int) -> Tensor:
     full[:, rows, columns] = packed
     return full
 
+# %% ../nbs/44_padim.ipynb #e1a0de7a
+def embeddings(net: Trunk, images: Tensor, recipe: PadimRecipe) -> Tensor:
+    "(B, 3, H, W) uint8 -> what the recipe looks at of every place, (places, D, B)."
+    return embedding(levels_of(net, images, recipe.levels), channels_of(recipe))
+
 # %% ../nbs/44_padim.ipynb #274da35b
 class PadimDetector(FeatureDetector):
     "A Gaussian at every place. `fit` makes it, `save` keeps it, `load` brings it back."
@@ -121,21 +126,18 @@ class PadimDetector(FeatureDetector):
     def learn(self, batches: Iterator[Tensor], n: int) -> dict[str, Tensor]:
         "Mean (places, D) and packed whitening matrix (places, D (D + 1) / 2) of every place."
         if n < 2: raise ValueError(f'PaDiM needs at least 2 normal images to learn from, got {n}')
-        sums = sums_of(map(self._embedding, batches))
+        sums = sums_of(embeddings(self.net, images, self.recipe) for images in batches)
         return dict(zip(('mean', 'whiten'), sums.gaussians(self.recipe.regulariser)))
 
-    def _embedding(self, images: Tensor) -> Tensor:
-        return embedding(levels_of(self.net, images, self.recipe.levels), channels_of(self.recipe))
-
     @functools.cached_property
-    def _whiten(self) -> Tensor:
-        channels = self.learned['mean'].shape[1]
-        return unpacked(self.learned['whiten'], channels)
+    def whitening(self) -> Tensor:
+        "(places, D, D)."
+        return unpacked(self.learned['whiten'], self.learned['mean'].shape[1])
 
     def distances(self, images: Tensor) -> tuple[Tensor, Tensor]:
         "Maps of the Mahalanobis distance, and their largest values."
-        y = self._embedding(images) - self.learned['mean'][..., None]
-        far = (self._whiten @ y).norm(dim=1)                # (places, B)
+        y = embeddings(self.net, images, self.recipe) - self.learned['mean'][..., None]
+        far = (self.whitening @ y).norm(dim=1)                # (places, B)
         stride = self.recipe.levels[0]
         grid = far.T.view(len(images), self.size[0] // stride, self.size[1] // stride)
         maps = as_maps(grid, self.size, self.recipe.sigma)

@@ -10,8 +10,9 @@ __all__ = ['NORMAL', 'DEFECT', 'GROUND_TRUTH', 'PREDICTION', 'DASHES', 'IMAGES',
 
 # %% ../nbs/11_plots.ipynb #b488b506
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -65,7 +67,7 @@ def set_style() -> None:
     plt.rcParams.update(STYLE)
 
 # %% ../nbs/11_plots.ipynb #b1b2d3b0
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+def _in_house_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     "Wrap a drawing function: draw in the house style, then close the figure, also when drawing failed."
     @wraps(draw)
     def styled(*args, **kwargs) -> Figure:
@@ -80,25 +82,25 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return styled
 
 # %% ../nbs/11_plots.ipynb #9dc906e4
-def _say(ax: Axes, sentence: str) -> None:
+def _write_sentence(ax: Axes, sentence: str) -> None:
     "A sentence in the place of a picture."
     ax.set_axis_off()
     ax.text(.5, .5, sentence, transform=ax.transAxes, ha='center', va='center', color=MUTED, wrap=True)
 
-def _sentence(sentence: str) -> Figure:
+def _sentence_figure(sentence: str) -> Figure:
     "A figure that is one sentence."
     fig = plt.figure(figsize=(WIDTH, .7))
-    _say(fig.add_axes((0, 0, 1, 1)), sentence)
+    _write_sentence(fig.add_axes((0, 0, 1, 1)), sentence)
     return fig
 
 # %% ../nbs/11_plots.ipynb #4aef4223
-def _picture(image: torch.Tensor) -> np.ndarray:
+def _as_picture(image: torch.Tensor) -> np.ndarray:
     "(3, H, W), uint8 or float 0..1, to (H, W, 3) uint8."
     image = torch.as_tensor(image).detach().cpu()
     if image.dtype != torch.uint8: image = (image.float().clamp(0, 1) * 255).round().byte()
     return image.permute(1, 2, 0).numpy()
 
-def _plane(mask: torch.Tensor) -> np.ndarray:
+def _as_plane(mask: torch.Tensor) -> np.ndarray:
     "(H, W) or (1, H, W) to (H, W)."
     mask = torch.as_tensor(mask).detach().cpu()
     return mask.reshape(mask.shape[-2:]).numpy()
@@ -109,7 +111,7 @@ def in_limits(
     limit: float | None,    # the pixel threshold of the detector; None: the map is a probability, 0..1
 ) -> np.ndarray:            # (H, W) float32, not clipped
     "A map in units of its pixel threshold: above 1 is called defect. Without a limit, the map as it is."
-    values = _plane(map).astype(np.float32)
+    values = _as_plane(map).astype(np.float32)
     if limit is None: return values
     return values / np.float32(limit) if limit > 0 else np.where(values > limit, 2, 0).astype(np.float32)
 
@@ -129,7 +131,7 @@ def outline(
     mask: torch.Tensor,  # (H, W) or (1, H, W), bool
 ) -> np.ndarray:         # (H, W) bool
     "The rim of the regions of a mask, just outside them, about 1/300 of the image wide."
-    inside = torch.as_tensor(_plane(mask)).bool()
+    inside = torch.as_tensor(_as_plane(mask)).bool()
     width = max(1, round(min(inside.shape) / 300))
     grown = F.max_pool2d(inside[None, None].float(), 2 * width + 1, stride=1, padding=width)[0, 0].bool()
     frame = torch.ones_like(inside)
@@ -145,7 +147,7 @@ def overlay(
     region: torch.Tensor | None = None,  # (H, W) bool: what is looked at; the rest is darkened, behind a white line
 ) -> np.ndarray:                      # (H, W, 3) uint8
     "An image with its score map over it: the surer the detector, the more opaque the heat."
-    picture, scores = _picture(image), np.clip(in_limits(map, limit), 0, 1)
+    picture, scores = _as_picture(image), np.clip(in_limits(map, limit), 0, 1)
     if picture.shape[:2] != scores.shape:
         raise ValueError(f'the image is {picture.shape[0]} x {picture.shape[1]} and the map {scores.shape[0]} x '
                          f'{scores.shape[1]}: '
@@ -153,16 +155,16 @@ def overlay(
     opacity = .7 * (scores if limit is None else scores**2)[..., None]    # what is far below the limit is hardly seen
     mixed = ((1 - opacity) * picture + opacity * heatmap(map, limit)).round().astype(np.uint8)
     if region is not None:
-        mixed[~_plane(region)] //= 2
+        mixed[~_as_plane(region)] //= 2
         mixed[outline(region)] = 255
     if mask is not None: mixed[outline(mask)] = np.round(np.array(plt.matplotlib.colors.to_rgb(PREDICTION)) * 255)
     return mixed
 
 # %% ../nbs/11_plots.ipynb #7e82d435
-def _tiles(
+def _picture_frames(
     rows: int,                 # rows of pictures
     columns: int,              # columns of pictures
-    size: tuple[int, int],     # (H, W) of the pictures, any unit
+    size: Sequence[int],       # (H, W) of the pictures, any unit
     left: float = .1, right: float = .1, top: float = .35, bottom: float = .1,  # margins, inches
     gap: float = .08, row_gap: float = .08,  # inches between the pictures
     widest: float = 1.75, tallest: float = 2.2,        # bounds of one picture, inches
@@ -178,38 +180,38 @@ def _tiles(
     axes = fig.subplots(rows, columns, squeeze=False, gridspec_kw=dict(
         left=left / across, right=1 - right / across, top=1 - top / down, bottom=bottom / down,
         wspace=gap / width, hspace=row_gap / height))
-    for ax in axes.flat: _frame(ax)
+    for ax in axes.flat: _clear_frame(ax)
     return fig, axes
 
 # %% ../nbs/11_plots.ipynb #e7408522
-def _frame(ax: Axes) -> None:
+def _clear_frame(ax: Axes) -> None:
     "A frame for a picture: no ticks, no lines."
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values(): spine.set_visible(False)
 
 # %% ../nbs/11_plots.ipynb #bd4e332f
-def _paint(ax: Axes, picture: np.ndarray, **kwargs) -> None:
+def _draw_array(ax: Axes, picture: np.ndarray, **kwargs) -> None:
     "An array into a frame: small ones with their true pixels, not smoothed, large ones reduced without aliasing."
     enlarged = ax.get_window_extent().width / picture.shape[1]
     ax.imshow(picture, interpolation='nearest' if enlarged > 1.5 else 'auto', **kwargs)
 
-def _show(ax: Axes, image: torch.Tensor) -> None:
+def _show_image(ax: Axes, image: torch.Tensor) -> None:
     "An image (3, H, W) into a frame."
-    _paint(ax, _picture(image))
+    _draw_array(ax, _as_picture(image))
 
 def _show_map(ax: Axes, scores: torch.Tensor, limit: float | None = None) -> None:
     "A score map (H, W) into a frame, on the fixed scale."
-    if limit is None: _paint(ax, in_limits(scores, None), cmap=HEAT, vmin=0, vmax=1)
-    else: _paint(ax, heatmap(scores, limit))
+    if limit is None: _draw_array(ax, in_limits(scores, None), cmap=HEAT, vmin=0, vmax=1)
+    else: _draw_array(ax, heatmap(scores, limit))
 
 def _show_mask(ax: Axes, mask: torch.Tensor) -> None:
     "A mask (H, W) or (1, H, W) into a frame: white on dark gray."
-    _paint(ax, _plane(mask).astype(np.float32), cmap='gray', vmin=-.2, vmax=1)
+    _draw_array(ax, _as_plane(mask).astype(np.float32), cmap='gray', vmin=-.2, vmax=1)
 
 # %% ../nbs/11_plots.ipynb #de64e4a2
 def _draw_outline(ax: Axes, mask: torch.Tensor, colour: str, dash: object = 'solid') -> None:
     "The outline of a mask as a line with a dark rim, which stays legible at any size and on any ground."
-    inside = torch.as_tensor(_plane(mask)).float()
+    inside = torch.as_tensor(_as_plane(mask)).float()
     if not inside.any(): return
     clear = max(1, round(min(inside.shape) / 100))  # keep clear of the region: a line on a thin crack would hide it
     around = F.max_pool2d(F.pad(inside, [clear + 1] * 4)[None, None], 2 * clear + 1, stride=1,
@@ -220,14 +222,28 @@ def _draw_outline(ax: Axes, mask: torch.Tensor, colour: str, dash: object = 'sol
     ax.set(xlim=(-.5, inside.shape[1] - .5), ylim=(inside.shape[0] - .5, -.5))
 
 # %% ../nbs/11_plots.ipynb #d1341069
-def _arrow(fig: Figure, path: Sequence[tuple[float, float]], **kwargs) -> None:
+def _draw_arrow(fig: Figure, path: Sequence[tuple[float, float]], **kwargs) -> None:
     "An arrow between two points given in fractions of the figure."
     fig.add_artist(FancyArrowPatch(*path, transform=fig.transFigure, arrowstyle='-|>', mutation_scale=14, shrinkA=0,
                                    shrinkB=0,
                                    linewidth=1.6, color=MUTED, **kwargs))
 
+# %% ../nbs/11_plots.ipynb #cc04c3ab
+def _draw_way(fig: Figure, frames: Sequence[Axes]) -> None:
+    "The arrows from input to mask, each with the step that it stands for, and the input's own way past the first."
+    boxes = [ax.get_position() for ax in frames]
+    middle, below = (boxes[0].y0 + boxes[0].y1) / 2, boxes[0].y0
+    for a, b, step in zip(boxes, boxes[1:], ('reconstructive\nnetwork', 'discriminative\nnetwork', 'threshold')):
+        _draw_arrow(fig, ((a.x1 + .008, middle), (b.x0 - .008, middle)))
+        fig.text((a.x1 + b.x0) / 2, middle + .03, step, ha='center', va='bottom', fontsize=9)
+    x0, x1 = (boxes[0].x0 + boxes[0].x1) / 2, (boxes[1].x1 + boxes[2].x0) / 2
+    fig.add_artist(Line2D((x0, x0, x1), (below - .03, below / 2.6, below / 2.6), transform=fig.transFigure, color=MUTED,
+                          linewidth=1.6))
+    _draw_arrow(fig, ((x1, below / 2.6), (x1, middle - .04)))
+    fig.text((x0 + x1) / 2, below / 2.6 - .02, 'the input itself', ha='center', va='top', fontsize=9)
+
 # %% ../nbs/11_plots.ipynb #fd520528
-@_styled
+@_in_house_style
 def method_picture(
     image: torch.Tensor,        # (3, H, W), uint8 or float 0..1: the input
     reconstruction: torch.Tensor,  # (3, H, W): what the reconstructive network made of it
@@ -237,40 +253,31 @@ def method_picture(
     limit: float | None = None,  # as in `heatmap`
 ) -> Figure:
     "What DRAEM does, in one row: input, reconstruction, score map, mask."
-    fig, axes = _tiles(1, 4, _plane(map).shape, top=.3, bottom=.5, gap=1.1, widest=1.7, narrowest=1.3)
+    fig, axes = _picture_frames(1, 4, _as_plane(map).shape, top=.3, bottom=.5, gap=1.1, widest=1.7, narrowest=1.3)
     for ax, title in zip(axes[0], ('input', 'reconstruction', 'score map',
-                                   'found defect' if _plane(mask).any() else 'nothing found')):
+                                   'found defect' if _as_plane(mask).any() else 'nothing found')):
         ax.set_title(title, loc='center')
-    _show(axes[0, 0], image)
-    _show(axes[0, 1], reconstruction)
+    _show_image(axes[0, 0], image)
+    _show_image(axes[0, 1], reconstruction)
     _show_map(axes[0, 2], map, limit)
     _show_mask(axes[0, 3], mask)
-    boxes = [ax.get_position() for ax in axes[0]]
-    middle, below = (boxes[0].y0 + boxes[0].y1) / 2, boxes[0].y0
-    for a, b, step in zip(boxes, boxes[1:], ('reconstructive\nnetwork', 'discriminative\nnetwork', 'threshold')):
-        _arrow(fig, ((a.x1 + .008, middle), (b.x0 - .008, middle)))
-        fig.text((a.x1 + b.x0) / 2, middle + .03, step, ha='center', va='bottom', fontsize=9)
-    x0, x1 = (boxes[0].x0 + boxes[0].x1) / 2, (boxes[1].x1 + boxes[2].x0) / 2
-    fig.add_artist(Line2D((x0, x0, x1), (below - .03, below / 2.6, below / 2.6), transform=fig.transFigure, color=MUTED,
-                          linewidth=1.6))
-    _arrow(fig, ((x1, below / 2.6), (x1, middle - .04)))
-    fig.text((x0 + x1) / 2, below / 2.6 - .02, 'the input itself', ha='center', va='top', fontsize=9)
+    _draw_way(fig, list(axes[0]))
     if ground_truth is not None:
         _draw_outline(axes[0, 3], ground_truth, GROUND_TRUTH)
         axes[0, 3].set_xlabel('sky blue: ground truth', fontsize=9)
     return fig
 
 # %% ../nbs/11_plots.ipynb #e7f7406e
-def _short(name: str, most: int) -> str:
+def _short_name(name: str, most: int) -> str:
     "A name of at most so many letters; a longer one loses its middle."
     return name if len(name) <= most else f'{name[:most - most // 2 - 1]}…{name[-(most // 2):]}'
 
 # %% ../nbs/11_plots.ipynb #a756e573
-def _kinds(kinds: Sequence[str]) -> list[str]:
+def defect_kinds(kinds: Iterable[str]) -> list[str]:
     "The defect kinds in order; normal images are of the kind 'good'."
     return sorted(set(kinds) - {'good'})
 
-def _typical(category: CategoryData, kind: str) -> int:
+def typical_image(category: CategoryData, kind: str) -> int:
     "The index of the test image of a kind whose mask has the median area."
     indices = np.flatnonzero(np.array(category.kinds) == kind)
     areas = category.masks[indices].flatten(1).sum(1).numpy()
@@ -287,7 +294,7 @@ def _count_bars(ax: Axes, names: list[str], counts: list[int], colours: list[str
     sns.despine(ax=ax, bottom=True)
 
 # %% ../nbs/11_plots.ipynb #c6bef643
-def _samples(category: CategoryData) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
+def _sample_images(category: CategoryData) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
     """Name, image and mask of a training image, a good test image and one of each kind of defect, as far as there are
     any."""
     good = [i for i, kind in enumerate(category.kinds) if kind == 'good']
@@ -295,7 +302,7 @@ def _samples(category: CategoryData) -> list[tuple[str, torch.Tensor, torch.Tens
     samples += [('test, good', category.test[good[0]], None)] if good else []
     drawn = getattr(category, 'outlines', category.masks)          # None where nobody drew the defects
     return samples + [(kind, category.test[i], torch.zeros_like(category.masks[i]) if drawn is None else drawn[i])
-                      for kind in _kinds(category.kinds) for i in [_typical(category, kind)]]
+                      for kind in defect_kinds(category.kinds) for i in [typical_image(category, kind)]]
 
 def _data_words(name: str, n_train: int, n_good: int, n_defect: int) -> str:
     "The numbers in one sentence, and what there is none of."
@@ -310,25 +317,25 @@ def _show_samples(axes: np.ndarray, samples: list[tuple[str, torch.Tensor, torch
     letters = max(8, int(12 * inches))  # so many fit above a picture
     for ax in axes.flat[len(samples):]: ax.set_axis_off()
     for ax, (name, image, mask) in zip(axes.flat, samples):
-        _show(ax, image)
-        ax.set_title(_short(name, letters), loc='center', fontsize=9.5, fontweight='normal', pad=4,
+        _show_image(ax, image)
+        ax.set_title(_short_name(name, letters), loc='center', fontsize=9.5, fontweight='normal', pad=4,
                      color=NORMAL if mask is None else DEFECT)
         if mask is not None: _draw_outline(ax, mask, GROUND_TRUTH)
 
 # %% ../nbs/11_plots.ipynb #376367c3
-@_styled
+@_in_house_style
 def data_overview(
     category: CategoryData,  # .name, .train (N,3,H,W), .test (M,3,H,W), .masks (M,1,H,W), .kinds
 ) -> Figure:
     "The numbers of images of each split and kind, and a sample of each with its mask outlined."
-    kinds, samples = _kinds(category.kinds), _samples(category)
+    kinds, samples = defect_kinds(category.kinds), _sample_images(category)
     names = ['train, good', 'test, good', *kinds]
     counts = [len(category.train), *(category.kinds.count(kind) for kind in ['good', *kinds])]
     columns = min(max(len(samples), 3), 5)
     rows = max(1, -(-len(samples) // columns))
     left, high = .15 + .075 * max(map(len, names)), .27 * len(names)  # of the bars, inches
-    fig, axes = _tiles(rows, columns, category.train.shape[-2:], left=left + 2.1, top=.58, row_gap=.3,
-                       lowest=(high + .3) / rows - .3)
+    fig, axes = _picture_frames(rows, columns, category.train.shape[-2:], left=left + 2.1, top=.58, row_gap=.3,
+                                lowest=(high + .3) / rows - .3)
     across, down = fig.get_size_inches()
     bars = fig.add_axes((left / across, 1 - (.58 + high) / down, 1.7 / across, high / down))
     _count_bars(bars, names, counts, [NORMAL, NORMAL, *[DEFECT] * len(kinds)])
@@ -338,7 +345,7 @@ def data_overview(
     return fig
 
 # %% ../nbs/11_plots.ipynb #f8b1814a
-@_styled
+@_in_house_style
 def simulated_gallery(
     simulated: Simulated,              # .target, .augmented (B,3,H,W) 0..1, .mask (B,1,H,W), .is_anomalous (B,)
     n: int = 6,                          # show the first n of the batch
@@ -346,12 +353,13 @@ def simulated_gallery(
 ) -> Figure:
     "One column a sample: the normal image, the texture if given, what the networks see, and the mask to be found."
     n = min(n, len(simulated.target))
-    if n == 0: return _sentence('No simulated samples to show.')
-    rows = [('normal image', _show, simulated.target), ('texture', _show, source),
-            ('with anomaly', _show, simulated.augmented), ('mask, share\nof the area', _show_mask, simulated.mask)]
-    rows = [row for row in rows if row[2] is not None]
-    fig, axes = _tiles(len(rows), n, simulated.mask.shape[-2:], left=1.2, narrowest=.7, top=.3, bottom=.3, widest=1.5,
-                       tallest=1.5, lowest=.4)
+    if n == 0: return _sentence_figure('No simulated samples to show.')
+    rows = [('normal image', _show_image, simulated.target),
+            *([] if source is None else [('texture', _show_image, source)]),
+            ('with anomaly', _show_image, simulated.augmented),
+            ('mask, share\nof the area', _show_mask, simulated.mask)]
+    fig, axes = _picture_frames(len(rows), n, simulated.mask.shape[-2:], left=1.2, narrowest=.7, top=.3, bottom=.3,
+                                widest=1.5, tallest=1.5, lowest=.4)
     for line, (name, show, pictures) in zip(axes, rows):
         line[0].set_ylabel(name, rotation=0, ha='right', va='center')
         for ax, picture in zip(line, pictures): show(ax, picture)
@@ -362,7 +370,7 @@ def simulated_gallery(
     return fig
 
 # %% ../nbs/11_plots.ipynb #9be7f96e
-def _drops(losses: pd.DataFrame) -> list[tuple[float, float]]:
+def _rate_drops(losses: pd.DataFrame) -> list[tuple[float, float]]:
     "The steps at which the learning rate falls by more than a tenth, and the rate from there on."
     lr = losses['lr'].to_numpy(float)
     return [(float(losses['step'].iloc[i + 1]), lr[i + 1]) for i in np.flatnonzero(lr[1:] < .9 * lr[:-1])]
@@ -384,23 +392,23 @@ def _loss_panel(ax: Axes, step: pd.Series, loss: pd.Series) -> None:
 _LOSS_NAMES = dict(ssim='SSIM loss', l2='L2 loss', focal='focal loss')
 
 # %% ../nbs/11_plots.ipynb #2f2c21fe
-@_styled
+@_in_house_style
 def training_curves(
     # columns step, one for each loss, and lr where there is a learning rate; one row a logged step
     losses: pd.DataFrame,
 ) -> Figure:
     "Every loss over the training, with the drops of the learning rate marked."
-    if not len(losses): return _sentence('No losses were logged.')
+    if not len(losses): return _sentence_figure('No losses were logged.')
     names = [name for name in losses if name not in ('step', 'lr')]
     fig, axes = plt.subplots(1, len(names), figsize=(WIDTH, 2.7), layout='constrained', squeeze=False)
     for ax, name in zip(axes[0], names):
         ax.set_title(_LOSS_NAMES.get(name, name))
         used = losses[losses[name].notna()]
         if not used[name].any():
-            _say(ax, 'not part of this recipe')
+            _write_sentence(ax, 'not part of this recipe')
             continue
         _loss_panel(ax, used['step'], used[name])
-        for step, lr in _drops(losses) if 'lr' in losses else ():
+        for step, lr in _rate_drops(losses) if 'lr' in losses else ():
             ax.axvline(step, color=MUTED, linestyle='--', linewidth=1)
             ax.annotate(f'lr {lr:.0e}'.replace('e-0', 'e-'), (step, 1), xycoords=('data', 'axes fraction'),
                         xytext=(-2, -3),
@@ -425,7 +433,7 @@ def _count_words(kind: str, flagged: int, n: int) -> str:
     return f'all {n} found' if flagged == n > 1 else f'{flagged} of {n} found'
 
 # %% ../nbs/11_plots.ipynb #a75b43b8
-def _strip(ax: Axes, y: int, scores: np.ndarray, colour: str, hollow: bool = False) -> None:
+def _draw_dots(ax: Axes, y: int, scores: np.ndarray, colour: str, hollow: bool = False) -> None:
     "A row of dots, spread up and down by the golden ratio so that they do not hide each other."
     spread = ((np.arange(len(scores)) * .618034 + .5) % 1 - .5) * .62  # the first in the middle
     size = 26 if len(scores) < 100 else 10
@@ -433,7 +441,7 @@ def _strip(ax: Axes, y: int, scores: np.ndarray, colour: str, hollow: bool = Fal
                edgecolor=colour if hollow else 'white', linewidth=1 if hollow else .4)
 
 # %% ../nbs/11_plots.ipynb #59a88b8f
-def _histogram(ax: Axes, scores: np.ndarray, kinds: np.ndarray) -> None:
+def _draw_histogram(ax: Axes, scores: np.ndarray, kinds: np.ndarray) -> None:
     "How many good and how many defect images have which score, stacked."
     groups = [(scores[of], colour, name) for name, colour, of in
               (('good', NORMAL, kinds == 'good'), ('defect', DEFECT, kinds != 'good')) if of.any()]
@@ -444,19 +452,19 @@ def _histogram(ax: Axes, scores: np.ndarray, kinds: np.ndarray) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     ax.legend(loc='upper left', bbox_to_anchor=(1.005, 1.05), borderaxespad=0)
 
-def _headline(flagged: np.ndarray | None, kinds: np.ndarray) -> str:
+def _headline_words(flagged: np.ndarray | None, kinds: np.ndarray) -> str:
     "The counts over all kinds, in words."
     good, parts = kinds == 'good', []
     for name, of, words in (('defect', ~good, 'defects found'), ('good', good, 'good images called a defect')):
         if not of.any(): parts.append(f'no {name} test images')
-        elif flagged is None: parts.append(f'{of.sum()} {name} images')
+        elif flagged is None: parts.append(f'{of.sum()} {name} image{"s" * int(of.sum() != 1)}')
         else: parts.append(f'{flagged[of].sum()} of {of.sum()} {words}')
     return ', '.join(parts)
 
 # %% ../nbs/11_plots.ipynb #9fe2a407
 def _score_row(ax: Axes, y: int, kind: str, scores: np.ndarray, flagged: np.ndarray | None) -> None:
     "The dots of one kind and, at the right, the count; errors in bold."
-    _strip(ax, y, scores, NORMAL if kind == 'good' else DEFECT)
+    _draw_dots(ax, y, scores, NORMAL if kind == 'good' else DEFECT)
     n = len(scores)
     words = f'{n} image{"s" * (n > 1)}' if flagged is None else _count_words(kind, int(flagged.sum()), n)
     wrong = flagged is not None and flagged.sum() != (0 if kind == 'good' else n)
@@ -466,18 +474,18 @@ def _score_row(ax: Axes, y: int, kind: str, scores: np.ndarray, flagged: np.ndar
 def _score_rows(ax: Axes, scores: np.ndarray, kinds: np.ndarray, flagged: np.ndarray | None,
                 held_out: np.ndarray) -> None:
     "A row of dots a kind, the good ones first, above them the held-out images if there are any."
-    rows = [kind for kind in ['good', *_kinds(kinds)] if (kinds == kind).any()]
+    rows = [kind for kind in ['good', *defect_kinds(kinds)] if (kinds == kind).any()]
     for y, kind in enumerate(rows):
         _score_row(ax, y, kind, scores[kinds == kind], None if flagged is None else flagged[kinds == kind])
     if len(held_out):
-        _strip(ax, -1, held_out, NORMAL, hollow=True)
+        _draw_dots(ax, -1, held_out, NORMAL, hollow=True)
         ax.text(1.01, -1, 'set the threshold', transform=ax.get_yaxis_transform(), va='center', fontsize=9, color=MUTED)
     first = -1 if len(held_out) else 0
     ax.set(yticks=range(first, len(rows)), yticklabels=[*['good, held out'] * -first, *rows],
            ylim=(len(rows) - .4, first - .6), xlabel='anomaly score of an image')
 
 # %% ../nbs/11_plots.ipynb #c1c23676
-@_styled
+@_in_house_style
 def score_histogram(
     scores: torch.Tensor,                            # (M,) anomaly scores of the test images
     kinds: Sequence[str],                            # M kinds, 'good' for normal images
@@ -486,29 +494,40 @@ def score_histogram(
     quantile: float | None = None,                   # of those, as a fraction
 ) -> Figure:
     "The scores of good and defect images, per kind, with the threshold and what it does."
-    scores, kinds = np.asarray(scores, dtype=float), np.array(list(kinds), dtype=str)
+    values, of = np.asarray(scores, dtype=float), np.array(list(kinds), dtype=str)
     held_out = np.asarray([] if held_out_scores is None else held_out_scores, dtype=float)
-    if not len(scores): return _sentence('No test images, so no scores to show.')
-    flagged = None if threshold is None else scores > threshold
+    if not len(values): return _sentence_figure('No test images, so no scores to show.')
+    flagged = None if threshold is None else values > threshold
     high = .3 * (len(set(kinds)) + (len(held_out) > 0)) + .1
     fig, (top, ax) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH, high + 2.1), height_ratios=(1.1, high),
                                   layout='constrained')
-    _histogram(top, scores, kinds)
-    _score_rows(ax, scores, kinds, flagged, held_out)
-    top.set_title(_headline(flagged, kinds))
+    _draw_histogram(top, values, of)
+    _score_rows(ax, values, of, flagged, held_out)
+    top.set_title(_headline_words(flagged, of))
     fig.supxlabel(_threshold_words(threshold, quantile, len(held_out)), fontsize=9, color=MUTED)
     if threshold is not None:
         for panel in (top, ax): panel.axvline(threshold, color='black', linestyle='--', linewidth=1.2)
     return fig
 
 # %% ../nbs/11_plots.ipynb #2017474d
-def _named(metrics: dict | None, **names: str) -> str:
+def _metric_words(metrics: dict | None, **names: str) -> str:
     "The metrics asked for, in words; one that is not defined is left out."
-    return ', '.join(f'{name} {metrics[key]:.3f}' for key, name in names.items()
-                     if (metrics or {}).get(key) is not None)
+    values = metrics or {}
+    return ', '.join(f'{name} {values[key]:.3f}' for key, name in names.items() if values.get(key) is not None)
+
+# %% ../nbs/11_plots.ipynb #32103c72
+def _draw_curves(ax: Axes, axes: tuple[str, str], names: dict[str, str], lines: Sequence[tuple], steps: str) -> None:
+    "One curve of images and one of pixels, each with its metrics in the legend."
+    for what, curves, metrics, colour, dash in lines:
+        x, y = ((curves or {}).get(axis) for axis in axes)
+        defined = x is not None and y is not None
+        words = _metric_words(metrics, **names) if defined else 'not defined'
+        ax.plot(*((x, y) if defined else ([], [])), color=colour, linestyle=dash, drawstyle=steps,
+                label=f'{what}: {words}', clip_on=False)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
 
 # %% ../nbs/11_plots.ipynb #ea65d0c6
-@_styled
+@_in_house_style
 def detection_curves(
     image_curves: dict | None,   # metrics.curves of images: arrays 'fpr', 'tpr', 'precision', 'recall', or None
     pixel_curves: dict | None,   # the same over pixels
@@ -516,21 +535,13 @@ def detection_curves(
     pixel_metrics: dict | None,  # the same and 'aupro'
 ) -> Figure:
     "The ROC and the precision-recall curves of images and of pixels."
-    fig, (roc, pr) = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout='constrained')
-    fig.get_layout_engine().set(wspace=.06)
-    panels = ((roc, 'fpr', 'tpr', dict(auroc='AUROC', aupro='AUPRO'), 'default'),
-              (pr, 'recall', 'precision', dict(ap='AP', f1_max='F1-max'), 'steps-pre'))  # AP is the area under steps
-    whats = (('images', image_curves, image_metrics, IMAGES, '-'),
+    fig, (roc, pr) = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout=ConstrainedLayoutEngine(wspace=.06))
+    lines = (('images', image_curves, image_metrics, IMAGES, '-'),
              ('pixels', pixel_curves, pixel_metrics, PIXELS, '--'))
-    for ax, x, y, names, draw in panels:
-        for what, curves, metrics, colour, dash in whats:
-            curve = [(curves or {}).get(axis) for axis in (x, y)]
-            drawn = curve[0] is not None and curve[1] is not None
-            words = _named(metrics, **names) if drawn else 'not defined'
-            ax.plot(*(curve if drawn else ([], [])), color=colour, linestyle=dash, drawstyle=draw,
-                    label=f'{what}: {words}', clip_on=False)
-        ax.set(xlim=(0, 1), ylim=(0, 1))
-        ax.legend(loc='lower right' if ax is roc else 'lower left')
+    _draw_curves(roc, ('fpr', 'tpr'), dict(auroc='AUROC', aupro='AUPRO'), lines, 'default')
+    _draw_curves(pr, ('recall', 'precision'), dict(ap='AP', f1_max='F1-max'), lines, 'steps-pre')  # as AP
+    roc.legend(loc='lower right')
+    pr.legend(loc='lower left')
     roc.plot((0, 1), (0, 1), color=MUTED, linewidth=1, linestyle=':')
     roc.set(title='ROC', xlabel='false alarms among the normal', ylabel='found among the defects')
     pr.set(title='precision and recall', xlabel='recall: found among the defects',
@@ -545,21 +556,21 @@ def pick_cases(
     n: int = 4,                              # at most so many of each
 ) -> dict[str, list[int]]:                   # 'hits', 'misses', 'false_alarms': indices, the most telling first
     "The clearest hits, the worst misses and the worst false alarms; an empty list where there are none."
-    scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    values, defect = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     if is_anomalous is None:
-        best_good, worst_defect = scores[~labels].max(initial=-np.inf), scores[labels].min(initial=np.inf)
-        missed, alarmed = labels & (scores < best_good), ~labels & (scores > worst_defect)
+        best_good, worst_defect = values[~defect].max(initial=-np.inf), values[defect].min(initial=np.inf)
+        missed, alarmed = defect & (values < best_good), ~defect & (values > worst_defect)
     else:
         verdicts = np.asarray(is_anomalous, dtype=bool)
-        missed, alarmed = labels & ~verdicts, ~labels & verdicts
-    upward = np.argsort(scores, kind='stable')
-    downward = np.argsort(-scores, kind='stable')
+        missed, alarmed = defect & ~verdicts, ~defect & verdicts
+    upward = np.argsort(values, kind='stable')
+    downward = np.argsort(-values, kind='stable')
     chosen = lambda order, which: [int(i) for i in order if which[i]][:n]
-    return dict(hits=chosen(downward, labels & ~missed), misses=chosen(upward, missed),
+    return dict(hits=chosen(downward, defect & ~missed), misses=chosen(upward, missed),
                 false_alarms=chosen(downward, alarmed))
 
 # %% ../nbs/11_plots.ipynb #e8ae3da6
-def _verdict(is_anomalous: bool, kind: str | None) -> tuple[str, str]:
+def _verdict_words(is_anomalous: bool, kind: str | None) -> tuple[str, str]:
     "A verdict in words and its colour: vermilion for 'defect', blue for 'normal'."
     colour = DEFECT if is_anomalous else NORMAL
     if kind is None: return 'called defect' if is_anomalous else 'called normal', colour
@@ -578,10 +589,10 @@ def _colour_bar(fig: Figure, last: Axes, limit: float | None) -> None:
     across, down = fig.get_size_inches()
     box = last.get_position()
     high = min(box.height, 1.7 / down)
-    bar = fig.add_axes((box.x1 + .12 / across, box.y1 - high, .1 / across, high))
+    at = fig.add_axes((box.x1 + .12 / across, box.y1 - high, .1 / across, high))
     scale = ScalarMappable(Normalize(0, 1), HEAT) if limit is None else ScalarMappable(Normalize(0, 2), ALARM)
-    bar = fig.colorbar(scale, cax=bar, ticks=(0, .5, 1) if limit is None else (0, 1, 2))
-    bar.outline.set_visible(False)
+    bar = fig.colorbar(scale, cax=at, ticks=(0, .5, 1) if limit is None else (0, 1, 2))
+    bar.ax.spines['outline'].set_visible(False)
     if limit is not None: bar.ax.set_yticklabels(['0', 'limit', '2 x'])
 
 # %% ../nbs/11_plots.ipynb #aa6361ec
@@ -594,34 +605,42 @@ def _row_words(detections: Detections, i: int, names: dict[int, str] | None, kin
     against = '' if threshold is None else f' {">" if score > threshold else "≤"} {threshold:.3f}'
     words = [(names[i], 'black')] if names is not None else []
     words.append((f'score {score:.3f}{against}', 'black'))
-    if flagged is not None: words.append(_verdict(flagged, kinds[i] if kinds is not None else None))
+    if flagged is not None: words.append(_verdict_words(flagged, kinds[i] if kinds is not None else None))
     return words
 
 def _outline_legend(fig: Figure, ground_truth: bool, prediction: bool) -> None:
     "Names the outlines, at the foot of the last column."
-    lines = [Line2D([], [], color=colour, linestyle=dash, label=label) for there, colour, dash, label in
-             ((ground_truth, GROUND_TRUTH, 'solid', 'ground truth'),
-              (prediction, PREDICTION, DASHES, 'called defect')) if there]
+    truth = [Line2D([], [], color=GROUND_TRUTH, linestyle='solid', label='ground truth')] * ground_truth
+    lines = truth + [Line2D([], [], color=PREDICTION, linestyle=DASHES, label='called defect')] * prediction
     across, down = fig.get_size_inches()
     if lines:
         fig.legend(handles=lines, loc='lower right', bbox_to_anchor=(1 - .6 / across, 0), ncols=2, borderaxespad=.3,
                    columnspacing=1.2)
 
 # %% ../nbs/11_plots.ipynb #05e9b989
+def _gallery_columns(detections: Detections, masks: torch.Tensor | None) -> list[str]:
+    "What a gallery shows of an image, as far as it is known."
+    return ['input', *['reconstruction'] * (detections.reconstructions is not None), 'score map',
+            *['ground truth'] * (masks is not None), 'overlay']
+
+def _row_names(names: Sequence[str] | None, indices: Sequence[int]) -> dict[int, str] | None:
+    "The names of the images to show, shortened; None where they are not known."
+    return None if names is None else {i: _short_name(str(names[i]), 32) for i in indices}
+
 def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Detections, i: int,
-                 mask: torch.Tensor | None, limit: float | None) -> None:
+                 masks: torch.Tensor | None, limit: float | None) -> None:
     "The pictures of image i into the frames of its row."
-    _show(at['input'], image)
-    if 'reconstruction' in at: _show(at['reconstruction'], detections.reconstructions[i])
+    _show_image(at['input'], image)
+    if detections.reconstructions is not None: _show_image(at['reconstruction'], detections.reconstructions[i])
     _show_map(at['score map'], detections.maps[i], limit)
-    _paint(at['overlay'], overlay(image, detections.maps[i], limit=limit))
-    if mask is not None:
-        _show_mask(at['ground truth'], mask)
-        _draw_outline(at['overlay'], mask, GROUND_TRUTH)
+    _draw_array(at['overlay'], overlay(image, detections.maps[i], limit=limit))
+    if masks is not None:
+        _show_mask(at['ground truth'], masks[i])
+        _draw_outline(at['overlay'], masks[i], GROUND_TRUTH)
     if detections.masks is not None: _draw_outline(at['overlay'], detections.masks[i], PREDICTION, DASHES)
 
 # %% ../nbs/11_plots.ipynb #f7212a6e
-@_styled
+@_in_house_style
 def detection_gallery(
     images: torch.Tensor,                   # (M, 3, H, W) uint8
     detections: Detections,  # of these images: .maps, .scores; .reconstructions, .masks, .is_anomalous or None
@@ -634,16 +653,13 @@ def detection_gallery(
     empty: str = 'There is no such case.',  # what to say if there is nothing to show
 ) -> Figure:
     "One row an image: input, reconstruction, score map, ground truth, overlay, with the verdict in words."
-    if not len(indices): return _sentence(empty)
-    columns = ['input', *['reconstruction'] * (detections.reconstructions is not None), 'score map',
-               *['ground truth'] * (masks is not None), 'overlay']
-    names = kinds if titles is None else titles
-    names = None if names is None else {i: _short(str(names[i]), 32) for i in indices}
-    left = max(1.5, .3 + .085 * max(map(len, names.values()))) if names else 1.5
-    fig, axes = _tiles(len(indices), len(columns), images.shape[-2:], left=left, right=.6, bottom=.4, lowest=.62)
+    if not len(indices): return _sentence_figure(empty)
+    columns = _gallery_columns(detections, masks)
+    names = _row_names(kinds if titles is None else titles, indices)
+    left, size = max([1.5, *(.3 + .085 * len(name) for name in (names or {}).values())]), images.shape[-2:]
+    fig, axes = _picture_frames(len(indices), len(columns), size, left=left, right=.6, bottom=.4, lowest=.62)
     for line, i in zip(axes, indices):
-        _gallery_row(dict(zip(columns, line)), images[i], detections, i, None if masks is None else masks[i],
-                     limit)
+        _gallery_row(dict(zip(columns, line)), images[i], detections, i, masks, limit)
         _label_row(line[0], _row_words(detections, i, names, kinds, threshold))
     for ax, name in zip(axes[0], columns): ax.set_title(name, loc='center', fontsize=10)
     _colour_bar(fig, axes[0, -1], limit)
@@ -660,14 +676,14 @@ def _kind_table(results: dict) -> pd.DataFrame:
     return pd.DataFrame.from_dict(table, orient='index', columns=['n', 'auroc', 'ap'], dtype=float)
 
 # %% ../nbs/11_plots.ipynb #2a1a220d
-@_styled
+@_in_house_style
 def kind_bars(
     results: dict,  # of evaluation.evaluate: 'image', 'pixel', 'kinds' and, if asked for, 'together'
 ) -> Figure:
     "The image AUROC and the pixel AP of each kind of defect, and of all together."
     table = _kind_table(results)
     if table[['auroc', 'ap']].isna().all(axis=None):
-        return _sentence('No metric is defined: it takes good and defect test images.')
+        return _sentence_figure('No metric is defined: it takes good and defect test images.')
     fig, ax = plt.subplots(figsize=(WIDTH, .75 + .5 * len(table)), layout='constrained')
     y = np.arange(len(table))
     for column, name, colour, shift in (('auroc', 'image AUROC', IMAGES, -.2), ('ap', 'pixel AP', PIXELS, .2)):
@@ -683,7 +699,7 @@ def kind_bars(
     return fig
 
 # %% ../nbs/11_plots.ipynb #1ae6e32c
-def _agreement(ax: Axes, table: pd.DataFrame, low: float) -> None:
+def _draw_agreement(ax: Axes, table: pd.DataFrame, low: float) -> None:
     "Ours against the published value, with the diagonal."
     short = table['ours'] < table['published']
     ax.plot((low, 100), (low, 100), color=MUTED, linewidth=1)
@@ -696,7 +712,7 @@ def _agreement(ax: Axes, table: pd.DataFrame, low: float) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_title(f'{(~short).sum()} of {len(table)} reach the published value')
 
-def _by_name(ax: Axes, table: pd.DataFrame, low: float) -> None:
+def _draw_by_name(ax: Axes, table: pd.DataFrame, low: float) -> None:
     "A line a class from the published value (hollow) to ours (filled), with the difference."
     for y, (_, row) in enumerate(table.iterrows()):
         colour, marker = (MUTED, 'v') if row.ours < row.published else (IMAGES, 'o')
@@ -710,40 +726,43 @@ def _by_name(ax: Axes, table: pd.DataFrame, low: float) -> None:
     ax.set_title('hollow: published, filled: ours')
 
 # %% ../nbs/11_plots.ipynb #ee6ff9a1
-@_styled
+@_in_house_style
 def against_paper(
     table: pd.DataFrame,  # one row a class, index its name, columns 'ours' and 'published', AUROC in percent
 ) -> Figure:
     "Our AUROC against the published one, a point a class."
     table = table[['ours', 'published']].astype(float).dropna().sort_values('published', ascending=False, kind='stable')
-    if not len(table): return _sentence('No class has both a value of ours and a published one.')
+    if not len(table): return _sentence_figure('No class has both a value of ours and a published one.')
     low = float(np.floor(min(table.min(axis=None), 95) - 1))
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.4, .8 + .23 * len(table))), width_ratios=(1, 1.25),
                                       layout='constrained')
-    _agreement(left, table, low)
-    _by_name(right, table, low)
+    _draw_agreement(left, table, low)
+    _draw_by_name(right, table, low)
     return fig
 
+# %% ../nbs/11_plots.ipynb #c0ecfeb5
+def _draw_difference(ax: Axes, y: int, row: Any) -> None:
+    "The difference of one class with its interval and each seed's own; bold where zero is outside."
+    colour, marker = (MUTED, 'v') if row.difference < 0 else (IMAGES, 'o')
+    ax.plot((row.low, row.high), (y, y), color=colour, linewidth=3, alpha=.35, solid_capstyle='butt')
+    if len(row.seeds) > 1: ax.scatter(row.seeds, [y] * len(row.seeds), s=12, color='black', zorder=4)
+    ax.scatter(row.difference, y, s=44, color=colour, marker=marker, zorder=3)
+    interval = 'no interval' if np.isnan(row.low) else f'{row.low:+.1f} to {row.high:+.1f}'
+    ax.text(1.01, y, f'{row.difference:+.1f}  ({interval})', transform=ax.get_yaxis_transform(), va='center',
+            fontsize=9, fontweight='bold' if row.low > 0 or row.high < 0 else 'normal')
+
 # %% ../nbs/11_plots.ipynb #95cc6983
-@_styled
+@_in_house_style
 def class_differences(
     table: pd.DataFrame,    # of evaluation.differences, one set of conditions: category, difference, low, high, seeds
     metric: str,            # what differs
 ) -> Figure:
     "Ours less the published value, a row a class, with the interval over test images and each seed's own difference."
-    if not len(table): return _sentence('No class has both a value of ours and a published one.')
+    if not len(table): return _sentence_figure('No class has both a value of ours and a published one.')
     table = table.sort_values('difference', ascending=False, kind='stable')
     fig, ax = plt.subplots(figsize=(WIDTH, .9 + .24 * len(table)), layout='constrained')
     ax.axvline(0, color='black', linewidth=1)
-    for y, row in enumerate(table.itertuples()):
-        sure = row.low > 0 or row.high < 0
-        colour, marker = (MUTED, 'v') if row.difference < 0 else (IMAGES, 'o')
-        ax.plot((row.low, row.high), (y, y), color=colour, linewidth=3, alpha=.35, solid_capstyle='butt')
-        if len(row.seeds) > 1: ax.scatter(row.seeds, [y] * len(row.seeds), s=12, color='black', zorder=4)
-        ax.scatter(row.difference, y, s=44, color=colour, marker=marker, zorder=3)
-        interval = 'no interval' if np.isnan(row.low) else f'{row.low:+.1f} to {row.high:+.1f}'
-        ax.text(1.01, y, f'{row.difference:+.1f}  ({interval})', transform=ax.get_yaxis_transform(), va='center',
-                fontsize=9, fontweight='bold' if sure else 'normal')
+    for y, row in enumerate(table.itertuples()): _draw_difference(ax, y, row)
     n_seeds = sorted({len(seeds) for seeds in table.seeds})
     ax.set(yticks=range(len(table)), yticklabels=table.category, ylim=(len(table) - .5, -.5),
            xlabel=f'ours less published, {metric}, percentage points')
@@ -753,7 +772,7 @@ def class_differences(
     return fig
 
 # %% ../nbs/11_plots.ipynb #3a08ed5c
-def _curve(ax: Axes, table: pd.DataFrame, metric: str, colour: str) -> None:
+def _draw_metric(ax: Axes, table: pd.DataFrame, metric: str, colour: str) -> None:
     "One metric of all seeds against the steps."
     by_step = table.groupby('step')
     mean = by_step[metric].mean()
@@ -774,22 +793,22 @@ def _step_ticks(ax: Axes, steps: Sequence[int]) -> None:
     ax.set_xticks(steps, ['' if (len(steps) - 1 - i) % every else f'{s:,}' for i, s in enumerate(steps)])
 
 # %% ../nbs/11_plots.ipynb #d2f914db
-@_styled
+@_in_house_style
 def learning_curve(
     table: pd.DataFrame,  # seed, step, a column for each metric (fractions or nan), with '<metric> low' and ' high'
     drops: Sequence[float] = (),    # steps after which the learning rate fell
 ) -> Figure:
     "Every metric against the steps of the training."
     metrics = [name for name in table if name not in ('seed', 'step') and not name.endswith((' low', ' high'))]
-    if not len(table): return _sentence('The run was not looked at.')
+    if not len(table): return _sentence_figure('The run was not looked at.')
     rows = -(-len(metrics) // 3)
-    fig, axes = plt.subplots(rows, 3, figsize=(WIDTH, 2.5 * rows), squeeze=False, layout='constrained')
-    fig.get_layout_engine().set(wspace=.06, hspace=.08)
+    fig, axes = plt.subplots(rows, 3, figsize=(WIDTH, 2.5 * rows), squeeze=False,
+                             layout=ConstrainedLayoutEngine(wspace=.06, hspace=.08))
     for ax in axes.flat[len(metrics):]: ax.set_axis_off()
     for ax, metric in zip(axes.flat, metrics):
         ax.set_title(metric)
-        if table[metric].isna().all(): _say(ax, 'not defined on these images'); continue
-        _curve(ax, table, metric, IMAGES if metric.startswith('image') else PIXELS)
+        if table[metric].isna().all(): _write_sentence(ax, 'not defined on these images'); continue
+        _draw_metric(ax, table, metric, IMAGES if metric.startswith('image') else PIXELS)
         for step in drops: ax.axvline(step, color=MUTED, linestyle='--', linewidth=1)
         _step_ticks(ax, sorted(table.step.unique()))
         ax.set_xlabel('steps' + (', dashed: the rate falls' if len(drops) else ''))

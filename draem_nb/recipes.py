@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar, dataclass_transform
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 # %% auto #0
 __all__ = ['Count', 'Share', 'Inside', 'BelowOne', 'Weight', 'Positive', 'Seed', 'Degrees', 'Size', 'as_recipe', 'BaseRecipe',
-           'Recipe', 'official', 'paper', 'demo', 'compact', 'by_name', 'ablations']
+           'HoldsOut', 'MethodChoices', 'Recipe', 'official', 'paper', 'demo', 'compact', 'by_name', 'ablations']
 
 # %% ../nbs/06_recipes.ipynb #8351510f
 Count = Annotated[int, Field(ge=1)]
@@ -42,14 +42,14 @@ def as_recipe(cls: type[_T]) -> type[_T]:
 
     @functools.wraps(checked)
     def init(self: Any, *args: Any, **fields: Any) -> None:
-        try: checked(self, *map(_plain, args), **{name: _plain(value) for name, value in fields.items()})
-        except ValidationError as e: raise ValueError(_sentence(e, record, fields)) from None
+        try: checked(self, *map(_plain_value, args), **{name: _plain_value(value) for name, value in fields.items()})
+        except ValidationError as e: raise ValueError(_fault_in_words(e, record, fields)) from None
     record.__init__ = init  # type: ignore[misc, method-assign, assignment]
     return record  # type: ignore[return-value]
 
-def _plain(value: object) -> object:
+def _plain_value(value: object) -> object:
     "Lists, which JSON and papermill make of tuples, as tuples; a number of NumPy as one of Python."
-    if isinstance(value, (list, tuple)): return tuple(map(_plain, value))
+    if isinstance(value, (list, tuple)): return tuple(map(_plain_value, value))
     return value.item() if isinstance(value, np.generic) else value
 
 # %% ../nbs/06_recipes.ipynb #5d0c36a1
@@ -66,6 +66,30 @@ class BaseRecipe:
         if unknown := sorted(set(fields) - set(names)):
             raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(names)}")
         return dataclasses.replace(self, **fields)
+
+# %% ../nbs/06_recipes.ipynb #ab33347f
+class HoldsOut(Protocol):
+    "A recipe of any method: a dataclass that says which images are held out."
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
+    @property
+    def holdout(self) -> float:
+        "Share of the normal images that are held out."
+    @property
+    def seed(self) -> int:
+        "Of every random choice."
+
+class MethodChoices(HoldsOut, Protocol):
+    "What the library asks of a recipe of any method, one's own included."
+    @property
+    def name(self) -> str:
+        "What a report calls it."
+    @property
+    def size(self) -> Size:
+        "Of the images, S or (H, W) pixels."
+    @property
+    def quantile(self) -> float:
+        "Of the held-out normal scores: the threshold."
 
 # %% ../nbs/06_recipes.ipynb #bd544327
 @as_recipe
@@ -138,7 +162,7 @@ class Recipe(BaseRecipe):
         return self.steps or math.ceil(self.epochs * math.ceil(n_images / self.batch))
 
 # %% ../nbs/06_recipes.ipynb #9913e13e
-def _sentence(e: ValidationError, cls: type, given: dict[str, Any]) -> str:
+def _fault_in_words(e: ValidationError, cls: type, given: dict[str, Any]) -> str:
     first = e.errors()[0]
     if not first['loc'] or first['type'] == 'unexpected_keyword_argument':
         names = ', '.join(f.name for f in dataclasses.fields(cls))

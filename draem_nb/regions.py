@@ -29,7 +29,7 @@ def inside(values: Tensor, region: Tensor | None, outside: float = OUTSIDE) -> T
                                                                       device=values.device))
 
 # %% ../nbs/14d_regions.ipynb #bc29f656
-def _rectangle(region: object) -> list[int] | None:
+def _as_rectangle(region: object) -> list[int] | None:
     "Four numbers, where these are what says the region."
     if isinstance(region, str) and re.fullmatch(r'[\[( ]*-?\d+( *, *-?\d+)*[\]) ]*', region):
         region = [int(n) for n in re.findall(r'-?\d+', region)]
@@ -46,9 +46,9 @@ def _size_of(path: Path) -> tuple[int, int]:
         return file.size[::-1] if turned else file.size
 
 # %% ../nbs/14d_regions.ipynb #7b7ba148
-def _drawn(region: str | Path | Sequence[int], size: tuple[int, int]) -> Image.Image:
+def _region_picture(region: str | Path | Sequence[int], size: tuple[int, int]) -> Image.Image:
     "A region as a picture of `size` (width, height), white inside."
-    if (rectangle := _rectangle(region)) is not None:
+    if (rectangle := _as_rectangle(region)) is not None:
         left, top, width, height = rectangle
         if min(left, top) < 0 or min(width, height) < 1 or left + width > size[0] or top + height > size[1]:
             raise ValueError(f'the region {left},{top},{width},{height} (left, top, width, height) does not lie in the '
@@ -74,7 +74,7 @@ def read_region(
         raise ValueError(f'a region is for photos of one size, but {shown(images[0])} has {first[0]} x {first[1]} '
                          'pixels (width x height) and '
                          f'{shown(other)} has {" x ".join(map(str, _size_of(other)))}; cut them to one size')
-    found = np.asarray(_drawn(region, first).resize(size[::-1], Image.Resampling.BILINEAR)) >= 128
+    found = np.asarray(_region_picture(region, first).resize(size[::-1], Image.Resampling.BILINEAR)) >= 128
     if not found.any():
         raise ValueError(f'the region {shown(str(region))} is empty: no pixel is white, so nothing would be looked at')
     return torch.from_numpy(found)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 # %% auto #0
 __all__ = ['check_parameters', 'default_folder', 'peak_memory_mib', 'timing', 'finish', 'Figures', 'styled', 'as_csv',
@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from . import gallery
-from .cli import folder_parameter, report_notebook, report_parameters
+from .cli import folder_parameter, folder_rule, report_notebook, report_parameters
 from .cli import main as main, report_names as report_names         # scripts import them from here
 from .data import (DEMO_CATEGORIES, check_size, content_hash, demo_category, read_json, remove_leftovers,
                            replacing, temporary_folder, write_json)
@@ -59,16 +59,44 @@ def check_parameters(name: str | Path, params: dict) -> dict:
                          f"{', '.join(known)}")
     return {key: params.get(key, default) for key, (default, _) in known.items()}
 
-# %% ../nbs/12_reports.ipynb #7fe7a21d
-def _new_folder(report: str, p: dict) -> Path:
-    "In the run, a folder of this moment for a look at images; `p`: all parameters."
-    if not (p['run_dir'] and (p['images'] or p.get('cross_fit'))):
-        raise ValueError(f'{report} needs run_dir, the folder of a trained run, and images, a folder of '
-                         'images to look at' + ', or cross_fit' * ('cross_fit' in p))
-    of = Path(p['images']).resolve().name[:80] if p['images'] else 'cross-fit'
-    new = Path(p['run_dir']) / f"{report}-{of}-{time.strftime('%Y%m%d-%H%M%S')}"
+# %% ../nbs/12_reports.ipynb #b9548c20
+_RUN_RULE = 'runs/<category>-<recipe>-seed<seed>'        # of a notebook that says nothing of its folder
+
+def _keys_of(field: str) -> tuple[str, ...]:
+    "The parameters of a field of a folder's rule: 'name of images or cross_fit' takes the first that is given."
+    return tuple(field.removeprefix('name of ').split(' or '))
+
+def _folder_part(field: str, p: dict) -> str:
+    "What stands for a field of a folder's rule: a parameter, the name of a folder, the date or the time."
+    if field in ('date', 'time'): return time.strftime('%Y%m%d' if field == 'date' else '%H%M%S')
+    first, *others = _keys_of(field)
+    value = p[first]
+    if not value and others: return others[0].replace('_', '-')
+    if field.startswith('name of '): return Path(value).resolve().name[:80]
+    return '-'.join(map(str, value)) if isinstance(value, list) else str(value)
+
+def _hash_of_others(params: dict) -> str:
+    "Six digits for all parameters that a run's name does not say; where the data lie makes no other run of it."
+    said = {'category', 'method', 'recipe', 'seed', 'seeds', 'data_root', 'textures_root', 'device'}
+    rest = {key: value for key, value in params.items() if key not in said and value}
+    return f"-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]}" if rest else ''
+
+def _free_folder(folder: Path) -> Path:
+    "That folder or, where it is there already, the first with a number behind its name."
     return next(path for i in range(1, 1000)
-                if not (path := new if i == 1 else new.with_name(f'{new.name}-{i}')).exists())
+                if not (path := folder if i == 1 else folder.with_name(f'{folder.name}-{i}')).exists())
+
+# %% ../nbs/12_reports.ipynb #7fe7a21d
+def _check_named(name: str | Path, p: dict, needed: list[tuple[str, ...]]) -> None:
+    "`ValueError` where a report does not have the parameters that its folder would be named by, or has no value there."
+    about, report = report_parameters(name), Path(name).stem
+    if lacking := [key for keys in needed for key in keys if key not in p]:
+        option = folder_parameter(name).replace('_', '-')
+        raise ValueError(f'report {report} lacks {", ".join(lacking)}, by which its folder would be named; name one '
+                         f'with --{option}')
+    if any(all(p[key] in (None, '') for key in keys) for keys in needed):
+        words = [' or '.join(f'{key} ({about[key][1]})' for key in keys) for keys in dict.fromkeys(needed)]
+        raise ValueError(f'{report} needs {" and ".join(words)}')
 
 # %% ../nbs/12_reports.ipynb #b4be6701
 def default_folder(
@@ -76,28 +104,19 @@ def default_folder(
     params: dict,         # its parameters, those that are given
     runs_dir: str | Path = 'runs',
 ) -> Path:
-    """The folder of a report when none is named: `runs/brick-demo-seed0`, `runs/summary`,
-    `runs/brick-demo-seed0/inspect-photos-20261127-081500`."""
-    p = check_parameters(name, params)
-    report = Path(name).stem
-    if report in ('inspect', 'calibrate', 'export'): return _new_folder(report, p)
-    if report == 'compare':
-        if not (p['first'] and p['second']):
-            raise ValueError('a comparison needs first and second, the folders of two trained runs of one class')
-        return Path(p['first']) / f"compare-{Path(p['second']).resolve().name}"
-    if report == 'summary': return Path(p['runs_dir']) / 'summary'
-    if report == 'official': return Path(runs_dir) / 'official'
-    if not {'category', 'recipe'} <= p.keys() or not {'seed', 'seeds'} & p.keys():
-        raise ValueError(f'report {report} lacks category, recipe or seed, by which its folder would be named; name '
-                         f'one with --{folder_parameter(name).replace("_", "-")}')
-    # Where the data lie and what computes them do not make another run of it.
-    named = {'category', 'method', 'recipe', 'seed', 'seeds', 'data_root', 'textures_root', 'device'}
-    rest = {key: value for key, value in params.items() if key not in named and value}
-    code = f"-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]}" if rest else ''
-    seeds = f"seeds{'-'.join(map(str, p['seeds']))}" if 'seeds' in p else f"seed{p['seed']}"
-    before = f'{report}-' if report in ('ablation', 'learning_curve') else ''
-    if p.get('method', 'draem') != 'draem': before += f"{p['method']}-"
-    return Path(runs_dir) / f"{before}{p['category']}-{p['recipe']}-{seeds}{code}"
+    """The folder of a report when none is named, by the rule that its notebook declares (`cli.folder_rule`):
+    `runs/brick-demo-seed0`, `runs/summary`, `runs/brick-demo-seed0/inspect-photos-20261127-081500`."""
+    p, rule = check_parameters(name, params), folder_rule(name) or _RUN_RULE
+    needed = [_keys_of(field) for field in re.findall('<(.*?)>', rule) if field not in ('date', 'time')]
+    _check_named(name, p, needed)
+    root, last = rule.rsplit('/', 1)
+    parent = Path(runs_dir if root == 'runs' else re.sub('<(.*?)>', lambda field: str(p[field[1]]), root))
+    folder = re.sub('<(.*?)>', lambda field: _folder_part(field[1], p), last)
+    if ('recipe',) in needed: folder += _hash_of_others(params)
+    if ('recipe',) in needed and p.get('method', 'draem') != 'draem':
+        at = last.index('<category>')
+        folder = f"{last[:at]}{p['method']}-{folder[at:]}"
+    return _free_folder(parent / folder) if '<time>' in rule else parent / folder
 
 # %% ../nbs/12_reports.ipynb #475fb697
 _started = time.monotonic()   # a report imports this module in its first cell
@@ -106,7 +125,7 @@ def peak_memory_mib() -> float:
     "Peak resident memory of this process so far, in MiB."
     # Linux; there `ru_maxrss` of a new process begins at the peak of the one that started it
     status = Path('/proc/self/status')
-    if status.exists(): return int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1]) / 1024
+    if status.exists() and (peak := re.search(r'VmHWM:\s+(\d+)', status.read_text())): return int(peak[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 def timing() -> dict[str, float]:
@@ -177,24 +196,24 @@ class _NoHeartbeat(HBChannel):
 
 # %% ../nbs/12_reports.ipynb #ca86dd9d
 class _Kernel(AsyncKernelManager):
-    def __init__(self, **kwargs: object) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         self._folder = contextlib.ExitStack()
         self._sockets = self._folder.enter_context(temporary_folder(_socket_folder(), 'draem_nb-report'))
         super().__init__(**kwargs, transport='ipc', connection_file=f'{self._sockets}/kernel.json',
                          context=zmq.asyncio.Context.instance(),        # of the process: nobody waits for its end
                          kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), shutdown_wait_time=30.)
 
-    def client(self, **kwargs: object) -> AsyncKernelClient:
+    def client(self, **kwargs: Any) -> AsyncKernelClient:    # type: ignore[override]  # the manager is async
         return super().client(**kwargs, context=self.context, hb_channel_class=_NoHeartbeat)
 
-    async def start_kernel(self, **kwargs: object) -> None:
+    async def start_kernel(self, **kwargs: Any) -> None:     # type: ignore[override]  # a coroutine there as well
         # What a notebook writes comes as messages; on the bare stderr a kernel only talks
         # of its own comings and goings.
         env = {**os.environ, **(kwargs.pop('env', None) or {}),
                'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
         await super()._async_start_kernel(**kwargs, env=env, stderr=subprocess.DEVNULL)
 
-    async def cleanup_resources(self, restart: bool = False) -> None:
+    async def cleanup_resources(self, restart: bool = False) -> None:    # type: ignore[override]  # as above
         await super()._async_cleanup_resources(restart=restart)
         self._folder.close()
 
@@ -230,7 +249,7 @@ class RunFailed(RuntimeError):
 _PLAIN = ('ValueError', 'UnreadableImage', 'DiskFull', 'FileNotFoundError', 'FileExistsError', 'PermissionError',
           'NotADirectoryError', 'RunFailed')
 
-def _reason(error: Exception) -> str:
+def _reason_of(error: BaseException) -> str:
     "One line for people."
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -246,7 +265,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: return f'the disk is full: {error.filename or error}'
     return f'{type(error).__name__}: {error}'
 
-def _last_lines(error: Exception, n: int = 12) -> str:
+def _last_lines(error: BaseException, n: int = 12) -> str:
     "The end of the notebook's traceback, without the colours of a terminal."
     text = re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(getattr(error, 'traceback', [])))
     return '\n'.join(text.splitlines()[-n:])
@@ -260,13 +279,13 @@ logging.getLogger('asyncio').addFilter(lambda record: not (
 
 _START = 120     # seconds for a kernel
 
-def _execute(notebook: Path, to: Path, params: dict) -> None:
+def _execute_notebook(notebook: Path, to: Path, params: dict) -> None:
     import papermill
     papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False,
                                kernel_manager_class=_Kernel, start_timeout=_START,
                                stdout_file=_Console(sys.stdout), stderr_file=_Console(sys.stderr))
 
-def _keep(temporary: Path, final: Path, error: str = '') -> Path:
+def _keep_notebook(temporary: Path, final: Path, error: str = '') -> Path:
     "Move an executed notebook to its place, its streams joined; `error` is put at its top."
     import nbformat
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
@@ -331,10 +350,10 @@ def locked(
     path, until = Path(folder) / name, time.monotonic() + wait
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        while (file := _lock(path)) is None:
+        while (file := _lock_file(path)) is None:
             if time.monotonic() >= until:
-                raise ValueError(f'{folder} is in use by another command ({_holder(path)}); wait until that one ends, '
-                                 'or choose another folder')
+                raise ValueError(f'{folder} is in use by another command ({_lock_holder(path)}); wait until that one '
+                                 'ends, or choose another folder')
             time.sleep(0.2)
     except OSError as e:
         raise ValueError(f'cannot write to run folder {folder} ({e.strerror}); choose another one') from None
@@ -344,7 +363,7 @@ def locked(
         file.close()
 
 # %% ../nbs/12_reports.ipynb #1c4ad62f
-def _lock(path: Path) -> TextIO | None:
+def _lock_file(path: Path) -> TextIO | None:
     "The locked file, or None where another process has it."
     file = open(path, 'a')  # noqa: SIM115, open while the lock is held
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -352,13 +371,13 @@ def _lock(path: Path) -> TextIO | None:
     # The one before us may have taken the file away between our opening and our locking: then we hold nothing.
     try: same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError: same = False
-    if not same: file.close(); return _lock(path)
+    if not same: file.close(); return _lock_file(path)
     file.truncate(0)
     with contextlib.suppress(OSError):
         print(f'process {os.getpid()} on {os.uname().nodename}', file=file, flush=True)   # a full disk still locks
     return file
 
-def _holder(path: Path) -> str:
+def _lock_holder(path: Path) -> str:
     try: return path.read_text().strip() or 'another process'
     except OSError: return 'another process'
 
@@ -376,7 +395,7 @@ class RunResult:
 def _files_read(asked: dict) -> dict[str, Path]:
     """The files of the class and of the anomaly source that a report will read, by names that do
     not depend on where they lie."""
-    files = {}
+    files: dict[str, Path] = {}
     if asked.get('data_root') and asked.get('category'):
         of = list_files(asked['data_root'], asked['category'], asked.get('layout'))
         files |= {os.path.relpath(path, of.folder): path for path in (*of.train, *of.test,
@@ -389,7 +408,7 @@ def _files_read(asked: dict) -> dict[str, Path]:
                   for path in find_images(asked['textures_root'])}
     return {shown(name): path for name, path in files.items()}
 
-def _noted(files: dict[str, Path], known: dict) -> dict[str, list]:
+def _file_notes(files: dict[str, Path], known: dict) -> dict[str, list]:
     "Size, time of change and content of each file; the content is read only where size or time are not as `known`."
     def note(name: str, path: Path) -> list:
         about, before = path.stat(), known.get(name, [None] * 3)
@@ -399,12 +418,12 @@ def _noted(files: dict[str, Path], known: dict) -> dict[str, list]:
     return {name: note(name, path) for name, path in files.items() if path.is_file()}
 
 # %% ../nbs/12_reports.ipynb #b5364075
-def _changed(run_dir: Path, asked: dict) -> str:
+def _changed_files(run_dir: Path, asked: dict) -> str:
     """In words, the files that are not as they were when the run was made; nothing where that cannot be
     said, as on another machine."""
     if not (run_dir / 'inputs.json').exists(): return ''
     then = read_json(run_dir / 'inputs.json')
-    try: now = _noted(_files_read(asked), then)
+    try: now = _file_notes(_files_read(asked), then)
     except (OSError, ValueError): return ''
     words = [f'{name} is new' for name in now if name not in then] + [f'{name} is gone' for name in then
                                                                       if name not in now]
@@ -424,13 +443,13 @@ def _metrics(run_dir: Path) -> dict:
                          'run anew')
     return metrics
 
-def _finished(run_dir: Path, ran: bool = True) -> RunResult:
+def finished_run(run_dir: Path, ran: bool = True) -> RunResult:
     try: seconds = float(read_json(run_dir / 'timing.json')['seconds'])
     except (OSError, ValueError, TypeError, KeyError): seconds = math.nan       # copied without it: no result lacks
     return RunResult(run_dir, run_dir / 'report.html', _metrics(run_dir), seconds, ran)
 
 # %% ../nbs/12_reports.ipynb #251b8a96
-def _already(run_dir: Path, asked: dict) -> bool:
+def is_complete(run_dir: Path, asked: dict) -> bool:
     """Whether `run_dir` holds the complete run that was asked for; `ValueError` when it holds another
     one, or one of other images."""
     if not ((run_dir / 'metrics.json').exists() and (run_dir / 'parameters.json').exists()): return False
@@ -441,13 +460,13 @@ def _already(run_dir: Path, asked: dict) -> bool:
         raise ValueError(f"run folder {run_dir} holds a complete run with "
                          f"{', '.join(f'{key}={held.get(key)!r}' for key in differ)} where this one has "
                          f"{', '.join(f'{key}={asked[key]!r}' for key in differ)}; {otherwise}")
-    if changed := _changed(run_dir, asked):
+    if changed := _changed_files(run_dir, asked):
         raise ValueError(f'run folder {run_dir} holds a complete run, but files have changed since: '
                          f'{changed}; {otherwise}')
     return True
 
 # %% ../nbs/12_reports.ipynb #eb15d8dc
-def _asked(name: str | Path, params: dict) -> tuple[dict, dict]:
+def asked_parameters(name: str | Path, params: dict) -> tuple[dict, dict]:
     "The parameters as JSON has them, and what `parameters.json` says."
     plain = lambda values: json.loads(json.dumps(values, allow_nan=False))
     params = plain({key: str(value) if isinstance(value, Path) else value for key, value in params.items()})
@@ -456,7 +475,7 @@ def _asked(name: str | Path, params: dict) -> tuple[dict, dict]:
             raise ValueError(f'{key} is {shown(value)}, which is no UTF-8; rename that folder')
     return params, plain(dict(report=Path(name).stem) | check_parameters(name, params))
 
-def _begin(run_dir: Path, asked: dict) -> None:
+def begin_run(run_dir: Path, asked: dict) -> None:
     "Note what was asked for, and take away what would make an old run look like this one."
     try:
         for where, _, _ in os.walk(run_dir): remove_leftovers(where)
@@ -493,7 +512,8 @@ def _check_start(name: str | Path, asked: dict) -> None:
 def execute_own(file: str | Path | None) -> None:
     "Execute a Python file of one's own, where one is given. `ValueError` says what went wrong in it."
     if file is None: return
-    if not Path(file).is_file(): raise FileNotFoundError(f'own is {shown(file)}, which does not exist; give a Python file')
+    if not Path(file).is_file():
+        raise FileNotFoundError(f'own is {shown(file)}, which does not exist; give a Python file')
     try: runpy.run_path(str(file))
     except Exception as error: raise ValueError(f'{shown(file)} failed: {type(error).__name__}: {error}') from error
 
@@ -522,48 +542,48 @@ def run_report(
 ) -> RunResult:
     "Run a report to the end. `ValueError` for a bad name, parameter or folder; `RunFailed` when the notebook failed."
     # a notebook gets what JSON has: lists, not tuples, of which papermill would make text
-    params, asked = _asked(name, params)
+    params, asked = asked_parameters(name, params)
     execute_own(asked.get('own'))
     run_dir, folder = Path(run_dir), folder_parameter(name)
-    if folder == 'run_dir' and _already(run_dir, asked): return _finished(run_dir, ran=False)
+    if folder == 'run_dir' and is_complete(run_dir, asked): return finished_run(run_dir, ran=False)
     if 'images' in asked and (run_dir / 'metrics.json').exists():       # the verdicts of an inspection stay
         raise ValueError(f'{run_dir} holds a report already; choose another folder, or leave out_dir out')
     _check_start(name, asked)           # what is wrong is said before there is a folder
-    inputs = _noted(_files_read(asked), {})
+    inputs = _file_notes(_files_read(asked), {})
     with _taken_back(run_dir, is_ours=not str(name).endswith('.ipynb')), locked(run_dir, wait=wait):
-        if folder == 'run_dir' and _already(run_dir, asked):
-            return _finished(run_dir, ran=False)   # made by another command just now
-        _begin(run_dir, asked)
+        if folder == 'run_dir' and is_complete(run_dir, asked):
+            return finished_run(run_dir, ran=False)   # made by another command just now
+        begin_run(run_dir, asked)
         if inputs: write_json(inputs, run_dir / 'inputs.json')
-        _run(report_notebook(name), params | {folder: str(run_dir.absolute()), 'complete': False}, run_dir)
+        _run_notebook(report_notebook(name), params | {folder: str(run_dir.absolute()), 'complete': False}, run_dir)
         # the last step: from here on the run is complete
         os.replace(run_dir / 'results.json', run_dir / 'metrics.json')
-        return _finished(run_dir)
+        return finished_run(run_dir)
 
 # %% ../nbs/12_reports.ipynb #322f0f81
-def _run(notebook: Path, params: dict, run_dir: Path) -> None:
+def _run_notebook(notebook: Path, params: dict, run_dir: Path) -> None:
     "All but the last step: `report.ipynb` and `report.html`, or `report.failed.ipynb` and `RunFailed`."
     temporary, error = run_dir / 'report.tmp.ipynb', None
     try:
-        _execute(notebook, temporary, params)
+        _execute_notebook(notebook, temporary, params)
         if not (run_dir / 'results.json').exists():
             raise ValueError(f'{notebook.name} ended without results: its last cell must call reports.finish')
     except (Exception, KeyboardInterrupt) as e: error = e
     if error is None:
-        to_html(_keep(temporary, run_dir / 'report.ipynb'), run_dir / 'report.html', f'{notebook.stem} {run_dir.name}')
+        executed = _keep_notebook(temporary, run_dir / 'report.ipynb')
+        to_html(executed, run_dir / 'report.html', f'{notebook.stem} {run_dir.name}')
         return
-    kept = _keep(temporary, run_dir / 'report.failed.ipynb', _reason(error)) if temporary.exists() else None
+    kept = _keep_notebook(temporary, run_dir / 'report.failed.ipynb', _reason_of(error)) if temporary.exists() else None
     if isinstance(error, KeyboardInterrupt): raise error
-    raise RunFailed(_reason(error), kept, _last_lines(error), getattr(error, 'ename', '') in _PLAIN) from None
+    raise RunFailed(_reason_of(error), kept, _last_lines(error), getattr(error, 'ename', '') in _PLAIN) from None
 
 # %% ../nbs/12_reports.ipynb #5c625500
 def run_many(
     param_sets: list[dict],         # the parameters of each report
     runs_dir: str | Path = 'runs',  # each gets a folder in it, named by `default_folder`
     name: str | Path = 'category',  # the report
-    # None: one after the other; 'local' or an address such as 'tcp://host:8786': side by side
-    scheduler: str | None = None,
-    **options: object,              # of `fanout.fan_out`, with a scheduler: workers, threads, time_limit
+    scheduler: str | None = None,   # None: one after the other; 'local' or an address, 'tcp://host:8786': side by side
+    **options: Any,                 # of `fanout.fan_out`, with a scheduler: workers, threads, time_limit
 ) -> pd.DataFrame:
     """Run a report for every set of parameters: a row each, with `status`, `error`,
     `seconds`, `run_dir` and the metrics."""
@@ -577,7 +597,7 @@ def run_many(
             try:
                 run_dir = default_folder(name, params, runs_dir)
                 print(f'{i} of {len(param_sets)}: {run_dir}')
-                row |= _row(run_report(name, params, run_dir))
+                row |= result_row(run_report(name, params, run_dir))
             except (RunFailed, ValueError, OSError) as e:
                 row |= dict(status='failed', error=getattr(e, 'reason', str(e)))
                 print(f'failed: {e}', file=sys.stderr)
@@ -585,7 +605,7 @@ def run_many(
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_reports.ipynb #e96fad7a
-def _row(result: RunResult) -> dict:
+def result_row(result: RunResult) -> dict:
     values = {f'{part}_{key}': value for part in ('image', 'pixel')
               for key, value in result.metrics.get(part, {}).items()}
     return dict(status='complete', error='', seconds=result.seconds, run_dir=str(result.run_dir), **values)
@@ -608,7 +628,7 @@ def read_part(path: str | Path, *keys: str) -> dict:
     return value
 
 # %% ../nbs/12_reports.ipynb #709ab84f
-def _show(result: RunResult, seconds: float) -> None:
+def _print_result(result: RunResult, seconds: float) -> None:
     "`seconds`: that somebody waited for it."
     if 'image' in result.metrics:
         print(metrics_table(result.metrics).to_string(float_format='{:.3f}'.format, na_rep='-'))
@@ -629,7 +649,7 @@ def _show(result: RunResult, seconds: float) -> None:
     print(f'report: {result.report}')
 
 # %% ../nbs/12_reports.ipynb #5aee9aeb
-def _there(data_root: str | None, runs_dir: str) -> list[str]:
+def _classes_and_runs(data_root: str | None, runs_dir: str) -> list[str]:
     "A line for each class and each run."
     classes = {name: layout for name, (_, layout) in find_classes(data_root).items()} if data_root else dict.fromkeys(
         DEMO_CATEGORIES, 'built in')
@@ -655,11 +675,11 @@ def run_command(name: str, params: dict, started: float | None = None) -> int:
     started = time.monotonic() if started is None else started
     try:
         if name == 'list':
-            print('\n'.join(_there(**params)))
+            print('\n'.join(_classes_and_runs(**params)))
             return 0
         run_dir = params.pop(folder_parameter(name), None) or default_folder(name, params)
         print(f'report {name!r} into {shown(run_dir)}')
-        _show(result := run_report(name, params, run_dir), time.monotonic() - started)
+        _print_result(result := run_report(name, params, run_dir), time.monotonic() - started)
         return 3 if result.metrics.get('unreadable') or result.metrics.get('not_looked_at') else 0
     except KeyboardInterrupt:
         print('draem_nb: stopped; the same command goes on from the last checkpoint', file=sys.stderr)

@@ -83,7 +83,7 @@ def inpaint(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     return ((filled * masks[:, None]).sum(0) + 1) / 2
 
 # %% ../nbs/48_riad.ipynb #9e11f613
-def _convolution(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+def _convolution_layers(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(c_in, c_out, kernel, stride, 1), BatchNorm2d(c_out), nn.ReLU(inplace=True)]
 
 class UNet(nn.Module):
@@ -93,11 +93,11 @@ class UNet(nn.Module):
         widths = [width * k for k in (1, 2, 4, 8, 8)]
         self.down, self.up, self.beside = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for below, c in zip([3, *widths], widths):
-            first = _convolution(below, c) if below == 3 else _convolution(below, c, 4, 2)
-            self.down.append(nn.Sequential(*first, *_convolution(c, c)))
+            first = _convolution_layers(below, c) if below == 3 else _convolution_layers(below, c, 4, 2)
+            self.down.append(nn.Sequential(*first, *_convolution_layers(c, c)))
         for below, c in zip(widths[:0:-1], widths[-2::-1]):
             self.up.append(nn.ConvTranspose2d(below, c, 4, 2, 1))
-            self.beside.append(nn.Sequential(*_convolution(2 * c, c), *_convolution(c, c)))
+            self.beside.append(nn.Sequential(*_convolution_layers(2 * c, c), *_convolution_layers(c, c)))
         self.last = nn.Sequential(nn.Conv2d(width, 3, 3, padding=1), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class UNet(nn.Module):
 
 # %% ../nbs/48_riad.ipynb #57ede81a
 @torch.no_grad()
-def _initialise(net: Net, generator: torch.Generator) -> Net:
+def _set_first_weights(net: Net, generator: torch.Generator) -> Net:
     "Normal weights of variance 2 / inputs (He et al.), from a generator; biases 0."
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -161,7 +161,7 @@ class RiadMethod(NetworkDetector):
 
     def networks(self) -> nn.ModuleDict:
         "The U-Net, with weights from the recipe's seed."
-        return nn.ModuleDict(dict(unet=_initialise(UNet(self.recipe.width), generator_of(self.recipe.seed, 11))))
+        return nn.ModuleDict(dict(unet=_set_first_weights(UNet(self.recipe.width), generator_of(self.recipe.seed, 11))))
 
     def training(self, images: Tensor, textures: Tensor | None) -> RiadTraining:
         "Inpainting of (N, 3, H, W) uint8 normal images."

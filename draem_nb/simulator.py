@@ -70,11 +70,11 @@ def image_indices(n_images: int, batch: int, seed: int, step: int) -> Tensor:
     orders = {e: torch.randperm(n_images, generator=generator_of(seed, 1, e)) for e in set(epoch.tolist())}
     return torch.stack([orders[e][p] for e, p in zip(epoch.tolist(), position.tolist())])
 
-def _images(n_images: int, batch: int, seed: int, step: int, replacement: bool, g: torch.Generator) -> Tensor:
+def _draw_images(n_images: int, batch: int, seed: int, step: int, replacement: bool, g: torch.Generator) -> Tensor:
     return torch.randint(n_images, (batch,), generator=g) if replacement else image_indices(n_images, batch, seed, step)
 
 # %% ../nbs/03_simulator.ipynb #7709fe92
-def _rectangles(n: int, g: torch.Generator) -> Tensor:
+def _draw_rectangles(n: int, g: torch.Generator) -> Tensor:
     area, ratio = uniform(0.02, 0.15, n, g), uniform(np.log(0.3), np.log(3.3), n, g).exp()
     sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1)
     corner = torch.rand(n, 2, generator=g) * (1 - sides)
@@ -88,7 +88,7 @@ def _draw_anomalies(recipe: Recipe, n: int, n_images: int, n_textures: int, g: t
         scales=torch.randint(low, high + 1, (n, 2), generator=g),
         angles=random_angles(n, high, g),
         mask_degrees=uniform(-recipe.perlin_rotation, recipe.perlin_rotation, n, g),
-        rectangle=_rectangles(n, g),
+        rectangle=_draw_rectangles(n, g),
         texture=torch.randint(n_textures, (n,), generator=g),
         color=torch.rand(n, 3, generator=g),
         augmentation=draw_augmentation(recipe.augmentation, n, g, recipe.n_augmentations),
@@ -111,7 +111,7 @@ def draw_plan(
 ) -> Plan:
     "All random choices of one step, from a generator seeded by (seed, step) alone."
     g = generator_of(seed, 0, step)
-    image = _images(n_images, batch, seed, step, recipe.replacement, g)
+    image = _draw_images(n_images, batch, seed, step, recipe.replacement, g)
     turned = (torch.rand(batch, generator=g) < recipe.rotation_probability).nonzero()[:, 0]
     degrees = uniform(-recipe.rotation_degrees, recipe.rotation_degrees, len(turned), g)
     anomalous = (torch.rand(batch, generator=g) >= recipe.clean_share).nonzero()[:, 0]
@@ -137,13 +137,13 @@ class AnomalySimulator:
         """The batch of a plan from normal `images` (N, 3, H, W) uint8; images and textures on the host, of one size.
 
         `out`: a batch that nobody needs any more, to be overwritten. `pinned`: into memory that a GPU can copy from."""
-        _check(images, self.textures)
+        _check_images_and_textures(images, self.textures)
         shapes = [(len(plan.image), channels, *images.shape[2:]) for channels in (3, 3, 1)] + [(len(plan.image),)]
         if out is None or [tuple(t.shape) for t in vars(out).values()] != shapes:
             target, augmented, mask = (torch.empty(shape, pin_memory=pinned) for shape in shapes[:3])
             out = Simulated(target, augmented, mask, torch.empty(shapes[3], dtype=torch.bool, pin_memory=pinned))
         made = Made(*(t.numpy() for t in vars(out).values()))
-        simulate(_work(self, images, plan), made, torch.get_num_threads())
+        simulate(_plan_as_work(self, images, plan), made, torch.get_num_threads())
         return out
 
 # %% ../nbs/03_simulator.ipynb #28c41466
@@ -152,7 +152,7 @@ def has_color(images: Tensor) -> bool:
     parts = images.split(64)            # bounded memory
     return any(bool((p[:, 0] != p[:, 1]).any() or (p[:, 0] != p[:, 2]).any()) for p in parts)
 
-def _check(images: Tensor, textures: Tensor) -> None:
+def _check_images_and_textures(images: Tensor, textures: Tensor) -> None:
     for name, t in (('images', images), ('textures', textures)):
         if t.dtype != torch.uint8 or t.ndim != 4 or t.shape[1] != 3:
             raise ValueError(f'{name} must be uint8 of shape (N, 3, H, W), got {t.dtype} {tuple(t.shape)}')
@@ -185,7 +185,7 @@ def own_sources(images: Tensor, plan: Plan) -> Tensor:
     return torch.cat(made)
 
 # %% ../nbs/03_simulator.ipynb #9c9c608e
-def _work(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Work:
+def _plan_as_work(simulator: AnomalySimulator, images: Tensor, plan: Plan) -> Work:
     "The plan as arrays."
     recipe, degrees, anomaly = simulator.recipe, torch.zeros(len(plan.image)), torch.full((len(plan.image),), -1)
     for what, index, end in (('images', plan.image, len(images)), ('textures', plan.texture, len(simulator.textures)),

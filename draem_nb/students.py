@@ -26,8 +26,9 @@ from .textures import load_textures
 
 # %% auto #0
 __all__ = ['wants_textures', 'load', 'StudentsRecipe', 'published', 'demo', 'by_name', 'PatchNet', 'draw_patches', 'knowledge',
-           'compactness', 'Ensemble', 'initialise', 'ensembles', 'map_of', 'lesson_of', 'distil', 'teach', 'moments',
-           'measure_teachers', 'measure_students', 'StudentsTraining', 'StudentsMethod', 'StudentsDetector', 'fit']
+           'compactness', 'padded', 'Ensemble', 'initialise', 'ensembles', 'map_of', 'lesson_of', 'distil', 'teach',
+           'moments', 'measure_teachers', 'measure_students', 'StudentsTraining', 'StudentsMethod', 'StudentsDetector',
+           'fit']
 
 # %% ../nbs/47_students.ipynb #0433fe73
 wants_textures = True       # the teacher learns on them
@@ -146,6 +147,11 @@ def _error_and_variance(target: Tensor, answers: Iterator[Tensor], n: int) -> Te
     for answer in answers: mean, squares = mean + answer / n, squares + answer.square().sum(1) / n
     return torch.stack([(mean - target).square().sum(1), (squares - mean.square().sum(1)).clamp_(min=0)], 1)
 
+# %% ../nbs/47_students.ipynb #179e5c00
+def padded(x: Tensor, receptive: int) -> Tensor:
+    "(B, 3, H, W) with a margin of half a patch, reflected."
+    return F.pad(x, (receptive // 2,) * 4, mode='reflect')
+
 # %% ../nbs/47_students.ipynb #465b5543
 class Ensemble(nn.Module):
     "Teacher and students of one receptive field."
@@ -159,22 +165,17 @@ class Ensemble(nn.Module):
         make = lambda: PatchNet(receptive, recipe.width, recipe.descriptor)
         self.teacher, self.students = make(), nn.ModuleList(make() for _ in range(recipe.students))
         self.decoder = nn.Linear(recipe.descriptor, channels)           # for the distillation alone
-        for name in ('mean', 'std'): self.register_buffer(name, torch.ones(recipe.descriptor, 1, 1))
-        self.register_buffer('scale', torch.ones(2, 1, 1))
-
-    def padded(self, x: Tensor) -> Tensor:
-        "(B, 3, H, W) with a margin of half a patch, reflected."
-        return F.pad(x, (self.receptive // 2,) * 4, mode='reflect')
+        for name, n in dict(mean=recipe.descriptor, std=recipe.descriptor, scale=2).items():
+            self.register_buffer(name, torch.ones(n, 1, 1))
 
     def errors(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, h, w), padded or a part of that -> each student's squared error, (B, ...),
-        where poolings leave a pixel."""
+        "(B, 3, h, w), `padded` or a part -> each student's squared error (B, ...), where poolings leave a pixel."
         with torch.no_grad(): target = (self.teacher(x) - self.mean) / self.std
         return [(student(x) - target).square().sum(1) for student in self.students]
 
     def error_and_variance(self, x: Tensor) -> Tensor:
         "(B, 3, H, W) in 0..1 -> e and v (B, 2, H, W)."
-        x = self.padded(x)
+        x = padded(x, self.receptive)
         target = (self.teacher(x, dense=True) - self.mean) / self.std
         return _error_and_variance(target, (student(x, dense=True) for student in self.students), len(self.students))
 
@@ -217,7 +218,7 @@ def teach(net: Ensemble, images: Tensor, recipe: StudentsRecipe, i: int) -> tupl
     ends = torch.tensor(images.shape[2:]) - recipe.crop + 1
     y, x = (torch.rand(2, generator=generator_of(recipe.seed, 23, i)) * ends).long().tolist()
     side = recipe.crop + net.receptive - 1
-    seen = net.padded(images[index].float().div_(255))[..., y:y + side, x:x + side]
+    seen = padded(images[index].float().div_(255), net.receptive)[..., y:y + side, x:x + side]
     errors = [error.mean() for error in net.errors(seen.contiguous(memory_format=torch.channels_last))]
     return summed(errors), summed(errors) / len(errors) / recipe.descriptor
 
@@ -236,7 +237,7 @@ def measure_teachers(nets: nn.ModuleDict, images: Tensor) -> None:
     """Mean and deviation of the descriptors over 64 of (N, 3, H, W) uint8 normal images, at the
     places that poolings leave."""
     for net in ensembles(nets):
-        net.mean, net.std = moments(net.teacher(net.padded(x)) for x in few_at_a_time(images[:64]))
+        net.mean, net.std = moments(net.teacher(padded(x, net.receptive)) for x in few_at_a_time(images[:64]))
 
 @torch.no_grad()
 def measure_students(nets: nn.ModuleDict, images: Tensor) -> None:
@@ -247,6 +248,13 @@ def measure_students(nets: nn.ModuleDict, images: Tensor) -> None:
         net.scale = moments(iter(found))[1]
         maps.append((torch.cat(found) / net.scale).sum(1) / len(nets))
     nets.farthest = summed(maps).amax()
+
+# %% ../nbs/47_students.ipynb #6f120ad6
+def _adams_of(nets: nn.ModuleDict, recipe: StudentsRecipe) -> dict[str, torch.optim.Adam]:
+    "Adam of the teachers, with their decoders, and of the students."
+    of = lambda *parts: [w for net in nets.values() for part in parts for w in getattr(net, part).parameters()]
+    adam = functools.partial(torch.optim.Adam, weight_decay=recipe.weight_decay)
+    return dict(teachers=adam(of('teacher', 'decoder'), recipe.teacher_lr), students=adam(of('students'), recipe.lr))
 
 # %% ../nbs/47_students.ipynb #9d57126a
 class StudentsTraining(Training):
@@ -261,10 +269,7 @@ class StudentsTraining(Training):
         self.steps = recipe.teacher_steps + recipe.total_steps(len(self.images))
         self.names = tuple(f'receptive field {p}' for p in nets)
         self.lesson = functools.lru_cache(lambda receptive: lesson_of(textures, receptive, recipe, images.device))
-        of = lambda *parts: [w for net in nets.values() for part in parts for w in getattr(net, part).parameters()]
-        adam = functools.partial(torch.optim.Adam, weight_decay=recipe.weight_decay)
-        self.adams = dict(teachers=adam(of('teacher', 'decoder'), recipe.teacher_lr),
-                          students=adam(of('students'), recipe.lr))
+        self.adams = _adams_of(nets, recipe)
         self.aids = {**self.adams}
 
     def step(self, i: int) -> list[Tensor]:
@@ -284,10 +289,9 @@ class StudentsMethod(NetworkDetector):
     method, recipe_type = 'students', StudentsRecipe
     recipe: StudentsRecipe
 
-    @property
-    def backbone(self) -> str:
-        "What tables call the network that the teacher was distilled from."
-        return BACKBONES[self.recipe.backbone].title
+    def __init__(self, recipe: StudentsRecipe, device: str | torch.device | None = None):
+        super().__init__(recipe, device)
+        self.backbone = BACKBONES[recipe.backbone].title        # that the teacher was distilled from
 
     def networks(self) -> nn.ModuleDict:
         "An ensemble for each receptive field, and the largest value of normal maps."

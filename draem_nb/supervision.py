@@ -20,7 +20,7 @@ __all__ = ['SideHeads', 'supervision_weight']
 # %% ../nbs/05b_supervision.ipynb #09444fad
 _LAYERS = {'encoder.block5': (8, 16), 'decoder.db1': (4, 8), 'decoder.db2': (2, 4), 'decoder.db3': (1, 2)}
 
-def _head(channels: int, side: int, generator: torch.Generator) -> nn.Conv2d:
+def _make_head(channels: int, side: int, generator: torch.Generator) -> nn.Conv2d:
     "Side x side pixels for each place; a gray plane at the start."
     head = nn.Conv2d(channels, side**2, 1)
     nn.init.normal_(head.weight, 0, 0.02, generator=generator)
@@ -34,12 +34,12 @@ class SideHeads(nn.Module):
     They listen from the moment they are made; `loss` is of the last images that `net` saw."""
     def __init__(self, net: ReconstructiveSubNetwork, base_width: int, generator: torch.Generator):
         super().__init__()
-        heads = [_head(width * base_width, side, generator) for width, side in _LAYERS.values()]
+        heads = [_make_head(width * base_width, side, generator) for width, side in _LAYERS.values()]
         self.heads = nn.ModuleList(heads)
         self.outputs: dict[int, Tensor] = {}        # of the layer that head i reads, of the last images
-        for i, name in enumerate(_LAYERS): net.get_submodule(name).register_forward_hook(self._listener(i))
+        for i, name in enumerate(_LAYERS): net.get_submodule(name).register_forward_hook(self._make_listener(i))
 
-    def _listener(self, i: int) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def _make_listener(self, i: int) -> Callable[[nn.Module, tuple, Tensor], None]:
         def keep(layer: nn.Module, inputs: tuple, output: Tensor) -> None: self.outputs[i] = output
         return keep
 

@@ -23,15 +23,16 @@ __all__ = ['OPERATIONS', 'load_textures', 'Augmentation', 'draw_augmentation']
 # %% ../nbs/02_textures.ipynb #9796c986
 _PHOTOGRAPHS = ('coffee', 'chelsea', 'retina', 'astronaut', 'rocket', 'hubble_deep_field')
 
-def _crops(photograph: Image.Image, size: tuple[int, int], antialias: bool) -> list[Tensor]:
+def _crops_of(photograph: Image.Image, size: tuple[int, int], antialias: bool) -> list[Tensor]:
     "The largest centred part that has the shape of `size`, and the four quarters of this part; (3, H, W) uint8 each."
     height = min(photograph.height, photograph.width * size[0] / size[1])
     width = height * size[1] / size[0]
     left, top = (photograph.width - width) / 2, (photograph.height - height) / 2
     parts = [(0, 0, 1, 1)] + [(x, y, x + .5, y + .5) for y in (0, .5) for x in (0, .5)]
     boxes = [(left + x0 * width, top + y0 * height, left + x1 * width, top + y1 * height) for x0, y0, x1, y1 in parts]
-    if antialias: return [_tensor(photograph.resize(size[::-1], Image.Resampling.BILINEAR, box=box)) for box in boxes]
-    cut = [_tensor(photograph.crop(box))[None].float() for box in boxes]
+    if antialias:
+        return [_as_tensor(photograph.resize(size[::-1], Image.Resampling.BILINEAR, box=box)) for box in boxes]
+    cut = [_as_tensor(photograph.crop(box))[None].float() for box in boxes]
     return [F.interpolate(x, size, mode='bilinear', align_corners=False)[0].round().byte() for x in cut]
 
 # %% ../nbs/02_textures.ipynb #a422c189
@@ -43,7 +44,7 @@ def load_textures(
     "The anomaly source images. A folder that is missing or holds no images raises `FileNotFoundError` that names it."
     size = check_size(size)
     if root is None:
-        crops = [_crops(Image.fromarray(getattr(photographs, name)()), size, antialias) for name in _PHOTOGRAPHS]
+        crops = [_crops_of(Image.fromarray(getattr(photographs, name)()), size, antialias) for name in _PHOTOGRAPHS]
         return torch.stack([photo[i] for i in range(5) for photo in crops])
     if not Path(root).is_dir():
         raise FileNotFoundError(f'the texture folder {root} does not exist; {_REMEDY}')
@@ -53,7 +54,7 @@ def load_textures(
 
 _REMEDY = 'give a folder of images, or None for the built-in photographs'
 
-def _tensor(image: Image.Image) -> Tensor:
+def _as_tensor(image: Image.Image) -> Tensor:
     levels = torch.tensor(bytearray(image.tobytes()), dtype=torch.uint8)
     return levels.view(image.height, image.width, 3).permute(2, 0, 1)
 
@@ -82,7 +83,7 @@ class Augmentation:
 
 # %% ../nbs/02_textures.ipynb #34cbe5d6
 @cache
-def _ranges(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+def _strength_ranges(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     "Lower and upper end of each operation's strengths, and whether they are whole numbers, each (operations, 4)."
     pairs = [(ranges + [(0, 0)] * 4)[:4] for ranges in _STRENGTHS[kind].values()]
     ends = torch.tensor(pairs, dtype=torch.float32).view(-1, 4, 2)
@@ -103,7 +104,7 @@ def draw_augmentation(
         raise ValueError(f'n_operations is {n_operations}, but there are {len(OPERATIONS[kind])} in {kind!r}')
     operations = torch.rand(n, len(OPERATIONS[kind]), generator=generator).argsort(1)[:, :n_operations]
     u = torch.rand(*operations.shape, 5, generator=generator)
-    low, high, whole = (r[operations] for r in _ranges(kind))
+    low, high, whole = (r[operations] for r in _strength_ranges(kind))
     drawn = low + u[..., :4] * (high - low + whole)
     strengths = torch.where(whole, drawn.floor().minimum(high), drawn)
     if kind == 'official': # it solarizes only every second texture that it wants to solarize

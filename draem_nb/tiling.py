@@ -69,8 +69,7 @@ class OnTiles(AnomalyDetector):
         sides = [(length, tile, int(overlap * tile)) for length, tile in zip(self.size, detector.size)]
         self.starts = [tile_starts(*side) for side in sides]
         self.weights = [blend_weights(*side).to(self.device) for side in sides]
-        if (recipe := getattr(detector, 'recipe', None)) is not None: self.recipe = recipe
-        self.window = getattr(recipe, 'score_window', 21)
+        self.recipe, self.window = detector.recipe, getattr(detector.recipe, 'score_window', 21)
         for name in ('antialias', 'quantile', 'pixel_floor', 'threshold', 'pixel_threshold', 'held_out_scores',
                      'held_out_groups', 'n_corrected', 'false_alarms', 'cross_fit', 'held_out_statistics', 'region'):
             setattr(self, name, getattr(detector, name))
@@ -82,7 +81,7 @@ class OnTiles(AnomalyDetector):
                 for x, wx in zip(self.starts[1], self.weights[1])]
 
 # %% ../nbs/08b_tiling.ipynb #74e604ab
-def _blended(tiled: OnTiles, image: Tensor, batch: int, reconstructions: bool) -> tuple[Tensor, Tensor | None]:
+def _blended_map(tiled: OnTiles, image: Tensor, batch: int, reconstructions: bool) -> tuple[Tensor, Tensor | None]:
     "(3, H, W) uint8 -> (H, W) map on the device, and (3, H, W) uint8 reconstruction if asked for and there is one."
     (h, w), color, places = tiled.detector.size, tiled.detector.color, tiled.places()
     image = inside(image, tiled.region)
@@ -111,7 +110,7 @@ class TiledDetector(OnTiles):
         reconstructed = large_zeros((n, 3, *self.size), torch.uint8) if reconstructions else None
         masks = None if self.pixel_threshold is None else large_zeros((n, *self.size), torch.bool)
         for i in tqdm(range(n), 'predicting', unit='image', mininterval=0.5, delay=2):
-            score_map, reconstruction = _blended(self, image(i), batch, reconstructions)
+            score_map, reconstruction = _blended_map(self, image(i), batch, reconstructions)
             maps[i], scores[i] = score_map.cpu(), image_score(score_map[None, None], self.window)[0].cpu()
             check_finite(maps[i:i + 1], scores[i:i + 1], [paths[i] if paths else i])
             if masks is not None and self.pixel_threshold is not None: masks[i] = maps[i] > self.pixel_threshold

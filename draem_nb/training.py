@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Protocol
 
 # %% auto #0
-__all__ = ['OnStep', 'HoldsOut', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'threads_for',
-           'RandomCrops', 'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses',
-           'Trainer', 'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
+__all__ = ['OnStep', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'threads_for', 'RandomCrops',
+           'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer',
+           'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
 
 # %% ../nbs/07_training.ipynb #59a72d7f
 import numba
@@ -38,22 +37,11 @@ from .data import CategoryData, check_size, read_json, replacing, write_json
 from .losses import draem_loss
 from .networks import Draem, Net, ReconstructiveSubNetwork, initialise
 from .optimizers import learning_rate_factor, make_optimizers
-from .recipes import Recipe
+from .recipes import HoldsOut, Recipe
 from .simulator import AnomalySimulator, Plan, Simulated
 from .supervision import SideHeads, supervision_weight
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
-class HoldsOut(Protocol):
-    "A recipe of any method: a dataclass that says which images are held out."
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
-
-    @property
-    def holdout(self) -> float:
-        "Share of the normal images that are held out."
-    @property
-    def seed(self) -> int:
-        "Of every random choice."
-
 def split_held_out(
     n_images: int,
     recipe: HoldsOut,
@@ -151,7 +139,7 @@ class BatchesAhead:
         self.waiting: dict[int, Future] = {}
         self.thread = ThreadPoolExecutor(1, 'batches ahead')
 
-    def _copied(self, step: int) -> tuple[Simulated, torch.cuda.Event | None]:
+    def _copied_batch(self, step: int) -> tuple[Simulated, torch.cuda.Event | None]:
         with torch.cuda.stream(self.stream):
             batch = self.make(step).to(self.device)
             return batch, self.stream.record_event() if self.stream else None
@@ -159,7 +147,7 @@ class BatchesAhead:
     def __call__(self, step: int) -> Simulated:
         "The batch of a step, on the device; waits where it is not made yet, and raises what making it raised."
         steps = range(step, min(step + self.ahead + 1, self.total))
-        self.waiting = {s: self.waiting.get(s) or self.thread.submit(self._copied, s) for s in steps}
+        self.waiting = {s: self.waiting.get(s) or self.thread.submit(self._copied_batch, s) for s in steps}
         batch, copied = self.waiting.pop(step).result()
         if copied is not None: _wait_on_device(batch, copied, self.device)
         return batch
@@ -293,7 +281,7 @@ def versions() -> dict[str, str]:
                 numpy=np.__version__, numba=numba.__version__)
 
 # %% ../nbs/07_training.ipynb #1bcaa2c5
-def _save(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:
+def _save_checkpoint(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:
     if snapshot:        # before the checkpoint: where that one stands at this step or later, the snapshot is there
         kept = {name: value for name, value in trainer.state_dict().items()
                 if name in ('net', 'step', 'recipe', 'versions')}
@@ -314,7 +302,7 @@ def fingerprint(t: Tensor) -> str:
     return hashlib.sha256(t.contiguous().numpy().data).hexdigest()
 
 # %% ../nbs/07_training.ipynb #dac5db8a
-def _claim(run_dir: Path, run: dict, resume: bool) -> None:
+def _claim_folder(run_dir: Path, run: dict, resume: bool) -> None:
     "Make the folder and write run.json, or check that the run in it is this one."
     try: run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -400,7 +388,7 @@ def _train_on(trainer: Trainer, run_dir: Path, name: str, snapshots: Sequence[in
                 bar.set_postfix_str(f'ssim {ssim:.3f}, l2 {l2:.4f}, focal {focal:.4f}', refresh=False)
                 if on_step: on_step(trainer.done, dict(ssim=ssim, l2=l2, focal=focal,
                                                        lr=float(trainer.rates[trainer.done - 1])))
-            if save or interrupted: _save(trainer, run_dir, trainer.done in snapshots)
+            if save or interrupted: _save_checkpoint(trainer, run_dir, trainer.done in snapshots)
         bar.close()
     return bool(interrupted)
 
@@ -416,13 +404,12 @@ def train(
     on_step: OnStep | None = None,              # gets the step and recent mean losses, every 25 steps and when saving
 ) -> Path:                                      # the checkpoint
     "Train both networks (paper, section 3); see `Recipe` for all choices. A finished run returns at once."
-    device, run_dir = pick_device(device), Path(run_dir)
+    device, run_dir, checkpoint = pick_device(device), Path(run_dir), Path(run_dir) / 'checkpoint.pt'
     fit, held_out = split_held_out(len(category.train), recipe, category.groups)
     _check_fits(category, recipe)
     trainer = Trainer(category.train, textures, recipe, device, fit)
-    checkpoint = run_dir / 'checkpoint.pt'
     with threads_for(recipe, device):
-        _claim(run_dir, _describe(category, textures, trainer, held_out), resume)
+        _claim_folder(run_dir, _describe_run(category, textures, trainer, held_out), resume)
         if checkpoint.exists():
             with damage_named(checkpoint): trainer.load_state_dict(load_checkpoint(checkpoint, device))
         _check_snapshots(trainer, snapshots, run_dir)
@@ -468,7 +455,7 @@ def damage_named(path: str | Path) -> Iterator[None]:
         raise ValueError(f'{path} is damaged; delete it and fit again ({what})') from None
 
 # %% ../nbs/07_training.ipynb #51c3dd25
-def _describe(category: CategoryData, textures: Tensor, trainer: Trainer, held_out: Tensor) -> dict:
+def _describe_run(category: CategoryData, textures: Tensor, trainer: Trainer, held_out: Tensor) -> dict:
     "What run.json says."
     on_gpu = trainer.device.type == 'cuda'
     device = torch.cuda.get_device_name(trainer.device) if on_gpu else platform.processor() or platform.machine()

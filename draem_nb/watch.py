@@ -169,8 +169,7 @@ class Report:
         if len(self.table.judged) == self.told and not new_day: return
         if not is_idle and now - self.written < self.every: return
         page = _page(_today(self.table.rows, now), self.thumbnail, self.threshold, f'Watch of {self.folder.name}', now)
-        with replacing(self.table.path.with_name('report.html')) as temporary:
-            temporary.write_text(page, encoding='utf-8')
+        with replacing(self.table.path.with_name('report.html')) as new: new.write_text(page, encoding='utf-8')
         self.written, self.told = now, len(self.table.judged)
 
 # %% ../nbs/14c_watch.ipynb #5e9acd28

@@ -182,7 +182,7 @@ def _(p: Place) -> None:
 
 
 @row('name: no UTF-8', r'caf\\xe9, which is no UTF-8; rename that folder')
-def _(p: Place) -> None: reports._asked('category', dict(data_root=str(p.folder / os.fsdecode(b'caf\xe9'))))
+def _(p: Place) -> None: reports.asked_parameters('category', dict(data_root=str(p.folder / os.fsdecode(b'caf\xe9'))))
 
 
 @row('name: of a demo class', "unknown demo class 'brck'; there are: ")
@@ -272,7 +272,7 @@ for name in ('run.json', 'threshold.json', 'held_out.json'):
          lambda p, content, name=name: load_detector(p.json(name, content), 'cpu'))
 for name in ('parameters.json', 'metrics.json'):
     rows(name, {kind: (content, f'{name} is damaged: ') for kind, content in NOT_JSON.items()},
-         lambda p, content, name=name: reports._already(p.json(name, content), dict(report='category')))
+         lambda p, content, name=name: reports.is_complete(p.json(name, content), dict(report='category')))
 
 
 
@@ -307,7 +307,7 @@ rows('run.json', {'no such method': (dict(method='magic'), "unknown method 'magi
 # ---- complete runs that lack something
 
 def complete(p: Place, results: object) -> None:
-    reports.write_json(reports._asked('category', dict(category='brick'))[1], p.run / 'parameters.json')
+    reports.write_json(reports.asked_parameters('category', dict(category='brick'))[1], p.run / 'parameters.json')
     sys.exit(cli.main(['category', '--category', 'brick', '--run-dir', str(p.json('metrics.json', results))]))
 
 
@@ -364,9 +364,9 @@ rows('command', {
     'overrides that are a list': ('category --overrides [1]', 'overrides must be a value like'),
     'overrides cut': ('category --overrides {{"lr":', 'overrides must be a value like'),
     'inspect without a run': ('inspect --images {nut}', 'inspect needs run_dir'),
-    'inspect without images': ('inspect --run-dir {run}', 'and images, a folder of images'),
+    'inspect without images': ('inspect --run-dir {run}', r'and images \(an image, or a folder'),
     'calibrate without images': ('calibrate --run-dir {run}', 'calibrate needs run_dir'),
-    'compare with one run': ('compare --first {run}', 'a comparison needs first and second'),
+    'compare with one run': ('compare --first {run}', 'compare needs first'),
     'a class that there is not': ('table --categories brik', 'there is no class brik'),
     'no seeds': ('table --dry-run --seeds ,', '--seeds names none'),
     'a negative seed': ('table --dry-run --seeds -1', "not a whole number of at least 0|expected one argument"),
@@ -456,7 +456,7 @@ rows('disk', {'full': (OSError(errno.ENOSPC, 'No space left on device'), 'the di
 
 def runs_where(p: Place, error: OSError) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reports, '_lock', failing(error))
+        patch.setattr(reports, '_lock_file', failing(error))
         reports.run_report('category', dict(category='brick'), p.folder / 'run')
 
 
@@ -605,5 +605,5 @@ def test_a_training_that_went_on_under_other_circumstances_tells_it(place):
 
 def test_ctrl_c_before_a_report_starts_is_one_word(monkeypatch, capsys):
     def interrupted(argv): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, '_run', interrupted)
+    monkeypatch.setattr(cli, '_run_argv', interrupted)
     assert cli.main(['category']) == 130 and capsys.readouterr().err == 'stopped\n'

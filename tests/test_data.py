@@ -620,7 +620,7 @@ def test_redirects_are_followed(site, tmp_path):
 def test_licence_is_shown_before_anything_is_asked_for(site, tmp_path, monkeypatch, capsys):
     shown = []
     def fetch(*_): shown.append(capsys.readouterr().out); raise ConnectionError('stop')
-    monkeypatch.setattr(data, '_fetch', fetch)
+    monkeypatch.setattr(data, '_download_file', fetch)
     for download in (download_mvtec, download_dtd):
         with pytest.raises(ConnectionError, match='stop'): download(tmp_path)
     assert 'CC BY-NC-SA 4.0' in shown[0] and 'for research use' in shown[1]

@@ -224,7 +224,7 @@ def test_each_local_worker_gets_a_gpu_of_its_own(monkeypatch):
     for given, seen in ((None, {'0', '1'}), ('3,5', {'3', '5'})):
         monkeypatch.delenv('CUDA_VISIBLE_DEVICES',
                            raising=False) if given is None else monkeypatch.setenv('CUDA_VISIBLE_DEVICES', given)
-        with fanout._connected('local', 2, 2, 60.) as client:
+        with fanout._cluster_client('local', 2, 2, 60.) as client:
             client.wait_for_workers(2)
             assert set(client.run(os.getenv, 'CUDA_VISIBLE_DEVICES').values()) == seen
 
@@ -266,7 +266,7 @@ def test_a_full_disk_here_leaves_no_half_run(tmp_path):
         (tmp_path / 'sent' / 'checkpoint.pt').write_bytes(os.urandom(200_000))
         (tmp_path / 'sent' / 'metrics.json').write_text('{}')
         job = dict(run_dir=str(small / 'run'), asked={}, run='run')
-        row = fanout._received(job, dict(status='complete', packed=fanout._packed(tmp_path / 'sent', True)),
+        row = fanout._received_row(job, dict(status='complete', packed=fanout._pack_run(tmp_path / 'sent', True)),
                                fanout._Board(1))
         assert (row['status'] == 'failed' and 'No space left on device' in row['error']
                 and not (small / 'run' / 'metrics.json').exists())
@@ -302,7 +302,7 @@ def test_the_plan_names_what_is_missing(tmp_path, capsys, monkeypatch):
         run = tmp_path / f'brick-demo-seed{seed}'
         reports.finish(run, dict(image=dict(auroc=0.5)))
         shutil.copy(run / 'metrics.json', run / 'report.html')
-        _, asked = reports._asked('category', dict(category='brick', recipe='demo', seed=seed))
+        _, asked = reports.asked_parameters('category', dict(category='brick', recipe='demo', seed=seed))
         (run / 'parameters.json').write_text(json.dumps(asked))
         (run / 'timing.json').write_text(json.dumps(dict(seconds=600)))
     monkeypatch.setattr(fanout, 'local_size', lambda n: (2, 1, 0))
@@ -369,5 +369,5 @@ def test_an_address_that_is_not_encrypted_is_told(capsys):
     for where, told in (('tcp://10.0.0.7:8786', True), ('tcp://127.0.0.1:8786', False), ('tcp://localhost:8786', False),
                         ('tls://10.0.0.7:8786', False)):
         with pytest.raises(ValueError, match='no scheduler answers at .* `dask scheduler --host 127.0.0.1`'):
-            fanout._client(Nobody, where, 1.)
+            fanout._connect_client(Nobody, where, 1.)
         assert ('is not encrypted' in capsys.readouterr().err) == told

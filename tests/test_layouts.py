@@ -11,7 +11,7 @@ from PIL import Image
 
 from draem_nb.data import check, find_categories, load_category
 from draem_nb.evaluation import evaluate
-from draem_nb.layouts import LAYOUTS, _tiles, detect_layout, find_classes, list_files
+from draem_nb.layouts import LAYOUTS, _names_by_tile, detect_layout, find_classes, list_files
 from draem_nb.recipes import demo
 from draem_nb.reports import main
 from draem_nb.training import split_held_out
@@ -308,7 +308,7 @@ def test_check(tree):
 @pytest.mark.skipif('DRAEM_NB_REAL_DATA' not in os.environ, reason='DRAEM_NB_REAL_DATA is not set')
 def test_real_names_of_magnetic_tile():
     good = list((Path(os.environ['DRAEM_NB_REAL_DATA']) / 'magnetic_tile').glob('t*/good/*.jpg'))
-    tiles = _tiles([p.stem for p in good])
+    tiles = _names_by_tile([p.stem for p in good])
     assert len(good) == 952 and len(tiles) == 156 and max(map(len, tiles)) <= 12
 
 

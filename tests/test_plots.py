@@ -194,12 +194,15 @@ def test_losses_that_a_recipe_lacks():
 
 def test_one_of_everything():
     category = a_category(kinds=('good',), n_train=1)
-    plots.data_overview(category)
-    plots.simulated_gallery(simulated(category))
-    plots.training_curves(LOSSES[:1])
-    plots.score_histogram([.2], ['good'], held_out_scores=[.1])
-    plots.detection_gallery(category.test, found(category), category.masks, category.kinds, [0])
-    plots.against_paper(pd.DataFrame(dict(ours=[99.], published=[98.]), index=['screw']))
+    figures = {
+        '1 image to learn from, 1 to test on (no defect test images)': plots.data_overview(category),
+        'clean': plots.simulated_gallery(simulated(category)),
+        'ends at 0.9': plots.training_curves(LOSSES[:1]),
+        'no defect test images, 1 good image |': plots.score_histogram([.2], ['good'], held_out_scores=[.1]),
+        '✓ passed': plots.detection_gallery(category.test, found(category), category.masks, category.kinds, [0]),
+        '1 of 1 reach the published value': plots.against_paper(
+            pd.DataFrame(dict(ours=[99.], published=[98.]), index=['screw']))}
+    for said, fig in figures.items(): assert said in words(fig)
 
 
 # The words are true.

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from draem_nb.cli import folder_rule, report_names, report_parameters
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
@@ -75,6 +77,14 @@ def test_parameters_tag_survives_cleaning(tmp_path):
     for report in (ROOT / 'nbs' / 'reports').glob('*.ipynb'):
         tags = [t for c in json.loads(report.read_text())['cells'] for t in c['metadata'].get('tags', [])]
         assert tags.count('parameters') == 1, report
+
+
+def test_every_report_declares_where_it_goes():
+    for name in report_names():
+        fields = re.findall('<(?:name of )?(.*?)>', rule := folder_rule(name))
+        asked = {key for field in fields for key in field.split(' or ')}
+        known = {*report_parameters(name), 'date', 'time', 'run_dir'}
+        assert rule.startswith(('runs/', '<')) and asked <= known, f'{name}: {rule}'
 
 
 def test_constraints_hold_every_requirement():
@@ -168,3 +178,41 @@ def test_licence_and_citation_are_there_and_make_alone_is_help():
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, '-m', 'draem_nb', '--version'], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"draem_nb {settings()['version']}\n", done.stderr
+
+
+# Exported cells of more than 25 lines, each with its reason; recipes, which have a line for every choice, are excepted.
+LONG_CELLS = {
+    'gallery.SCRIPT': 'a program in another language',
+    'gallery._STYLE': 'a style sheet',
+    'data.CategoryData': 'a record with a line for each of its 17 fields',
+    'detector.AnomalyDetector': 'the class that a method of one\'s own is written against, in one piece',
+    'watch.Listener': 'a thread with its queue and what it has lost, one state',
+}
+
+
+def exported_cells() -> dict[str, str]:
+    "The exported cells of the library by module and first name."
+    cells = {}
+    for path in sorted((ROOT / 'draem_nb').glob('[a-z]*.py')):
+        for cell in re.split(r'(?m)^# %% ', path.read_text())[1:]:
+            body = cell.partition('\n')[2].strip('\n')
+            name = re.search(r'(?m)^(?:class |def )?(\w+)', re.sub(r'(?m)^[@#].*\n', '', body))
+            if not cell.startswith('auto') and name: cells[f'{path.stem}.{name[1]}'] = body
+    return cells
+
+
+def test_exported_cells_are_short():
+    long = {name for name, body in exported_cells().items()
+            if len(body.split('\n')) > 25 and not body.startswith('@as_recipe')}
+    assert long == set(LONG_CELLS), f'over 25 lines: {long - set(LONG_CELLS)}; no longer: {set(LONG_CELLS) - long}'
+
+
+def test_no_module_takes_a_private_name_of_another():
+    modules = {path.stem for path in (ROOT / 'draem_nb').glob('[a-z]*.py')}
+    for path in [*(ROOT / 'draem_nb').glob('[a-z]*.py'), *NOTEBOOKS]:
+        text = path.read_text()
+        others = modules - {path.stem, *re.findall(r'#\| default_exp (\w+)', text)}
+        taken = re.findall(r'from (?:draem_nb)?\.(\w+) import [^\n]*\b(_\w+)', text)
+        taken += re.findall(r'(?<![\w.])(\w+)\.(_[a-z]\w*)', text)
+        taken = [f'{module}.{name}' for module, name in taken if module in others and name != '_replace']
+        assert not taken, f'{path.name} takes {taken}; make that public, or move it'

@@ -398,7 +398,8 @@ def test_compare_needs_two_runs_of_one_class(parts, tmp_path):
     assert compared('different') is False
     with pytest.raises(FileNotFoundError, match='holds no checkpoint.pt; give the folder of a trained run'):
         run_report('compare', dict(first=first, second=str(tmp_path / 'none'), data_root=str(parts)), tmp_path / 'c2')
-    with pytest.raises(ValueError, match='a comparison needs first and second'): reports.default_folder('compare', {})
+    with pytest.raises(ValueError, match=r'compare needs first \(folder of a finished run\) and second'):
+        reports.default_folder('compare', {})
 
 
 def test_every_row_of_an_ablation_is_asked_for(monkeypatch, tmp_path):

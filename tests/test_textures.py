@@ -171,7 +171,7 @@ def test_none_and_empty():
 
 
 def test_nowhere_to_keep_what_was_compiled():
-    code = 'import torch; from draem_nb.compiled import _cells; print(_cells(8, 1)[0].tolist())'
+    code = 'import torch; from draem_nb.compiled import _cells_of_axis; print(_cells_of_axis(8, 1)[0].tolist())'
     done = subprocess.run([sys.executable, '-c', code], env=os.environ | {'NUMBA_CACHE_DIR': '/proc/none'},
                           capture_output=True, text=True)
     assert done.stdout == '[0, 0, 0, 0, 1, 1, 1, 1]\n', done.stderr

@@ -135,8 +135,8 @@ def test_options_that_do_not_parse_are_named(capsys):
                           ('--seed', 'null')):
         with pytest.raises(SystemExit) as caught: main(['category', option, given])
         assert caught.value.code == 2 and f'{option[2:]} must be a value like' in capsys.readouterr().err
-    assert cli._parser().parse_args(['category', '--data-root', '[mvtec]/x']).data_root == '[mvtec]/x'
-    assert cli._parser().parse_args(['category', '--kinds', '["crack"]']).kinds == ['crack']
+    assert cli._make_parser().parse_args(['category', '--data-root', '[mvtec]/x']).data_root == '[mvtec]/x'
+    assert cli._make_parser().parse_args(['category', '--kinds', '["crack"]']).kinds == ['crack']
 
 
 def test_a_folder_whose_name_is_no_text_is_refused(tmp_path, capsys):
@@ -230,7 +230,7 @@ def test_latex_of_the_summary_holds_no_command(tmp_path):
 def run_of(folder: Path, **held: object) -> Path:
     "A made-up complete run of the class nut."
     folder.mkdir(parents=True)
-    asked = reports._asked('category', dict(category='nut', **held))[1]
+    asked = reports.asked_parameters('category', dict(category='nut', **held))[1]
     for name, value in dict(parameters=asked, metrics=dict(image=dict(auroc=.9)), timing=dict(seconds=125.),
                             run=dict(recipe={})).items():
         (folder / f'{name}.json').write_text(json.dumps(value))
@@ -253,8 +253,9 @@ def test_a_complete_run_says_so_and_refuses_other_images(nut, tmp_path, capsys):
     command = ['category', '--category', 'nut', '--data-root', str(nut.parent), '--run-dir',
                str(run := tmp_path / 'run')]
     run_of(run, data_root=str(nut.parent))
-    reports.write_json(reports._noted(reports._files_read(
-        reports._asked('category', dict(category='nut', data_root=str(nut.parent)))[1]), {}), run / 'inputs.json')
+    reports.write_json(reports._file_notes(reports._files_read(
+        reports.asked_parameters('category', dict(category='nut', data_root=str(nut.parent)))[1]), {}),
+        run / 'inputs.json')
     for path in nut.rglob('*.png'): os.utime(path, (1e9, 1e9))           # copied: another time, the same content
     assert main(command) == 0
     said = capsys.readouterr().out
@@ -324,7 +325,7 @@ def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
     with replacing(tmp_path / 'other') as ours:                         # of a process that lives
         remove_leftovers(tmp_path)
         assert {p.name for p in tmp_path.iterdir()} == {'.mine.tmp', ours.name}
-        reports._begin(tmp_path, {})
+        reports.begin_run(tmp_path, {})
         assert ours.exists()
     with temporary_folder(tmp_path, 'sockets') as folder: remove_leftovers(tmp_path); assert folder.is_dir()
     assert not folder.exists()
@@ -352,7 +353,8 @@ def test_a_full_disk_says_so_and_where(tmp_path, monkeypatch):
     with pytest.raises(data.DiskFull):
         fails(RuntimeError('unexpected pos 3040896 vs 3040784'))     # as torch.save says it
     assert not list(tmp_path.iterdir())
-    assert reports._reason(OSError(errno.ENOSPC, 'No space left on device', '/runs/a')) == 'the disk is full: /runs/a'
+    full = OSError(errno.ENOSPC, 'No space left on device', '/runs/a')
+    assert reports._reason_of(full) == 'the disk is full: /runs/a'
 
 
 def test_archives_and_addresses_that_are_not_what_they_should_be(tmp_path, monkeypatch):
@@ -408,10 +410,10 @@ def test_a_server_that_sends_nonsense(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f'http://127.0.0.1:{server.server_port}'
     try:
-        data._fetch(f'{address}/abc', tmp_path / 'part', tmp_path / 'archive')
+        data._download_file(f'{address}/abc', tmp_path / 'part', tmp_path / 'archive')
         assert (tmp_path / 'part').read_bytes() == b'content'
         with pytest.raises(ConnectionError, match='cannot download .*416'):
-            data._fetch(f'{address}/416', tmp_path / 'none', tmp_path / 'archive')
+            data._download_file(f'{address}/416', tmp_path / 'none', tmp_path / 'archive')
     finally: server.shutdown()
 
 
