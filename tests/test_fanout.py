@@ -363,11 +363,12 @@ def test_a_cluster_with_certificates_lets_in_nobody_else(notebook, tmp_path, clu
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_an_address_that_is_not_encrypted_is_told(capsys):
+def test_an_address_that_is_not_encrypted_is_told(capsys, monkeypatch):
     class Nobody:
         def __init__(self, address: str, **how: object) -> None: raise OSError
+    monkeypatch.setattr('distributed.Client', Nobody)
     for where, told in (('tcp://10.0.0.7:8786', True), ('tcp://127.0.0.1:8786', False), ('tcp://localhost:8786', False),
                         ('tls://10.0.0.7:8786', False)):
         with pytest.raises(ValueError, match='no scheduler answers at .* `dask scheduler --host 127.0.0.1`'):
-            fanout._connect_client(Nobody, where, 1.)
+            fanout._connect_client(where, 1.)
         assert ('is not encrypted' in capsys.readouterr().err) == told
