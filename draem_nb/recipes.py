@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass
 
 # %% auto #0
 __all__ = ['Count', 'Share', 'Inside', 'BelowOne', 'Weight', 'Positive', 'Seed', 'Degrees', 'Size', 'as_recipe', 'BaseRecipe',
-           'HoldsOut', 'MethodChoices', 'Recipe', 'official', 'paper', 'demo', 'compact', 'by_name', 'ablations']
+           'HoldsOut', 'MethodChoices', 'Recipe', 'official', 'paper', 'demo', 'compact', 'texture', 'by_name',
+           'ablations']
 
 # %% ../nbs/06_recipes.ipynb #8351510f
 Count = Annotated[int, Field(ge=1)]
@@ -208,9 +209,14 @@ def compact() -> Recipe:
     images, half of them fading in."""
     return demo().replace(name='compact', own_share=0.5, soft_share=0.5, score_window=5)
 
+def texture() -> Recipe:
+    """For surfaces without up and left, ours: `demo`, with random crops of images of 128 pixels
+    in eight positions, and 2,000 steps."""
+    return demo().replace(name='texture', image_size=128, flips=True, steps=2000)
+
 def by_name(name: str) -> Recipe:
-    "`'official'`, `'paper'`, `'demo'` or `'compact'`; any other name raises `ValueError`."
-    recipes = dict(official=official, paper=paper, demo=demo, compact=compact)
+    "`'official'`, `'paper'`, `'demo'`, `'compact'` or `'texture'`; any other name raises `ValueError`."
+    recipes = dict(official=official, paper=paper, demo=demo, compact=compact, texture=texture)
     if name not in recipes: raise ValueError(f"unknown recipe {name!r}; there are: {', '.join(recipes)}")
     return recipes[name]()
 
