@@ -2,6 +2,7 @@
 
     python nbs/make_scores.py parts --seed 0 /data     # parts.csv: Magnetic Tile, held out by tile and by photo
     python nbs/make_scores.py few --draws 0 7 /data    # few.csv: few parts, a tenth held out, or cross-fitted
+    python nbs/make_scores.py good --seed 0 /data      # good.csv: good images that were not learned, in five lights
 
 /data holds the classes `magnetic_tile` (Huang et al., 2018) and `visa/capsules` (Zou et al., 2022). A part of a table
 that is made again replaces the rows of before; seeds and draws may be made one after another."""
@@ -73,6 +74,25 @@ def few(root: Path, draw: int) -> pd.DataFrame:
     return pd.concat(rows)[['class', 'draw', 'of', 'part', 'score']]
 
 
+def good(root: Path, seed: int) -> pd.DataFrame:
+    "Scores of the good images that a memory has not learned, as they are and with all values times a factor."
+    recipe, rows = memory.MemoryRecipe(seed=seed, holdout=0), []
+    for folder, name, n in ((root / 'visa', 'capsules', 100), (root, 'magnetic_tile', 200)):
+        data = load_category(folder, name, recipe.size)
+        images = torch.cat([data.train, data.test[~data.labels]])
+        order = np.random.default_rng([seed, 5]).permutation(len(images))
+        learned, others = np.sort(order[:n]), images[np.sort(order[n:])]
+        paths = [*data.train_paths, *(p for p, bad in zip(data.paths, data.labels) if not bad)]
+        some = dataclasses.replace(data, train=images[learned], train_paths=[paths[i] for i in learned], groups=())
+        detector, found = memory.fit(some, recipe, 'cpu'), {'class': name}
+        for light in (1, 0.9, 0.95, 1.05, 1.1):
+            seen = (others * light).round().clamp(0, 255).byte() if light != 1 else others
+            scores = detector.predict(seen).scores.numpy().astype(float)
+            found['score' if light == 1 else f'light_{light}'] = np.round(scores, 3)
+        rows.append(pd.DataFrame(found))
+    return pd.concat(rows)
+
+
 def keep(made: pd.DataFrame, file: Path, key: str) -> None:
     "Put rows into a table in place of those with the same key."
     if file.exists():
@@ -83,11 +103,12 @@ def keep(made: pd.DataFrame, file: Path, key: str) -> None:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('table', choices=('parts', 'few'))
+    parser.add_argument('table', choices=('parts', 'few', 'good'))
     parser.add_argument('root', type=Path)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--draws', type=int, nargs=2, default=(0, 7), help='the first one, and the one after the last')
     asked = parser.parse_args()
-    if asked.table == 'parts': keep(parts(asked.root, asked.seed), SCORES / 'parts.csv', 'seed')
+    if asked.table == 'good': good(asked.root, asked.seed).to_csv(SCORES / 'good.csv', index=False)
+    elif asked.table == 'parts': keep(parts(asked.root, asked.seed), SCORES / 'parts.csv', 'seed')
     else:
         for draw in range(*asked.draws): keep(few(asked.root, draw), SCORES / 'few.csv', 'draw')
