@@ -434,7 +434,7 @@ def evaluate_simulated(
     simulator, crops = (AnomalySimulator(textures, recipe, normal_images),
                         RandomCrops(normal_images, recipe) if recipe.image_size else None)
     # of large images crops, seen by the detector that looks at tiles
-    looking: AnomalyDetector = detector.detector if isinstance(detector, OnTiles) else detector
+    looking: AnomalyDetector = detector if crops is None else cast(OnTiles, detector).detector
     parts = []
     for at in range(0, samples, 16):
         # Steps that no training reaches, so that these anomalies have never been painted before.

@@ -216,3 +216,15 @@ def test_no_module_takes_a_private_name_of_another():
         taken += re.findall(r'(?<![\w.])(\w+)\.(_[a-z]\w*)', text)
         taken = [f'{module}.{name}' for module, name in taken if module in others and name != '_replace']
         assert not taken, f'{path.name} takes {taken}; make that public, or move it'
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_imports_every_name_that_it_uses(notebook, tmp_path):
+    "Cells that the tests skip as well."
+    cells = json.loads(notebook.read_text())['cells']
+    code = [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
+    lines = '\n\n'.join(source for source in code if not source.startswith('%%')).splitlines()
+    (tmp_path / 'cells.py').write_text('\n'.join('pass' if line.lstrip()[:1] in {'%', '!'} else line for line in lines))
+    command = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--quiet', '--select', 'F821']
+    found = subprocess.run([*command, tmp_path / 'cells.py'], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout

@@ -276,11 +276,13 @@ def test_the_seconds_printed_are_those_of_the_user(tmp_path, monkeypatch, capsys
         time.sleep(1)
         return reports.RunResult(tmp_path, tmp_path / 'report.html', {}, 0.1)       # by the clock of the notebook
     monkeypatch.setattr(reports, 'run_report', slow)
+    for name in ('metrics.json', 'report.html'): (tmp_path / name).write_text('{}')
     assert main(['category']) == 0 and re.search(r'^[1-9]\d* s; report', capsys.readouterr().out, re.MULTILINE)
 
 
 def test_inspections_have_folders_of_their_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('time.strftime', lambda how, *at: '20261127-081500')
+    now = {'%Y%m%d': '20261127', '%H%M%S': '081500'}
+    monkeypatch.setattr('time.strftime', lambda how, *at: now[how])
     ask = lambda day: reports.default_folder('inspect',
                                              dict(run_dir=str(tmp_path), images=str(tmp_path / day / 'photos')))
     first = ask('day1')
