@@ -280,9 +280,10 @@ class Calibration(WithRegion):
     false_alarms: float | None = None   # the share of false alarms that the threshold was asked to promise
     cross_fit: int = 0                  # so many others scored the held-out images, see 14_inspection; 0: this one
     held_out_statistics: np.ndarray | None = None       # (n, 4) of the same, see `image_statistics`; None: not kept
-
     @property
-    def n_held_out(self) -> int: return len(self.held_out_scores)  # noqa: D102, the name says it
+    def n_held_out(self) -> int:
+        "How many normal images the thresholds come from."
+        return len(self.held_out_scores)
 
     def save_calibration(self, run_dir: str | Path) -> None:
         "Write region.png and, with thresholds, threshold.json and held_out.json, for `load_calibration`."
