@@ -27,8 +27,8 @@ import zlib
 # %% auto #0
 __all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_categories', 'read_image', 'DiskFull', 'replacing',
            'write_json', 'read_json', 'remove_leftovers', 'temporary_folder', 'content_hash', 'load_images',
-           'large_zeros', 'large_part', 'CategoryData', 'load_category', 'train_and_test_parts', 'crop_of',
-           'demo_category', 'check', 'download_mvtec', 'download_dtd']
+           'large_zeros', 'large_part', 'CategoryData', 'check_kinds', 'load_category', 'train_and_test_parts',
+           'crop_of', 'demo_category', 'check', 'download_mvtec', 'download_dtd']
 
 # %% ../nbs/00_data.ipynb #f192446f
 from collections import Counter, deque
@@ -373,10 +373,14 @@ def _fingerprint_of(c: CategoryData) -> str:
     if not c.masks_known: digest.update(b'no masks' if c.weak_masks is None else c.weak_masks.contiguous().numpy().data)
     return digest.hexdigest()
 
-def _subset_of(c: CategoryData, kinds: Sequence[str]) -> CategoryData:
+def check_kinds(c: CategoryData, kinds: Sequence[str]) -> None:
+    "`ValueError` that lists the existing kinds where the class has no test image of one of `kinds`."
     if unknown := sorted(set(kinds) - set(c.kinds)):
         raise ValueError(f"class {c.name} has no test images of kind {', '.join(unknown)}; "
                          f"there are: {', '.join(sorted(set(c.kinds)))}")
+
+def _subset_of(c: CategoryData, kinds: Sequence[str]) -> CategoryData:
+    check_kinds(c, kinds)
     keep = [i for i, kind in enumerate(c.kinds) if kind in {'good', *kinds}]
     test, masks, masks_official, labels = (large_part(t, keep) for t in (c.test, c.masks, c.masks_official, c.labels))
     return replace(c, kinds=[c.kinds[i] for i in keep], paths=[c.paths[i] for i in keep], test=test, masks=masks,

@@ -20,7 +20,8 @@ from typing import Protocol, Self
 # %% auto #0
 __all__ = ['Images', 'STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'check_batch',
            'check_finite', 'above', 'image_statistics', 'write_statistics', 'as_bytes', 'detections', 'WithRegion',
-           'Calibration', 'Predictor', 'AnomalyDetector', 'DetectorLike', 'TrainedDraem', 'Detector', 'fit']
+           'Calibration', 'Predictor', 'set_thresholds', 'AnomalyDetector', 'DetectorLike', 'TrainedDraem', 'Detector',
+           'fit']
 
 # %% ../nbs/08_detector.ipynb #3bdae0f5
 import numpy as np
@@ -322,18 +323,24 @@ class Predictor(Calibration):
         return detections(found, self.threshold, self.pixel_threshold, paths)
 
 # %% ../nbs/08_detector.ipynb #a6327b21
-def _set_thresholds(detector: AnomalyDetector, found: Detections, quantile: float, groups: Sequence[str]) -> None:
-    "Both thresholds of a detector, from what it says of normal images; `groups` as in `calibrate`."
-    if not len(found):
+def set_thresholds(
+    detector: AnomalyDetector,
+    scores: Tensor,             # (N,) of normal images
+    maps: Tensor,               # (N, H, W) of the same
+    quantile: float,            # of the scores and of the pixels: the thresholds
+    groups: Sequence[str],      # the part that each image shows; empty: not known
+) -> None:
+    "Set both thresholds of a detector, and forget corrections and promises of before."
+    if not len(scores):
         raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
-    if len(groups) not in (0, len(found)):
-        raise ValueError(f'there are {len(groups)} groups for {len(found)} images; give one for each, or none')
-    detector.quantile, detector.held_out_scores = quantile, found.scores.tolist()
+    if len(groups) not in (0, len(scores)):
+        raise ValueError(f'there are {len(groups)} groups for {len(scores)} images; give one for each, or none')
+    detector.quantile, detector.held_out_scores = quantile, scores.tolist()
     detector.held_out_groups = list(groups)
     detector.n_corrected, detector.false_alarms, detector.cross_fit = 0, None, 0
-    detector.threshold = upper_quantile(found.scores.numpy(), quantile)
+    detector.threshold = upper_quantile(scores.numpy(), quantile)
     detector.pixel_threshold = max(detector.pixel_floor,
-                                   upper_quantile(detector.pixels(found.maps).numpy(), quantile))
+                                   upper_quantile(detector.pixels(maps).numpy(), quantile))
 
 # %% ../nbs/08_detector.ipynb #b4323aa3
 class AnomalyDetector(Predictor):
@@ -351,7 +358,8 @@ class AnomalyDetector(Predictor):
         quantile = self.quantile if quantile is None else quantile
         if not isinstance(quantile, Real) or not 0 <= quantile <= 1:
             raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
-        _set_thresholds(self, self.predict(normal_images), quantile, groups)
+        found = self.predict(normal_images)
+        set_thresholds(self, found.scores, found.maps, quantile, groups)
         self.held_out_statistics = self.statistics(normal_images)
         return self
 

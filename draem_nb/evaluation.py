@@ -27,7 +27,7 @@ __all__ = ['PUBLISHED_AS', 'wilson_interval', 'intervals', 'evaluate', 'method_c
 
 # %% ../nbs/10_evaluation.ipynb #6b6caf85
 import draem_nb
-from .data import CategoryData, large_part, read_json
+from .data import CategoryData, check_kinds, large_part, read_json
 from .detector import AnomalyDetector, Detections, DetectorLike, TrainedDraem
 from .inspection import promised_rate
 from .layouts import as_markdown, shown
@@ -249,14 +249,6 @@ def _called_intervals(called: np.ndarray, labels: np.ndarray) -> dict[str, list[
         return dict(zip(names, map(_percentile_limits, (precision, f1))))
 
 # %% ../nbs/10_evaluation.ipynb #b349184c
-def _check_asked(category: CategoryData, mask_rule: str, together: Sequence[str]) -> None:
-    "`ValueError` for a mask rule or a kind of defect that there is not."
-    if mask_rule not in ('half', 'official'):
-        raise ValueError(f"mask_rule is {mask_rule!r}; choose 'half' or 'official'")
-    if unknown := sorted(set(together) - set(category.kinds)):
-        raise ValueError(f"class {category.name} has no test images of kind {', '.join(unknown)}; there are: "
-                         f"{', '.join(sorted(set(category.kinds)))}")
-
 def _detections_of(detector: DetectorLike, category: CategoryData, detections: Detections | None) -> Detections:
     "Those given, or made here; `ValueError` where they are not of the test images."
     found = detector.predict(category.test) if detections is None else detections
@@ -279,16 +271,17 @@ def evaluate(
     detector: DetectorLike,     # what it lacks is as an `AnomalyDetector` without thresholds has it
     category: CategoryData,
     detections: Detections | None = None,   # of category.test; None: made here
-    # 'half' or 'official', see above; None: the detector's own, which is 'official' for the
-    # authors' checkpoints, else 'half'
+    # 'half' or 'official', see above; None: the detector's own, 'official' for the authors' checkpoints, else 'half'
     mask_rule: str | None = None,
     together: Sequence[str] = (),           # kinds of defect to evaluate together as well, against all good images
 # plain JSON: image, pixel, kinds, together, intervals, other_mask_rule, operating_point, conditions, notes
 ) -> dict:
     "All metrics of a detector on the test images of a class, as fractions; None where a metric is undefined."
-    detector = _with_defaults(detector)
-    mask_rule, region = mask_rule or detector.mask_rule, category.region
-    _check_asked(category, mask_rule, together)
+    detector, region = _with_defaults(detector), category.region
+    mask_rule = mask_rule or detector.mask_rule
+    if mask_rule not in ('half', 'official'):
+        raise ValueError(f"mask_rule is {mask_rule!r}; choose 'half' or 'official'")
+    check_kinds(category, together)
     found = _detections_of(detector, category, detections)
     masks, other = (m[:, 0] if detector.has_map else torch.zeros_like(m[:, 0])  # without a map no pixel is a defect
                     for m in (category.masks, category.masks_official)[::1 if mask_rule == 'half' else -1])

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from . import plots
 from .data import CategoryData, large_part, read_image, read_json, replacing
-from .detector import AnomalyDetector, Detections, upper_quantile
+from .detector import AnomalyDetector, Detections, set_thresholds
 from .layouts import UnreadableImage, list_files, shown
 from .regions import inside
 
@@ -162,12 +162,10 @@ def calibrate_across(
                          f'learned from {n_learned}, so the promise would be too bold; choose a smaller cross_fit, or '
                          'train with the recipe field holdout=0')
     scores, maps = cross_fit(category, fit, folds)
-    detector.held_out_scores, detector.held_out_groups = scores.tolist(), groups
-    detector.n_corrected, detector.false_alarms, detector.cross_fit = 0, false_alarms, int(k)
+    set_thresholds(detector, scores, maps, detector.quantile, groups)
     detector.held_out_statistics = detector.statistics(category.train)
-    detector.pixel_threshold = max(detector.pixel_floor,
-                                   upper_quantile(detector.pixels(maps).numpy(), detector.quantile))
     detector.threshold = threshold_for(detector.held_out_scores, false_alarms, groups)
+    detector.false_alarms, detector.cross_fit = false_alarms, int(k)
 
 # %% ../nbs/14_inspection.ipynb #44f87bc5
 def threshold_interval(scores: Sequence[float], threshold: float, level: float = 0.9,
