@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+# %% auto #0
+__all__ = ['AutoencoderRecipe', 'Autoencoder', 'AutoencoderDetector', 'load', 'fit']
+
+# %% ../nbs/20_autoencoder.ipynb #69f0441e
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -21,10 +26,9 @@ from .detector import AnomalyDetector
 from .fitting import check_loaded_size, write_losses
 from .losses import reconstruction_error, ssim_loss
 from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, Weight, as_recipe
-from .training import damage_named, load_checkpoint, pick_device, split_held_out
 
-# %% auto #0
-__all__ = ['AutoencoderRecipe', 'Autoencoder', 'AutoencoderDetector', 'load', 'fit']
+# %% ../nbs/20_autoencoder.ipynb #1b4c24c2
+from .training import damage_named, load_checkpoint, pick_device, split_held_out
 
 # %% ../nbs/20_autoencoder.ipynb #9d3b8326
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(l2=F.mse_loss, ssim=ssim_loss)
@@ -60,6 +64,7 @@ class AutoencoderRecipe(BaseRecipe):
 # channels, kernel, stride
 _LAYERS = [(32, 4, 2), (32, 4, 2), (32, 3, 1), (64, 4, 2), (64, 3, 1), (128, 4, 2), (64, 3, 1), (32, 3, 1)]
 
+# %% ../nbs/20_autoencoder.ipynb #2b37d817
 class Autoencoder(nn.Module):
     """(B, 3, H, W) in 0..1 -> reconstruction of the same shape, through `bottleneck` numbers. 1.05 M
     parameters at 128 px and 100."""
@@ -134,6 +139,7 @@ def load(run_dir: str | Path, device: str | torch.device | None = None) -> Autoe
 # %% ../nbs/20_autoencoder.ipynb #7266601b
 _LOOK_EVERY = 25     # steps between two looks at the loss, each of which waits for the device
 
+# %% ../nbs/20_autoencoder.ipynb #6f3f0240
 def _train_in_place(net: Autoencoder, images: Tensor, recipe: AutoencoderRecipe, generator: torch.Generator,
                     name: str) -> Tensor:
     "Train in place on (N, 3, H, W) uint8; gives the losses (steps,), on the CPU."
@@ -156,14 +162,19 @@ def _train_in_place(net: Autoencoder, images: Tensor, recipe: AutoencoderRecipe,
     return losses.cpu()
 
 # %% ../nbs/20_autoencoder.ipynb #32d672cd
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: AutoencoderRecipe | None = None,        # None: the defaults
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-) -> AutoencoderDetector:                           # with thresholds, unless recipe.holdout is 0
+def fit(category: CategoryData, recipe: AutoencoderRecipe | None = None,
+        device: str | torch.device | None = None) -> AutoencoderDetector:
     """Train an autoencoder on a class and set its thresholds (Bergmann et al., 2018).
 
-    The same seed gives the same bits on a CPU."""
+    The same seed gives the same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: the defaults
+        device: None: a GPU where there is one
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     recipe, device = recipe or AutoencoderRecipe(), pick_device(device)
     check_loaded_size(category, recipe)
     kept, held_out = split_held_out(len(category.train), recipe, category.groups)

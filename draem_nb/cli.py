@@ -12,6 +12,11 @@ import functools
 import io
 import json
 import re
+
+# %% auto #0
+__all__ = ['report_names', 'report_notebook', 'folder_parameter', 'folder_rule', 'report_parameters', 'value_of', 'main']
+
+# %% ../nbs/12b_cli.ipynb #17921e6c
 import sys
 import time
 import tokenize
@@ -20,9 +25,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import draem_nb
-
-# %% auto #0
-__all__ = ['report_names', 'report_notebook', 'folder_parameter', 'folder_rule', 'report_parameters', 'value_of', 'main']
 
 # %% ../nbs/12b_cli.ipynb #c8cfb61e
 def _report_folder() -> Path:
@@ -33,6 +35,7 @@ def report_names() -> list[str]:
     "Names of the reports that come with the library."
     return sorted(path.stem for path in _report_folder().glob('*.ipynb'))
 
+# %% ../nbs/12b_cli.ipynb #4ffcbf42
 def report_notebook(name: str | Path) -> Path:
     "The notebook of report `name`, or the path of a notebook of one's own; `ValueError` where there is none."
     path = Path(name) if str(name).endswith('.ipynb') else _report_folder() / f'{name}.ipynb'
@@ -55,6 +58,7 @@ def _read_notebook(notebook: Path, mtime_ns: int) -> tuple[str, dict[str, tuple[
     return about, {node.targets[0].id: (ast.unparse(node.value), comments.get(node.lineno, ''))
                    for node in assigned if isinstance(node.targets[0], ast.Name)}
 
+# %% ../nbs/12b_cli.ipynb #af9b74f8
 def _notebook_says(name: str | Path) -> tuple[str, dict[str, tuple[str, str]]]:
     notebook = report_notebook(name)
     return _read_notebook(notebook, notebook.stat().st_mtime_ns)        # a thousand runs ask for the same ones
@@ -64,6 +68,7 @@ def folder_parameter(name: str | Path) -> str:
     "The parameter of report `name` that names the folder it writes to: `out_dir` or `run_dir`."
     return 'out_dir' if 'out_dir' in _notebook_says(name)[1] else 'run_dir'
 
+# %% ../nbs/12b_cli.ipynb #5119cdcc
 def folder_rule(name: str | Path) -> str:
     """How report `name` names its folder where none is given, as the notebook says beside that parameter:
     `<first>/compare-<name of second>`; '' where it does not."""
@@ -71,6 +76,7 @@ def folder_rule(name: str | Path) -> str:
     rule = text.partition('None: ')[2].split(', ')[0]
     return rule if '/' in rule else ''
 
+# %% ../nbs/12b_cli.ipynb #4e613a36
 def report_parameters(name: str | Path) -> dict[str, tuple[object, str]]:
     "What may be given to report `name`: parameter -> (default, one line of help)."
     own = 'complete', folder_parameter(name)
@@ -100,6 +106,7 @@ _TASKS = {'train and test': ('category', 'table'),
           'compare and understand': ('compare', 'summary', 'ablation', 'learning_curve', 'official'),
           'see what there is': ('list',)}
 
+# %% ../nbs/12b_cli.ipynb #2d6f2efc
 class _Parser(argparse.ArgumentParser):
     "Names the nearest command or option where one is mistyped."
     def error(self, message: str) -> NoReturn:
@@ -139,6 +146,7 @@ def _make_parser(own: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     parser.description = 'Find defects on surfaces.\n\n' + _commands_by_task(about)
     return parser
 
+# %% ../nbs/12b_cli.ipynb #cc7c6d81
 def _add_report(command: argparse.ArgumentParser, name: str) -> None:
     for key, (default, text) in (report_parameters(name) | {folder_parameter(name): (None, "its own folder")}).items():
         command.add_argument('--' + key.replace('_', '-'), type=value_of(key, default, text),
@@ -161,6 +169,7 @@ def _run_argv(argv: list[str]) -> int:
     from draem_nb.reports import run_command
     return run_command(params.pop('report'), params, started)
 
+# %% ../nbs/12b_cli.ipynb #1404ab1e
 def main(argv: list[str] | None = None) -> int:
     """The command `draem_nb`. Its exit status is that of `reports.run_command`; 2 where the options are wrong,
     130 after Ctrl-C."""

@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
+# %% auto #0
+__all__ = ['CODES', 'Chains', 'chains_of', 'Memory', 'Work', 'Made', 'simulate']
+
+# %% ../nbs/02b_compiled.ipynb #359eeefb
 import numpy as np
 from numba import njit
 
 from .textures import OPERATIONS, Augmentation
-
-# %% auto #0
-__all__ = ['CODES', 'Chains', 'chains_of', 'Memory', 'Work', 'Made', 'simulate']
 
 # %% ../nbs/02b_compiled.ipynb #4c12a8c5
 def _compiled_function(function: Callable) -> Callable:
@@ -40,6 +41,7 @@ def _cells_of_axis(size: int, exponent: int) -> tuple:
         place[i], fade[i] = t, t**3 * (t * (t * 6 - 15) + 10)
     return cell, place, fade
 
+# %% ../nbs/02b_compiled.ipynb #c60a3cab
 @_compiled_function
 def _empty_frame(size: tuple, dtype: type) -> np.ndarray:
     return np.zeros((size[0] + 3) * (size[1] + 2), dtype)
@@ -76,6 +78,7 @@ def _turn_steps(degrees: float, size: tuple) -> np.ndarray:
     for j in range(width): parts[0, height + j], parts[1, height + j] = np.rint(1024 * j * cos), np.rint(1024 * j * sin)
     return parts
 
+# %% ../nbs/02b_compiled.ipynb #3729c619
 @_compiled_function
 def _split_place(x: np.float32, y: np.float32, height: np.float32, width: np.float32, w: np.int32) -> tuple:
     "Of a place in 1024ths: its upper left neighbour in a frame, and how far east and south of that one it lies, 0..1."
@@ -94,11 +97,13 @@ def _places_of_row(i: int, parts: np.ndarray, corner: np.ndarray, east: np.ndarr
     for j in range(w):
         corner[j], east[j], south[j] = _split_place(x + across_x[j], y + across_y[j], height, width, stride)
 
+# %% ../nbs/02b_compiled.ipynb #f5cae3bf
 @_compiled_function
 def _bilinear_mean(a: float, b: float, c: float, d: float, east: np.float32, south: np.float32) -> np.float32:
     "Bilinear mean of four neighbours: upper left and right, lower left and right."
     return (a * (_1 - east) + b * east) * (_1 - south) + (c * (_1 - east) + d * east) * south
 
+# %% ../nbs/02b_compiled.ipynb #fb7ff337
 @_compiled_function
 def _row_of(width: int) -> tuple:
     "Room for the places of a row."
@@ -135,9 +140,11 @@ def _pack_frame(image: np.ndarray, lut: np.ndarray, frame: np.ndarray) -> None:
             red, green, blue = lut[0, image[0, i, j]], lut[1, image[1, i, j]], lut[2, image[2, i, j]]
             line[j] = np.uint32(red) | np.uint32(green) << np.uint32(8) | np.uint32(blue) << np.uint32(16)
 
+# %% ../nbs/02b_compiled.ipynb #2a759159
 @_compiled_function
 def _channel_value(word: np.uint32, shift: np.uint32) -> np.float32: return np.float32(word >> shift & np.uint32(255))
 
+# %% ../nbs/02b_compiled.ipynb #df561d80
 @_compiled_function
 def _level_of(a: int, b: int, c: int, d: int, shift: np.uint32, east: np.float32, south: np.float32) -> np.float32:
     "As `_bilinear_mean`, of one channel of four words; a level, a whole number."
@@ -166,6 +173,7 @@ def _turn_image(
             for j in range(last - first):
                 line[j] = _level_of(near[0, j], near[1, j], near[2, j], near[3, j], shift, e[j], s[j]) / divisor
 
+# %% ../nbs/02b_compiled.ipynb #2a9eba0c
 @_compiled_function
 def _all_rows(size: tuple) -> np.ndarray:
     spans = np.zeros((size[0], 2), np.int64)
@@ -179,6 +187,7 @@ CODES = {name: code for code, name in enumerate((
     'posterize', 'solarize', 'invert', 'brightness', 'gamma_contrast', 'equalize', 'autocontrast',
     'sharpness', 'color', 'add_hue_saturation', 'multiply_add', 'rotate'))}
 
+# %% ../nbs/02b_compiled.ipynb #4a0fe75d
 @_compiled_function
 def _plain_table(code: int, strength: np.ndarray, channel: int, table: np.ndarray) -> None:
     "The table of an operation that does not depend on the image."
@@ -198,6 +207,7 @@ def _equalize_table(counts: np.ndarray, table: np.ndarray) -> None:
         table[v] = min((step // 2 + below) // step, 255) if step else v
         below += counts[v]
 
+# %% ../nbs/02b_compiled.ipynb #504b74ba
 @_compiled_function
 def _autocontrast_table(counts: np.ndarray, cutoff: int, table: np.ndarray) -> None:
     cut, low, high = counts.sum() * cutoff // 100, 0, 255
@@ -219,6 +229,7 @@ def _channel_counts(plane: np.ndarray, level: np.ndarray) -> np.ndarray:
     for v in plane: counts[level[v]] += 1
     return counts
 
+# %% ../nbs/02b_compiled.ipynb #f6236bf2
 @_compiled_function
 def _append_table(lut: np.ndarray, image: np.ndarray, code: int, strength: np.ndarray) -> None:
     "Put the table of an operation behind `lut`."
@@ -229,6 +240,7 @@ def _append_table(lut: np.ndarray, image: np.ndarray, code: int, strength: np.nd
         else: _plain_table(code, strength, c, table)
         for v in range(256): lut[c, v] = table[lut[c, v]]
 
+# %% ../nbs/02b_compiled.ipynb #32ea6928
 @_compiled_function
 def _reset_table(lut: np.ndarray) -> None:
     for c in range(3):
@@ -240,6 +252,7 @@ with np.errstate(divide='ignore'):      # in fixed point: 255 / v, 30 / v
 _ROUND = np.arange(540) - 60 * np.arange(3)[:, None]
 _FALL = (60 - abs(_ROUND % 180 - 90)).clip(0, 30)      # of channel c at hue h - 180, in 30ths: w_c, (3, 540)
 
+# %% ../nbs/02b_compiled.ipynb #8a0a8c96
 @_compiled_function
 def _hue_of(red: int, green: int, blue: int, value: int, chroma: int) -> int:
     "150 .. 329, 180 is red; `value` is the largest channel, `chroma` its distance to the smallest."
@@ -261,6 +274,7 @@ def _through_hsv(red: int, green: int, blue: int, table: np.ndarray, hue: int, s
     vs = float(level * saturation) / 7650
     return int(level - vs * _FALL[0, hue]), int(level - vs * _FALL[1, hue]), int(level - vs * _FALL[2, hue])
 
+# %% ../nbs/02b_compiled.ipynb #e049548e
 @_compiled_function
 def _through_hls(red: int, green: int, blue: int, table: np.ndarray) -> tuple[int, int, int]:
     value, total = max(red, green, blue), max(red, green, blue) + min(red, green, blue)
@@ -283,6 +297,7 @@ def _unscaled_sum(x: int) -> int: return (x + 8192) >> 14
 @_compiled_function
 def _as_level(x: int) -> int: return min(max(x, 0), 255)
 
+# %% ../nbs/02b_compiled.ipynb #ad864c44
 @_compiled_function
 def _through_luma(red: int, green: int, blue: int, table: np.ndarray, k: np.ndarray) -> tuple[int, int, int]:
     y = _unscaled_sum(4899 * red + 9617 * green + 1868 * blue)
@@ -301,6 +316,8 @@ _RGB, _WHITE = np.linalg.inv(_XYZ), np.array([.950456, 1, 1.088754])
 _t = np.arange(3072) / 2040                                                                            # X / 2040 ...
 _ROOT = np.rint(2**15 * np.where(_t < .008856, 7.787 * _t + 16 / 116, np.cbrt(_t))).astype(np.int64)
 _LIGHT_2040 = np.rint(2040 * _LIGHT).astype(np.int64)
+
+# %% ../nbs/02b_compiled.ipynb #a02fdaa1
 _XYZ_4096 = np.rint(4096 * _XYZ / _WHITE[:, None]).astype(np.int64)
 
 @_compiled_function
@@ -319,6 +336,7 @@ def _lab_cube(f: float) -> float: return f**3 if f > 6 / 29 else (f - 16 / 116) 
 def _root_of(i: int, red: int, green: int, blue: int) -> int:
     return _ROOT[(red * _XYZ_4096[i, 0] + green * _XYZ_4096[i, 1] + blue * _XYZ_4096[i, 2] + 2048) >> 12]
 
+# %% ../nbs/02b_compiled.ipynb #346c6e2b
 @_compiled_function
 def _through_lab(red: int, green: int, blue: int, table: np.ndarray) -> tuple[int, int, int]:
     r, g, b = _LIGHT_2040[red], _LIGHT_2040[green], _LIGHT_2040[blue]
@@ -352,6 +370,7 @@ def _pixel_of(image: np.ndarray, lut: np.ndarray, p: int) -> tuple[np.int64, np.
 def _enhanced_level(dull: np.float32, x: int, factor: np.float32) -> int:
     return int(min(max((np.float32(x) - dull) * factor + dull, _0), _255))
 
+# %% ../nbs/02b_compiled.ipynb #2e81d66d
 @_compiled_function
 def _color_of(red: int, green: int, blue: int, factor: np.float32) -> tuple[int, int, int]:
     gray = np.float32((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)
@@ -371,6 +390,7 @@ def _brightness_table(code: int, strength: np.ndarray) -> np.ndarray:
 # %% ../nbs/02b_compiled.ipynb #76c394ce
 _YCRCB, _HSV, _HLS, _LAB, _LUV, _YUV = range(6)
 
+# %% ../nbs/02b_compiled.ipynb #f0e3cd97
 @_compiled_function
 def _recolor_pixels(
     out: np.ndarray, image: np.ndarray, lut: np.ndarray, pixels: np.ndarray, code: int, strength: np.ndarray,
@@ -409,6 +429,7 @@ def _row_spans(pixels: np.ndarray, size: tuple) -> np.ndarray:
 def _sum_of_three(x: np.ndarray, j: int) -> np.float32:
     return np.float32(x[j]) + np.float32(x[j + 1]) + np.float32(x[j + 2])
 
+# %% ../nbs/02b_compiled.ipynb #f7f35634
 @_compiled_function
 def _sharpen_pixels(
     out: np.ndarray, image: np.ndarray, lut: np.ndarray, pixels: np.ndarray, factor: np.float32, size: tuple,
@@ -497,6 +518,7 @@ class Memory(NamedTuple):
     images: np.ndarray       # (2, 3, H * W) uint8
     weights: np.ndarray      # (H * W,) float32 in 0..1, how much of the opacity each pixel of the mask gets
 
+# %% ../nbs/02b_compiled.ipynb #b0cde917
 @_compiled_function
 def _empty_memory(size: tuple, k: int) -> Memory:
     area = size[0] * size[1]
@@ -592,6 +614,7 @@ def _rectangle_into(rectangle: np.ndarray, mask: np.ndarray, pixels: np.ndarray)
             n += hit
     return n
 
+# %% ../nbs/02b_compiled.ipynb #3266aa3b
 @_compiled_function
 def _mask_into(mask: np.ndarray, pixels: np.ndarray, work: Work, a: int, memory: Memory) -> int:
     "The mask (H, W) of anomaly a, and the list of its pixels; how many."
@@ -669,12 +692,13 @@ def _make_samples(samples: np.ndarray, work: Work, made: Made) -> None:
                            memory.lut, work, a)
 
 # %% ../nbs/02b_compiled.ipynb #94a5a332
-def simulate(
-    work: Work,
-    made: Made,     # is overwritten
-    threads: int,   # at most
-) -> None:
-    "Make the pixels of a batch."
+def simulate(work: Work, made: Made, threads: int) -> None:
+    """Make the pixels of a batch.
+
+    Args:
+        made: is overwritten
+        threads: at most
+    """
     cost = 2 * (work.anomaly >= 0) + (work.degrees != 0)
     order = np.argsort(-cost, kind='stable')
     threads = min(threads, len(order)) if made.target.size >= 2**20 else 1
@@ -683,6 +707,7 @@ def simulate(
     _make_samples(hands[0], work, made)
     for other in others: other.result()
 
+# %% ../nbs/02b_compiled.ipynb #f770c226
 @cache
 def _thread_pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)

@@ -13,6 +13,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+# %% auto #0
+__all__ = ['read_corrections', 'corrected', 'remember', 'recalibrate', 'recall_in_words', 'correct', 'main']
+
+# %% ../nbs/14f_corrections.ipynb #3501e088
 import numpy as np
 
 from .data import content_hash, read_image, read_json, replacing
@@ -21,14 +25,14 @@ from .evaluation import wilson_interval
 from .inspection import promised_rate, save_beside, threshold_for
 from .layouts import find_images, shown
 from .reports import locked
-from .tiling import load_detector
 
-# %% auto #0
-__all__ = ['read_corrections', 'corrected', 'remember', 'recalibrate', 'recall_in_words', 'correct', 'main']
+# %% ../nbs/14f_corrections.ipynb #216d27a2
+from .tiling import load_detector
 
 # %% ../nbs/14f_corrections.ipynb #4383cbbc
 _WORDS = dict(good='good', ok='good', normal='good', bad='bad', nok='bad', ng='bad', defect='bad', anomalous='bad')
 
+# %% ../nbs/14f_corrections.ipynb #fb368220
 def read_corrections(table: str | Path) -> dict[Path, str]:
     "Image -> 'good' or 'bad', from the columns `file` and `correction` of a verdicts.csv; empty cells are left out."
     try: lines = Path(table).read_text(encoding='utf-8-sig').splitlines()
@@ -56,6 +60,7 @@ def corrected(run_dir: str | Path) -> dict[str, list[Path]]:
     folders = {says: Path(run_dir) / 'corrections' / says for says in ('good', 'bad')}
     return {says: find_images(folder) if folder.is_dir() else [] for says, folder in folders.items()}
 
+# %% ../nbs/14f_corrections.ipynb #bb4e5c11
 def remember(corrections: dict[Path, str], run_dir: Path) -> None:
     "Keep a copy of each image; all of them or none: `ValueError` or `FileNotFoundError` names one that cannot be kept."
     known, names = run_dir / 'inputs.json', {}
@@ -102,6 +107,7 @@ def _alarms(detector: AnomalyDetector, images: list[Path]) -> int:
     found = detector.predict(images).is_anomalous if images else None
     return 0 if found is None else int(found.sum())
 
+# %% ../nbs/14f_corrections.ipynb #90656c8f
 def recall_in_words(detector: AnomalyDetector, run_dir: str | Path) -> str:
     "How many of the parts that were called bad alarm at the threshold, in a sentence; nothing where there are none."
     if not (bad := corrected(run_dir)['bad']) or detector.threshold is None: return ''

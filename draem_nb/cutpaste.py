@@ -12,6 +12,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
+
+# %% auto #0
+__all__ = ['CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw_patches', 'draw_scars', 'paste', 'CutPastePlan',
+           'draw_plan', 'make_batch', 'examples', 'ResNet18', 'train_network', 'Gaussian', 'spread', 'patch_features',
+           'CutPasteDetector', 'fit', 'load']
+
+# %% ../nbs/22_cutpaste.ipynb #5f7cc5d8
 import torch
 from matplotlib.figure import Figure
 from pydantic import Field
@@ -21,15 +28,12 @@ from tqdm import tqdm
 
 from .data import CategoryData, check_size, replacing
 from .detector import AnomalyDetector
+
+# %% ../nbs/22_cutpaste.ipynb #2634f16f
 from .fitting import check_loaded_size, describe_run, is_there, keep_run, write_losses
 from .recipes import BaseRecipe, BelowOne, Count, Degrees, Positive, Seed, Share, Size, Weight, as_recipe
 from .simulator import generator_of, uniform
 from .training import damage_named, load_checkpoint, move, pick_device, split_held_out
-
-# %% auto #0
-__all__ = ['CutPasteRecipe', 'paper', 'demo', 'by_name', 'Pastes', 'draw_patches', 'draw_scars', 'paste', 'CutPastePlan',
-           'draw_plan', 'make_batch', 'examples', 'ResNet18', 'train_network', 'Gaussian', 'spread', 'patch_features',
-           'CutPasteDetector', 'fit', 'load']
 
 # %% ../nbs/22_cutpaste.ipynb #0900ca95
 _Range = tuple[Positive, Positive]      # (low, high)
@@ -96,6 +100,7 @@ def demo() -> CutPasteRecipe:
     "Small and quick, for two CPU cores: 64 px, a quarter of the channels, 300 steps of 24 images."
     return CutPasteRecipe(name='demo', size=64, width=16, steps=300, batch=8, patch=16, stride=4)
 
+# %% ../nbs/22_cutpaste.ipynb #0f0b9752
 def by_name(name: str) -> CutPasteRecipe:
     "`'paper'` or `'demo'`; any other name raises `ValueError`."
     recipes = dict(paper=paper, demo=demo)
@@ -112,6 +117,7 @@ class Pastes:
     degrees: Tensor     # (B,) turned by so much
     jitter: Tensor      # (B, 4) factors of brightness, contrast and saturation, and hue in turns
 
+# %% ../nbs/22_cutpaste.ipynb #d8407b1a
 def _draw_boxes(sides: Tensor, degrees: Tensor, size: tuple[int, int], jitter: float, g: torch.Generator) -> Pastes:
     "Boxes at places drawn uniformly, those that are pasted and those that are cut both fully inside."
     cos, sin = degrees.deg2rad().cos()[:, None], degrees.deg2rad().sin().abs()[:, None]
@@ -133,6 +139,7 @@ def draw_patches(recipe: CutPasteRecipe, n: int, size: tuple[int, int], g: torch
     sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).round()
     return _draw_boxes(torch.minimum(sides.clamp(min=1), torch.tensor(size)), torch.zeros(n), size, recipe.jitter, g)
 
+# %% ../nbs/22_cutpaste.ipynb #6baf71d7
 def draw_scars(recipe: CutPasteRecipe, n: int, size: tuple[int, int], g: torch.Generator) -> Pastes:
     "n scars for images or patches of (H, W) pixels; their lengths go with `recipe.size`, a side is at least one pixel."
     scale = min(check_size(recipe.size)) / 256
@@ -141,11 +148,15 @@ def draw_scars(recipe: CutPasteRecipe, n: int, size: tuple[int, int], g: torch.G
     return _draw_boxes(sides.clamp(min=1), degrees, size, recipe.jitter, g)
 
 # %% ../nbs/22_cutpaste.ipynb #8ec3a05c
-def paste(
-    images: Tensor,     # (B, 3, H, W) float in 0..1
-    pastes: Pastes,     # of B boxes
-) -> tuple[Tensor, Tensor]:     # (B, 3, H, W) float in 0..1, (B, 1, H, W) bool: where
-    "Cut, jitter, turn and paste a box of each image into itself; on the device of the images."
+def paste(images: Tensor, pastes: Pastes) -> tuple[Tensor, Tensor]:
+    """Cut, jitter, turn and paste a box of each image into itself; on the device of the images.
+
+    Args:
+        images: (B, 3, H, W) float in 0..1
+        pastes: of B boxes
+    Returns:
+        (B, 3, H, W) float in 0..1, (B, 1, H, W) bool: where
+    """
     sides, source, target, degrees = (getattr(pastes, name).to(images.device)[..., None, None]
                                       for name in ('sides', 'source', 'target', 'degrees'))
     y, x = (torch.arange(n, device=images.device) + 0.5 for n in images.shape[-2:])
@@ -180,6 +191,7 @@ class CutPastePlan:
 
 _DRAW = dict(cutpaste=draw_patches, scar=draw_scars)
 
+# %% ../nbs/22_cutpaste.ipynb #4b78dc3d
 def draw_plan(recipe: CutPasteRecipe, n_images: int, window: tuple[int, int], step: int) -> CutPastePlan:
     """All random choices of one step for windows of (h, w) pixels, from a generator seeded by
     (seed, window, step) alone."""
@@ -188,6 +200,7 @@ def draw_plan(recipe: CutPasteRecipe, n_images: int, window: tuple[int, int], st
     corner = (torch.rand(recipe.batch, 2, generator=g) * (size - torch.tensor(window) + 1)).long()
     return CutPastePlan(image, corner, [_DRAW[kind](recipe, recipe.batch, window, g) for kind in recipe.kinds])
 
+# %% ../nbs/22_cutpaste.ipynb #2425d75a
 def make_batch(images: Tensor, plan: CutPastePlan, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(N, 3, H, W) uint8 -> (K * B, 3, h, w) float in 0..1, normal first, and its (K * B,) classes;
     on the device of the images."""
@@ -217,6 +230,7 @@ def examples(images: Tensor, recipe: CutPasteRecipe, textures: Tensor | None = N
 def _convolution_layer(c_in: int, c_out: int, kernel: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out))
 
+# %% ../nbs/22_cutpaste.ipynb #7401f5ce
 class _Block(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -261,15 +275,27 @@ def _set_first_weights(net: ResNet18, generator: torch.Generator) -> ResNet18:
 # %% ../nbs/22_cutpaste.ipynb #b361fb98
 _LOOK_EVERY = 25     # steps between two looks at the loss, each of which waits for the device
 
-def train_network(
-    images: Tensor,                 # (N, 3, H, W) uint8 normal images, on the device to work on
-    recipe: CutPasteRecipe,
-    window: tuple[int, int],        # (h, w) of what is classified: the image, or a patch
-    name: str = 'images',           # for the progress bar
-) -> tuple[ResNet18, Tensor]:       # in evaluation mode, and its losses (steps,) on the CPU
-    "Train a ResNet-18 to tell normal windows from pasted ones. The same seed gives the same bits on a CPU."
-    net = ResNet18(recipe.width, 1 + len(recipe.kinds))
-    net = move(_set_first_weights(net, generator_of(recipe.seed, 4, *window)), images.device)
+# %% ../nbs/22_cutpaste.ipynb #7c1e90ab
+def _refuse_infinite(losses: Tensor, step: int, lr: float) -> None:
+    "`FloatingPointError` where a loss is infinite or NaN."
+    if losses.isfinite().all(): return
+    raise FloatingPointError(f'the loss is not finite at step {step} or shortly before; a smaller recipe field lr '
+                             f'(now {lr:g}) usually helps')
+
+# %% ../nbs/22_cutpaste.ipynb #ec08693c
+def train_network(images: Tensor, recipe: CutPasteRecipe, window: tuple[int, int],
+                  name: str = 'images') -> tuple[ResNet18, Tensor]:
+    """Train a ResNet-18 to tell normal windows from pasted ones. The same seed gives the same bits on a CPU.
+
+    Args:
+        images: (N, 3, H, W) uint8 normal images, on the device to work on
+        window: (h, w) of what is classified: the image, or a patch
+        name: for the progress bar
+    Returns:
+        in evaluation mode, and its losses (steps,) on the CPU
+    """
+    net = _set_first_weights(ResNet18(recipe.width, 1 + len(recipe.kinds)), generator_of(recipe.seed, 4, *window))
+    net = move(net, images.device)
     optimizer = torch.optim.SGD(net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.steps))
     losses = torch.zeros(recipe.steps, device=images.device)
@@ -280,9 +306,7 @@ def train_network(
         loss.backward()
         optimizer.step(); scheduler.step()
         losses[step] = loss.detach()
-        if ((step + 1) % _LOOK_EVERY == 0 or step + 1 == recipe.steps) and not losses.isfinite().all():
-            raise FloatingPointError(f'the loss is not finite at step {step + 1} or shortly before; a smaller recipe '
-                                     f'field lr (now {recipe.lr:g}) usually helps')
+        if (step + 1) % _LOOK_EVERY == 0 or step + 1 == recipe.steps: _refuse_infinite(losses, step + 1, recipe.lr)
     return net.eval(), losses.cpu()
 
 # %% ../nbs/22_cutpaste.ipynb #f77ec10e
@@ -318,6 +342,7 @@ def spread(distances: Tensor, patch: int, stride: int) -> Tensor:
 
 _AT_ONCE = 2048      # patches that go through the network together: bounds the memory
 
+# %% ../nbs/22_cutpaste.ipynb #ffd21f09
 def patch_features(net: ResNet18, images: Tensor, patch: int, stride: int) -> Tensor:
     "(B, 3, H, W) in 0..1 -> (B, rows, columns, D): the feature of every patch."
     rows, columns = ((n - patch) // stride + 1 for n in images.shape[-2:])
@@ -358,6 +383,7 @@ class CutPasteDetector(AnomalyDetector):
 # %% ../nbs/22_cutpaste.ipynb #61df47ec
 _MOST_PATCHES = 50_000      # for the Gaussian, drawn at random where there are more: bounds the memory
 
+# %% ../nbs/22_cutpaste.ipynb #9ed2aa0c
 @torch.inference_mode()
 def _describe_normal(nets: dict[str, ResNet18], images: Tensor,
                      recipe: CutPasteRecipe) -> tuple[dict[str, Gaussian], float]:
@@ -376,26 +402,26 @@ def _describe_normal(nets: dict[str, ResNet18], images: Tensor,
     return gaussians, float(gaussians['patches'].distance(features['patches']).max())
 
 # %% ../nbs/22_cutpaste.ipynb #7c0d5e3b
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: CutPasteRecipe | None = None,           # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # not used: the pasted pieces are the class's own
-    run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
-) -> CutPasteDetector:                              # with thresholds, unless recipe.holdout is 0
-    """Train both networks, fit both Gaussians and set the thresholds (Li et al., 2021).
+def fit(category: CategoryData, recipe: CutPasteRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> CutPasteDetector:
+    """Train both networks, fit both Gaussians and set the thresholds (Li et al., 2021). Same seed, same bits on a CPU.
 
-    The same seed gives the same bits on a CPU."""
-    recipe, device = recipe or demo(), pick_device(device)
-    check_loaded_size(category, recipe)
-    about = describe_run('cutpaste', category, recipe, device)
+    Args:
+        category, recipe: its normal training images are used, nothing else; None: `demo()`
+        device: None: a GPU where there is one
+        textures: not used: the pasted pieces are the class's own
+        run_dir: keeps the run; None: nothing is kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
+    check_loaded_size(category, recipe := recipe or demo())
+    about = describe_run('cutpaste', category, recipe, device := pick_device(device))
     if run_dir and is_there(Path(run_dir), about): return load(run_dir, device)
     kept, held_out = split_held_out(len(category.train), recipe, category.groups)
     images = category.train[kept].to(device)
-    windows = dict(images=category.size, patches=(recipe.patch,) * 2)
-    trained = {name: train_network(images, recipe, window, name) for name, window in windows.items()}
-    nets = {name: net for name, (net, _) in trained.items()}
-    losses = {name: losses for name, (_, losses) in trained.items()}
+    trained = {name: train_network(images, recipe, window, name)
+               for name, window in dict(images=category.size, patches=(recipe.patch,) * 2).items()}
+    nets, losses = {name: net for name, (net, _) in trained.items()}, {name: of for name, (_, of) in trained.items()}
     detector = CutPasteDetector(recipe, nets, *_describe_normal(nets, images, recipe), losses)
     detector.region = category.region
     detector.calibrate_on(category, held_out)
@@ -410,6 +436,7 @@ def _write_checkpoint(detector: CutPasteDetector, path: Path) -> None:
                  gaussians={k: vars(g) for k, g in detector.gaussians.items()})
     with replacing(path) as temporary: torch.save(state, temporary)
 
+# %% ../nbs/22_cutpaste.ipynb #da2d3b3d
 def load(run_dir: str | Path, device: str | torch.device | None = None) -> CutPasteDetector:
     "What `CutPasteDetector.save` wrote, thresholds and all."
     device, path = pick_device(device), Path(run_dir) / 'checkpoint.pt'

@@ -13,16 +13,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# %% auto #0
+__all__ = ['load', 'DaganRecipe', 'published', 'demo', 'by_name', 'SkipAutoencoder', 'Balance', 'DaganTraining', 'DaganDetector',
+           'fit']
+
+# %% ../nbs/49_dagan.ipynb #c6125190
 from .data import CategoryData
 from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_networks
 from .ganomaly import batch_of, check_square, initialise_dcgan
 from .networks import BatchNorm2d
 from .recipes import BelowOne, Count, Positive, Weight, as_recipe
 from .simulator import generator_of
-
-# %% auto #0
-__all__ = ['load', 'DaganRecipe', 'published', 'demo', 'by_name', 'SkipAutoencoder', 'Balance', 'DaganTraining', 'DaganDetector',
-           'fit']
 
 # %% ../nbs/49_dagan.ipynb #2b899c96
 @as_recipe
@@ -59,6 +60,7 @@ def demo() -> DaganRecipe:
     "After DAGAN, for two CPU cores: 64 px, half the channels, 500 steps of batches of 16, a quicker balance."
     return DaganRecipe(name='demo, after DAGAN', size=64, width=32, steps=500, batch=16, balance_rate=0.1)
 
+# %% ../nbs/49_dagan.ipynb #402d5ebb
 def by_name(name: str) -> DaganRecipe:
     "`'published'` or `'demo'`; any other name raises `ValueError`."
     recipes = dict(published=published, demo=demo)
@@ -164,14 +166,20 @@ class DaganDetector(NetworkDetector):
         return (again + 1) / 2, errors.sqrt(), errors.mean((1, 2, 3))
 
 # %% ../nbs/49_dagan.ipynb #77b87cc6
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: DaganRecipe | None = None,              # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # not used: nothing is simulated
-    run_dir: str | Path | None = None,              # keeps the run and goes on from what is there; None: nothing kept
-) -> DaganDetector:                                 # with thresholds, unless recipe.holdout is 0
-    "Train a detector after DAGAN (Tang et al., 2020) on a class, set the thresholds. Same seed, same bits on a CPU."
+def fit(category: CategoryData, recipe: DaganRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> DaganDetector:
+    """Train a detector after DAGAN (Tang et al., 2020) on a class, set the thresholds. Same seed, same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: not used: nothing is simulated
+        run_dir: keeps the run and goes on from what is there; None: nothing kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     return fit_networks(DaganDetector(recipe or demo(), device), category, run_dir)
 
+# %% ../nbs/49_dagan.ipynb #536e816b
 load = DaganDetector.load

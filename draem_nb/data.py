@@ -12,6 +12,14 @@ import gzip
 import hashlib
 import json
 import lzma
+
+# %% auto #0
+__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_categories', 'read_image', 'DiskFull', 'replacing',
+           'write_json', 'read_json', 'remove_leftovers', 'temporary_folder', 'content_hash', 'load_images',
+           'large_zeros', 'large_part', 'CategoryData', 'check_kinds', 'load_category', 'train_and_test_parts',
+           'crop_of', 'demo_category', 'check', 'download_mvtec', 'download_dtd']
+
+# %% ../nbs/00_data.ipynb #9f767c45
 import math
 import os
 import shutil
@@ -21,14 +29,10 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+
+# %% ../nbs/00_data.ipynb #4164d839
 import warnings
 import zlib
-
-# %% auto #0
-__all__ = ['DEMO_CATEGORIES', 'MVTEC_URL', 'DTD_URL', 'check_size', 'find_categories', 'read_image', 'DiskFull', 'replacing',
-           'write_json', 'read_json', 'remove_leftovers', 'temporary_folder', 'content_hash', 'load_images',
-           'large_zeros', 'large_part', 'CategoryData', 'check_kinds', 'load_category', 'train_and_test_parts',
-           'crop_of', 'demo_category', 'check', 'download_mvtec', 'download_dtd']
 
 # %% ../nbs/00_data.ipynb #f192446f
 from collections import Counter, deque
@@ -51,6 +55,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
+# %% ../nbs/00_data.ipynb #bde5c099
 from .layouts import (ClassFiles, UnreadableImage, find_classes, find_images, groups_of, list_files, open_image,
                               shown)
 from .regions import OUTSIDE, read_region
@@ -62,10 +67,15 @@ def _size_pair(size: int | Sequence[int]) -> tuple[int, int]:
         raise ValueError(f"size is {size!r}; give a number of pixels or a pair (height, width)")
     return int(pair[0]), int(pair[1])
 
-def check_size(
-    size: int | Sequence[int], # S or (H, W) in pixels
-) -> tuple[int, int]: # (H, W)
-    "`size` as a pair, or `ValueError` with the nearest sizes if the networks cannot halve it five times."
+# %% ../nbs/00_data.ipynb #5bc8fbbc
+def check_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """`size` as a pair, or `ValueError` with the nearest sizes if the networks cannot halve it five times.
+
+    Args:
+        size: S or (H, W) in pixels
+    Returns:
+        (H, W)
+    """
     h, w = _size_pair(size)
     if h % 32 or w % 32:
         near = [' or '.join(str(n) for n in sorted({max(32, n // 32 * 32), -(-n // 32) * 32})) for n in (h, w)]
@@ -74,22 +84,31 @@ def check_size(
     return h, w
 
 # %% ../nbs/00_data.ipynb #33c9a6a4
-def find_categories(
-    root: str | Path,           # folder that holds classes; a data set of one class may be given itself
-    layout: str | None = None,  # a key of `layouts.LAYOUTS`; None: detect
-) -> list[str]: # sorted names
-    "The classes in `root`, in any layout. `FileNotFoundError` if there is no such folder."
+def find_categories(root: str | Path, layout: str | None = None) -> list[str]:
+    """The classes in `root`, in any layout. `FileNotFoundError` if there is no such folder.
+
+    Args:
+        root: folder that holds classes; a data set of one class may be given itself
+        layout: a key of `layouts.LAYOUTS`; None: detect
+    Returns:
+        sorted names
+    """
     return list(find_classes(root, layout))
 
 # %% ../nbs/00_data.ipynb #5e0e8ff3
-def read_image(
-    path: str | Path, # one of layouts.IMAGE_SUFFIXES; 8 or 16 bit
-    max_pixels: int | None = None, # as in layouts.open_image
-) -> Image.Image: # at its own size, mode 'L' (gray) or 'RGB'
-    "One image as 8-bit gray or RGB. An empty, truncated or otherwise unreadable file raises `UnreadableImage`."
+def read_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
+    """One image as 8-bit gray or RGB. An empty, truncated or otherwise unreadable file raises `UnreadableImage`.
+
+    Args:
+        path: one of layouts.IMAGE_SUFFIXES; 8 or 16 bit
+        max_pixels: as in layouts.open_image
+    Returns:
+        at its own size, mode 'L' (gray) or 'RGB'
+    """
     with open_image(path, max_pixels) as file: image = ImageOps.exif_transpose(file)
     return _to_8_bit(image, path)
 
+# %% ../nbs/00_data.ipynb #cb91ce37
 def _to_8_bit(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode[0] != 'I' and image.mode != 'F':
         return image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB')
@@ -108,6 +127,7 @@ def _resized_image(path: Path, size: tuple[int, int], antialias: bool) -> np.nda
     pixels = torch.nn.functional.interpolate(pixels, size, mode='bilinear', align_corners=False)
     return pixels[0].round_().byte().numpy()
 
+# %% ../nbs/00_data.ipynb #b0c11fde
 def _resized_images(paths: list[Path], size: tuple[int, int], antialias: bool) -> Iterator[np.ndarray]:
     waiting: deque[Future[np.ndarray]] = deque()
     threads = os.cpu_count() or 1
@@ -125,6 +145,7 @@ class DiskFull(OSError):
 
     def __str__(self) -> str: return str(self.strerror)
 
+# %% ../nbs/00_data.ipynb #f1446bea
 def _disk_is_full(error: Exception, folder: Path) -> bool:
     "Whether a full disk is behind an error; torch.save tells of it as a RuntimeError."
     if isinstance(error, OSError): return error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -153,6 +174,7 @@ def write_json(value: object, path: str | Path) -> None:
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + '\n'
     with replacing(path) as temporary: temporary.write_text(text, encoding='utf-8')
 
+# %% ../nbs/00_data.ipynb #d76d4330
 def read_json(path: str | Path) -> dict:
     "The object that a JSON file holds; `FileNotFoundError` or `ValueError` that names the file."
     try: value = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -169,11 +191,13 @@ def _lock_open_file(file: int) -> bool:
     except OSError: return False
     return True
 
-def remove_leftovers(
-    folder: str | Path,
-    name: str = '*',    # of what was to be written
-) -> None:
-    "Take away the temporary files and folders that processes left in `folder` (not below it) when they were killed."
+# %% ../nbs/00_data.ipynb #bd69fe29
+def remove_leftovers(folder: str | Path, name: str = '*') -> None:
+    """Take away the temporary files and folders that processes left in `folder` (not below it) when they were killed.
+
+    Args:
+        name: of what was to be written
+    """
     for path in Path(folder).glob(f'.{name}.' + 8 * '[0-9a-f]' + '.tmp'):
         try: file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError: continue                                # another user's, or gone just now
@@ -184,11 +208,12 @@ def remove_leftovers(
 
 # %% ../nbs/00_data.ipynb #1a55b003
 @contextmanager
-def temporary_folder(
-    parent: str | Path,
-    name: str,          # what it is for
-) -> Iterator[Path]:
-    "A folder that is gone at the end; folders of that name that killed processes left go first."
+def temporary_folder(parent: str | Path, name: str) -> Iterator[Path]:
+    """A folder that is gone at the end; folders of that name that killed processes left go first.
+
+    Args:
+        name: what it is for
+    """
     remove_leftovers(parent, name)
     while True:
         path = Path(parent) / f'.{name}.{os.urandom(4).hex()}.tmp'
@@ -208,6 +233,7 @@ def content_hash(path: str | Path) -> str:
     "sha256 (hex) of a file's content."
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
+# %% ../nbs/00_data.ipynb #a6eb8c9e
 def _cache_file(paths: list[Path], size: tuple[int, int], antialias: bool) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool: # hashing releases Python's lock, as decoding does
         hashes = pool.map(content_hash, paths)
@@ -216,6 +242,7 @@ def _cache_file(paths: list[Path], size: tuple[int, int], antialias: bool) -> Pa
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
     return Path(os.environ.get('DRAEM_NB_CACHE') or Path.home() / '.cache' / 'draem_nb') / f'{key}.npy'
 
+# %% ../nbs/00_data.ipynb #ec1d7da0
 def _write_cache(file: Path, images: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(file.parent)
@@ -237,6 +264,7 @@ def _is_whole_cache(file: Path, shape: tuple[int, ...]) -> bool:
         while left and (piece := f.read(min(left, 1 << 20))): left, crc = left - len(piece), zlib.crc32(piece, crc)
         return not left and f.read() == crc.to_bytes(4, 'little')
 
+# %% ../nbs/00_data.ipynb #87b0b125
 def _read_cache(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     try: return np.load(file, mmap_mode='c') if _is_whole_cache(file, shape) else None
     except Exception: # missing, cut short or overwritten: whatever it is, the images can be read again
@@ -253,20 +281,26 @@ def _cached_images(paths: list[Path], size: tuple[int, int], antialias: bool) ->
         array = _read_cache(file, shape)
     return _in_memory(paths, size, antialias) if array is None else array
 
+# %% ../nbs/00_data.ipynb #076ce2ef
 def _in_memory(paths: list[Path], size: tuple[int, int], antialias: bool) -> np.ndarray:
     array = np.empty((len(paths), 3, *size), np.uint8)
     for out, image in zip(array, _resized_images(paths, size, antialias), strict=True): out[:] = image
     return array
 
 # %% ../nbs/00_data.ipynb #ebfc4b50
-def load_images(
-    paths: Sequence[str | Path],         # image files; may be empty
-    size: int | Sequence[int] = 256,     # S or (H, W): every image is resized to it, whatever its shape
-    color: str = 'rgb',                  # channel order: 'rgb', or 'bgr' as the authors' checkpoints want it
-    cache: bool = False,                 # keep the resized images on disk: for folders that are read again and again
-    antialias: bool = True,              # False: each pixel from the nearest four alone, as in the released code
-) -> torch.Tensor: # (N, 3, H, W) uint8
-    "Images of any supported format in one tensor. `FileNotFoundError`, `ValueError`: a missing, an unreadable file."
+def load_images(paths: Sequence[str | Path], size: int | Sequence[int] = 256, color: str = 'rgb', cache: bool = False,
+                antialias: bool = True) -> torch.Tensor:
+    """Images of any supported format in one tensor. `FileNotFoundError`, `ValueError`: a missing, an unreadable file.
+
+    Args:
+        paths: image files; may be empty
+        size: S or (H, W): every image is resized to it, whatever its shape
+        color: channel order: 'rgb', or 'bgr' as the authors' checkpoints want it
+        cache: keep the resized images on disk: for folders that are read again and again
+        antialias: False: each pixel from the nearest four alone, as in the released code
+    Returns:
+        (N, 3, H, W) uint8
+    """
     size, files = _size_pair(size), [Path(p) for p in paths]
     if color not in ('rgb', 'bgr'): raise ValueError(f"color is {color!r}; choose 'rgb' or 'bgr'")
     for file in files:
@@ -275,7 +309,10 @@ def load_images(
     return images if color == 'rgb' else images.flip(1)
 
 # %% ../nbs/00_data.ipynb #164a14fc
-def _read_mask(path: Path, image: Path, any_value: bool = False) -> np.ndarray: # (H, W) uint8, 255 on the defect
+def _read_mask(path: Path, image: Path, any_value: bool = False) -> np.ndarray:
+    """Args:
+        path, image, any_value: (H, W) uint8, 255 on the defect
+    """
     mask = read_image(path).convert('L')
     with open_image(image) as header: size = header.size # reads no pixels
     # The header of a photograph may give the size before its rotation: then the pixels decide.
@@ -286,6 +323,7 @@ def _read_mask(path: Path, image: Path, any_value: bool = False) -> np.ndarray: 
     # Some tools write 0 and 1, or 0, 1, 2, ... per kind; some layouts number kinds up to 255.
     return (values > 0).astype(np.uint8) * 255 if any_value or values.max() < 128 else values
 
+# %% ../nbs/00_data.ipynb #d7210dff
 def _mask_half(mask: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(mask.convert('F').resize(size[::-1], Image.Resampling.BILINEAR)) >= 127.5
 
@@ -302,11 +340,14 @@ def large_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tor
     with tempfile.NamedTemporaryFile(prefix='draem_nb-') as file: # the mapping outlives the name
         return torch.from_file(file.name, shared=True, size=n, dtype=dtype).view(*shape)
 
-def large_part(
-    tensor: torch.Tensor,      # (N, ...)
-    indices: Sequence[int] | np.ndarray | torch.Tensor,     # in any order
-) -> torch.Tensor:
-    "`tensor[indices]`, image by image where that is large; `tensor` itself where it is all of it."
+# %% ../nbs/00_data.ipynb #77330bdb
+def large_part(tensor: torch.Tensor, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+    """`tensor[indices]`, image by image where that is large; `tensor` itself where it is all of it.
+
+    Args:
+        tensor: (N, ...)
+        indices: in any order
+    """
     indices = torch.as_tensor(indices, dtype=torch.long)
     if torch.equal(indices, torch.arange(len(tensor))): return tensor
     part = large_zeros((len(indices), *tensor.shape[1:]), tensor.dtype)
@@ -373,12 +414,14 @@ def _fingerprint_of(c: CategoryData) -> str:
     if not c.masks_known: digest.update(b'no masks' if c.weak_masks is None else c.weak_masks.contiguous().numpy().data)
     return digest.hexdigest()
 
+# %% ../nbs/00_data.ipynb #c6a53877
 def check_kinds(c: CategoryData, kinds: Sequence[str]) -> None:
     "`ValueError` that lists the existing kinds where the class has no test image of one of `kinds`."
     if unknown := sorted(set(kinds) - set(c.kinds)):
         raise ValueError(f"class {c.name} has no test images of kind {', '.join(unknown)}; "
                          f"there are: {', '.join(sorted(set(c.kinds)))}")
 
+# %% ../nbs/00_data.ipynb #f17fd374
 def _subset_of(c: CategoryData, kinds: Sequence[str]) -> CategoryData:
     check_kinds(c, kinds)
     keep = [i for i, kind in enumerate(c.kinds) if kind in {'good', *kinds}]
@@ -410,6 +453,7 @@ def _region_of(files: ClassFiles, region: str | Path | Sequence[int] | None,
     if region is None and (own := files.folder / 'region.png').is_file(): region = own
     return None if region is None else read_region(region, [*files.train, *files.test], size)
 
+# %% ../nbs/00_data.ipynb #3fc1ea36
 def _part_note(groups: Sequence[str]) -> tuple[str, ...]:
     "A sentence where several training images show one part."
     n_parts = len(set(groups))
@@ -417,31 +461,31 @@ def _part_note(groups: Sequence[str]) -> tuple[str, ...]:
     return (f'Training images are held out part by part: {len(groups)} show {n_parts} parts.',)
 
 # %% ../nbs/00_data.ipynb #44376ce7
-def load_category(
-    root: str | Path,                 # folder that holds the classes; a data set of one class may be given itself
-    name: str,                        # the class
-    size: int | Sequence[int] = 256,  # S or (H, W) in pixels, multiples of 32
-    color: str = 'rgb',               # channel order, 'rgb' or 'bgr'
-    layout: str | None = None,        # a key of `layouts.LAYOUTS`; None: detect
-    antialias: bool = True,           # of the images, see `load_images`
-    region: str | Path | Sequence[int] | None = None,   # what is looked at (14d_regions); None: its region.png, or all
-    groups: str | None = None,        # tells which training images show the same part, see `layouts.groups_of`
-) -> CategoryData:
-    "A class in any layout, resized to `size`. Anything missing or unreadable raises an error that names it."
+def load_category(root: str | Path, name: str, size: int | Sequence[int] = 256, color: str = 'rgb',
+                  layout: str | None = None, antialias: bool = True, region: str | Path | Sequence[int] | None = None,
+                  groups: str | None = None) -> CategoryData:
+    """A class in any layout, resized to `size`. Anything missing or unreadable raises an error that names it.
+
+    Args:
+        root, name: folder that holds the classes, or the data set of one class itself; the class
+        size, color: S or (H, W) in pixels, multiples of 32; channel order, 'rgb' or 'bgr'
+        layout, antialias: a key of `layouts.LAYOUTS`, None: detect; of the images, see `load_images`
+        region: what is looked at (14d_regions); None: its region.png, or all
+        groups: tells which training images show the same part, see `layouts.groups_of`
+    """
     size, files = check_size(size), list_files(root, name, layout)
     train, test = (load_images(images, size, color, True, antialias) for images in (files.train, files.test))
     masks, masks_official = _load_masks(files, size)
     looked_at = _region_of(files, region, size)
-    cut_note = () if looked_at is None else (_cut_to_region(looked_at, (train, test), (masks, masks_official)),)
-    labels = torch.tensor([kind != 'good' for kind in files.kinds], dtype=torch.bool)
-    known = files.ground_truth == 'exact' or not labels.any()
-    weak = None if files.ground_truth != 'weak' else masks
-    if not known: masks, masks_official = (large_zeros(masks.shape, torch.bool) for _ in range(2))
+    notes = files.notes if looked_at is None else (*files.notes,
+                                                   _cut_to_region(looked_at, (train, test), (masks, masks_official)))
+    labels, weak = torch.tensor([kind != 'good' for kind in files.kinds], dtype=torch.bool), None
+    if not (known := files.ground_truth == 'exact' or not bool(labels.any())):
+        weak, notes = masks if files.ground_truth == 'weak' else None, (*notes, _UNKNOWN[files.ground_truth])
+        masks, masks_official = (large_zeros(masks.shape, torch.bool) for _ in range(2))
     of = groups_of(files.train, files.folder, groups)
-    notes = (*files.notes, *cut_note, *(() if known else (_UNKNOWN[files.ground_truth],)),
-             *_part_note(of))
-    return CategoryData(name, files.folder.parent, size, train, test, masks, masks_official, labels,
-                        files.kinds, files.test, files.train, known, weak, notes, antialias, looked_at, of)
+    return CategoryData(name, files.folder.parent, size, train, test, masks, masks_official, labels, files.kinds,
+                        files.test, files.train, known, weak, (*notes, *_part_note(of)), antialias, looked_at, of)
 
 # %% ../nbs/00_data.ipynb #c0f8ed38
 DEMO_CATEGORIES = ('brick', 'gravel', 'grass')
@@ -451,6 +495,7 @@ def train_and_test_parts(photo: np.ndarray) -> tuple[list[np.ndarray], list[np.n
     "What normal training images are cut from, both sides of a photograph, and test images, its middle."
     return [photo[:, :_TEST[0]], photo[:, _TEST[1]:]], [photo[:, slice(*_TEST)]]
 
+# %% ../nbs/00_data.ipynb #a6233255
 def crop_of(parts: list[np.ndarray], name: str, rng: np.random.Generator) -> np.ndarray:
     "A piece of one of the parts, float in 0..255, at a random place, in a random light."
     photo = parts[rng.integers(len(parts))]
@@ -460,34 +505,54 @@ def crop_of(parts: list[np.ndarray], name: str, rng: np.random.Generator) -> np.
     return crop if name == 'brick' else np.rot90(crop, int(rng.integers(4)))
 
 # %% ../nbs/00_data.ipynb #b78f652a
-def _cover_of(draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray: # cover 0..1
+def _cover_of(draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray:
+    """Args:
+        draw: cover 0..1
+    """
     canvas = Image.new('L', (4 * _CROP, 4 * _CROP))
     draw(ImageDraw.Draw(canvas))
     return np.asarray(canvas.resize((_CROP, _CROP), Image.Resampling.BOX), np.float64) / 255
 
-def _stroke(points: np.ndarray, widths: np.ndarray) -> np.ndarray: # (n, 2) x, y and (n,), pixels
-    def draw(canvas: ImageDraw.ImageDraw) -> None: # a chain of discs
+# %% ../nbs/00_data.ipynb #0d464138
+def _stroke(points: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Args:
+        points, widths: (n, 2) x, y and (n,), pixels
+    """
+    def draw(canvas: ImageDraw.ImageDraw) -> None:
+        """Args:
+            canvas: a chain of discs
+        """
         for (x, y), r in zip(4 * points, 2 * widths): canvas.ellipse([x - r, y - r, x + r, y + r], fill=255)
     return _cover_of(draw)
 
+# %% ../nbs/00_data.ipynb #e6a16a3b
 def _blur(cover: np.ndarray, radius: float) -> np.ndarray:
     image = Image.fromarray((cover * 255).round().astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), np.float64) / 255
 
-def _grain(rng: np.random.Generator, sd: float) -> np.ndarray: # no painted gray is perfectly flat
+# %% ../nbs/00_data.ipynb #2827688d
+def _grain(rng: np.random.Generator, sd: float) -> np.ndarray:
+    """Args:
+        rng, sd: no painted gray is perfectly flat
+    """
     return rng.normal(0, sd, (_CROP, _CROP))
 
 # %% ../nbs/00_data.ipynb #432bd194
-def _curve(rng: np.random.Generator, length: int, bend: float) -> np.ndarray: # (length, 2) x, y
+def _curve(rng: np.random.Generator, length: int, bend: float) -> np.ndarray:
+    """Args:
+        rng, length, bend: (length, 2) x, y
+    """
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(np.cumsum(rng.normal(0, bend, length)))
     points = np.cumsum(np.stack([np.cos(heading), np.sin(heading)], 1), 0)
     return points - points.mean(0) + rng.uniform(0.35 * _CROP, 0.65 * _CROP, 2)
 
+# %% ../nbs/00_data.ipynb #1cfb10f6
 def _scratch(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     length = int(rng.integers(60, 130))
     cover = _stroke(_curve(rng, length, 0.0006), rng.uniform(2.2, 3.6) * np.sin(np.linspace(0, np.pi, length)) ** 0.5)
     return 0.15 * image + 0.85 * (rng.choice([30, 225]) + _grain(rng, 8)), cover
 
+# %% ../nbs/00_data.ipynb #5f2dd97f
 def _thread(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     length = int(rng.integers(110, 200))
     points, widths = _curve(rng, length, 0.004), np.full(length, rng.uniform(2.2, 3.4))
@@ -520,6 +585,7 @@ def _hole(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.n
     image += 60 * _blur(cover, 3) * (1 - cover)
     return 38 + 14 * (np.arange(_CROP)[:, None] - y) / b + _grain(rng, 4), cover
 
+# %% ../nbs/00_data.ipynb #7814e8a2
 def _stain(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = np.mgrid[:_CROP, :_CROP]
     centre = rng.uniform(0.3 * _CROP, 0.7 * _CROP, 2)
@@ -527,6 +593,7 @@ def _stain(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
                for y, x in rng.normal(centre, 12, (6, 2)))
     return 0.45 * image if rng.random() < 0.5 else 0.5 * image + 118, 1 / (1 + np.exp(-9 * (blob - 1.1)))
 
+# %% ../nbs/00_data.ipynb #de527100
 def _missing_piece(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     n = int(rng.integers(5, 9))
     angles, radii = (np.arange(n) + rng.uniform(-0.35, 0.35, n)) * 2 * np.pi / n, rng.uniform(15, 30, n)
@@ -536,12 +603,14 @@ def _missing_piece(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndar
     light = np.clip(2 * np.roll(_blur(cover, 3), (3, 3), (0, 1)) - 1, 0, 1)
     return (np.percentile(image, rng.choice([15, 85])) + _grain(rng, 5)) * (0.55 + 0.45 * light), cover
 
+# %% ../nbs/00_data.ipynb #3f1f65a8
 _DEFECTS = dict(crack=_crack, hole=_hole, missing_piece=_missing_piece, scratch=_scratch, stain=_stain, thread=_thread)
 
 # %% ../nbs/00_data.ipynb #d26d6978
 _DEMO_COUNTS = dict(train=200, good=24, defect=8)
 _DEMO_VERSION = 3 # raise it when the drawing changes, so that older classes on disk are made again
 
+# %% ../nbs/00_data.ipynb #617959ce
 def _write_demo(folder: Path, name: str, seed: int) -> None:
     def save(values: np.ndarray, *where: str) -> None:
         path = folder.joinpath(*where)
@@ -571,17 +640,26 @@ def _project_folder() -> Path:
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / 'settings.ini').is_file()), here)
 
+# %% ../nbs/00_data.ipynb #51d0c3ee
+def _refuse_unknown_demo(name: str) -> None:
+    "`ValueError` where there is no such built-in class; the nearest name is suggested."
+    if name in DEMO_CATEGORIES: return
+    near = difflib.get_close_matches(name.lower(), DEMO_CATEGORIES, 1)
+    raise ValueError(f"unknown demo class {name!r}; there are: {', '.join(DEMO_CATEGORIES)}"
+                     + (f'; did you mean {near[0]}?' if near else ''))
+
 # %% ../nbs/00_data.ipynb #1a55b004
-def demo_category(
-    name: str,                      # 'brick', 'gravel' or 'grass'
-    root: str | Path | None = None, # where the class is put; None: data/demo in the project (or here, outside of one)
-    seed: int = 0,                  # every choice follows from it
-) -> Path: # the class's folder, root/name: load it with load_category(path.parent, name)
-    "Write a built-in class in the MVTec layout, unless it is there already."
-    if name not in DEMO_CATEGORIES:
-        near = difflib.get_close_matches(name.lower(), DEMO_CATEGORIES, 1)
-        raise ValueError(f"unknown demo class {name!r}; there are: {', '.join(DEMO_CATEGORIES)}"
-                         + (f'; did you mean {near[0]}?' if near else ''))
+def demo_category(name: str, root: str | Path | None = None, seed: int = 0) -> Path:
+    """Write a built-in class in the MVTec layout, unless it is there already.
+
+    Args:
+        name: 'brick', 'gravel' or 'grass'
+        root: where the class is put; None: data/demo in the project (or here, outside of one)
+        seed: every choice follows from it
+    Returns:
+        the class's folder, root/name: load it with load_category(path.parent, name)
+    """
+    _refuse_unknown_demo(name)
     folder = Path(root if root is not None else _project_folder() / 'data' / 'demo') / name
     marker = json.dumps(dict(demo=name, seed=seed, version=_DEMO_VERSION))
     if _is_whole(folder, marker): return folder
@@ -599,6 +677,7 @@ def demo_category(
 # %% ../nbs/00_data.ipynb #581b9b71
 _FEW = 16 # pixels: a mask of fewer is called near-empty
 
+# %% ../nbs/00_data.ipynb #8b33e968
 # Of an image: size, mode as stored, hash of the pixels, mean gray value, sharpness; or the error.
 def _image_facts(path: Path) -> tuple[str, str, str, float, float] | str:
     try:
@@ -610,7 +689,11 @@ def _image_facts(path: Path) -> tuple[str, str, str, float, float] | str:
     sharpness = sum(float(np.abs(np.diff(gray, axis=axis)).mean()) if gray.shape[axis] > 1 else 0. for axis in (0, 1))
     return f'{image.width} x {image.height}', mode, hashlib.sha256(pixels).hexdigest(), float(gray.mean()), sharpness
 
-def _mixed_values(values: list[str]) -> str | None: # None if they are all the same
+# %% ../nbs/00_data.ipynb #1a1afe87
+def _mixed_values(values: list[str]) -> str | None:
+    """Args:
+        values: None if they are all the same
+    """
     counts = Counter(values).most_common()
     if len(counts) < 2: return None
     return ', '.join(f'{value} ({n})' for value, n in counts[:6]) + (' and more' if len(counts) > 6 else '')
@@ -618,6 +701,7 @@ def _mixed_values(values: list[str]) -> str | None: # None if they are all the s
 # %% ../nbs/00_data.ipynb #e0b71c46
 _TELLS, _ENOUGH = 0.95, 5   # image AUROC of one number; images of each sort, with fewer of which it says little
 
+# %% ../nbs/00_data.ipynb #92edcf45
 def _one_number_tells(good: list[tuple], defective: list[tuple]) -> Iterator[tuple[str, str, str]]:
     "A finding for each trivial number, of `_image_facts`, by which good and defective test images can be told apart."
     if min(len(good), len(defective)) < _ENOUGH: return
@@ -639,7 +723,10 @@ def _mask_problem(image: Path, paths: list[Path], any_value: bool) -> tuple[str,
     return ('near-empty mask', paths[0], f'{white} pixels are white') if white < _FEW else None
 
 # %% ../nbs/00_data.ipynb #09c2c568
-def _problems_of(files: ClassFiles) -> Iterator[tuple[str, Path | str, str]]: # problem, file, detail
+def _problems_of(files: ClassFiles) -> Iterator[tuple[str, Path | str, str]]:
+    """Args:
+        files: problem, file, detail
+    """
     paths = [*files.train, *files.test]
     for path, reason in files.skipped.items(): yield 'not looked at', path, f'{reason}; save pictures as png or jpg'
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -661,16 +748,19 @@ def _problems_of(files: ClassFiles) -> Iterator[tuple[str, Path | str, str]]: # 
     yield from _one_number_tells([of for of, bad in kinds if not bad], [of for of, bad in kinds if bad])
 
 # %% ../nbs/00_data.ipynb #32551d7c
-def check(
-    root: str | Path,           # as in load_category
-    name: str | None = None,    # one class; None: all
-    layout: str | None = None,
-) -> pd.DataFrame: # a row a finding: class, problem, file, detail; empty if nothing was found
+def check(root: str | Path, name: str | None = None, layout: str | None = None) -> pd.DataFrame:
     """Read every file of a class, and list what may be wrong.
 
     Files that are skipped or unreadable, mixed sizes and modes, masks that do not fit or are near-empty,
     test images that are training images, and a mean gray value or sharpness by which alone the good and
-    the defective test images are told apart (image AUROC above 0.95)."""
+    the defective test images are told apart (image AUROC above 0.95).
+
+    Args:
+        root: as in load_category
+        name: one class; None: all
+    Returns:
+        a row a finding: class, problem, file, detail; empty if nothing was found
+    """
     rows = []
     for category in [name] if name is not None else find_categories(root, layout):
         try: found = list(_problems_of(list_files(root, category, layout)))
@@ -682,7 +772,11 @@ def check(
 _TRIES = 3              # attempts in a row without a new byte
 _PAUSE, _STALL = 1.0, 30. # seconds between attempts; seconds of silence that end one
 
-def _download_once(url: str, part: Path) -> bool: # True when all has arrived
+# %% ../nbs/00_data.ipynb #3fd42359
+def _download_once(url: str, part: Path) -> bool:
+    """Args:
+        url, part: True when all has arrived
+    """
     have = part.stat().st_size if part.exists() else 0
     headers = {'User-Agent': 'draem_nb'} | ({'Range': f'bytes={have}-'} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_STALL) as reply:
@@ -722,11 +816,15 @@ def _download_file(url: str, part: Path, archive: Path) -> None:
 
 # %% ../nbs/00_data.ipynb #ee83343c
 @contextmanager
-def _open_with_progress(archive: Path, what: str) -> Iterator[BinaryIO]: # the open file, with a progress bar
+def _open_with_progress(archive: Path, what: str) -> Iterator[BinaryIO]:
+    """Args:
+        archive, what: the open file, with a progress bar
+    """
     size = archive.stat().st_size
     with open(archive, 'rb') as file, tqdm.wrapattr(file, 'read', size, desc=what, mininterval=0.5, delay=2) as watched:
         yield watched
 
+# %% ../nbs/00_data.ipynb #035b7399
 def _verify_archive(archive: Path, sha256: str) -> None:
     digest = hashlib.sha256()
     with _open_with_progress(archive, 'checking') as file:
@@ -737,6 +835,7 @@ def _verify_archive(archive: Path, sha256: str) -> None:
 # %% ../nbs/00_data.ipynb #1a55b005
 _UNPACKED = 32 << 30 # bytes: an archive that grows to more is none of ours
 
+# %% ../nbs/00_data.ipynb #bb2edb20
 def _unpack_archive(archive: Path, folder: Path) -> None:
     try:
         with _open_with_progress(archive, 'unpacking') as file, tarfile.open(fileobj=file) as tar:
@@ -789,18 +888,27 @@ _MVTEC_SHA256 = 'cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3
 DTD_URL = 'https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz'
 _DTD_SHA256 = 'e42855a52a4950a3b59612834602aa253914755c95b0cff9ead6d07395f8e205'
 
-def download_mvtec(
-    root: str | Path,     # gets a folder mvtec
-    url: str = MVTEC_URL, # the host moves the archive now and then; the checksum stays
-) -> Path: # root/mvtec: the folder of the 15 classes, for load_category
-    "Fetch MVTec AD (4.9 GB), check and unpack it, unless it is there. `ConnectionError`, `ValueError`: what to do."
+# %% ../nbs/00_data.ipynb #377b9aa2
+def download_mvtec(root: str | Path, url: str = MVTEC_URL) -> Path:
+    """Fetch MVTec AD (4.9 GB), check and unpack it, unless it is there. `ConnectionError`, `ValueError`: what to do.
+
+    Args:
+        root: gets a folder mvtec
+        url: the host moves the archive now and then; the checksum stays
+    Returns:
+        root/mvtec: the folder of the 15 classes, for load_category
+    """
     return _download_folder(Path(root) / 'mvtec', Path(root) / 'mvtec_anomaly_detection.tar.xz', '', url, _MVTEC_SHA256,
                             'MVTec AD: CC BY-NC-SA 4.0, no commercial use. P. Bergmann et al., CVPR 2019. 4.9 GB.')
 
-def download_dtd(
-    root: str | Path,   # gets a folder dtd
-    url: str = DTD_URL,
-) -> Path: # root/dtd/images: the textures, for load_textures
-    "Fetch the Describable Textures Dataset r1.0.1 (0.6 GB), as `download_mvtec` does."
+# %% ../nbs/00_data.ipynb #687c966c
+def download_dtd(root: str | Path, url: str = DTD_URL) -> Path:
+    """Fetch the Describable Textures Dataset r1.0.1 (0.6 GB), as `download_mvtec` does.
+
+    Args:
+        root: gets a folder dtd
+    Returns:
+        root/dtd/images: the textures, for load_textures
+    """
     return _download_folder(Path(root) / 'dtd', Path(root) / 'dtd-r1.0.1.tar.gz', 'dtd', url, _DTD_SHA256,
                             'DTD r1.0.1: for research use. M. Cimpoi et al., CVPR 2014. 0.6 GB.') / 'images'

@@ -12,16 +12,18 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from numbers import Real
-from pathlib import Path
-from typing import Protocol, Self
 
 # %% auto #0
 __all__ = ['Images', 'STATISTICS', 'mean_filter', 'image_score', 'upper_quantile', 'Detections', 'as_images', 'check_batch',
            'check_finite', 'above', 'image_statistics', 'write_statistics', 'as_bytes', 'detections', 'WithRegion',
            'Calibration', 'Predictor', 'set_thresholds', 'AnomalyDetector', 'DetectorLike', 'TrainedDraem', 'Detector',
            'fit']
+
+# %% ../nbs/08_detector.ipynb #50d7d13f
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import Protocol, Self
 
 # %% ../nbs/08_detector.ipynb #3bdae0f5
 import numpy as np
@@ -33,6 +35,8 @@ from tqdm import tqdm
 
 from .data import (CategoryData, check_size, find_images, large_part, load_images, read_image, replacing,
                            write_json)
+
+# %% ../nbs/08_detector.ipynb #2f4d4c86
 from .losses import reconstruction_error
 from .networks import Draem, fold_batchnorm, winograd
 from .recipes import MethodChoices, Recipe, demo, official
@@ -55,6 +59,7 @@ def image_score(maps: Tensor, window: int = 21) -> Tensor:
 # %% ../nbs/08_detector.ipynb #7ea96942
 _PART = 1 << 24     # values that are looked at together
 
+# %% ../nbs/08_detector.ipynb #7b3120df
 def upper_quantile(values: np.ndarray, quantile: float) -> float:
     """The smallest of `values` that at least a share `quantile` of them does not exceed; of very many, only the highest
     are held."""
@@ -82,6 +87,7 @@ class Detections:
 # %% ../nbs/08_detector.ipynb #72f8f8d4
 Images = str | Path | Sequence[str | Path] | np.ndarray | Tensor
 
+# %% ../nbs/08_detector.ipynb #78f845f5
 def as_images(images: Images, size: tuple[int, int], color: str = 'rgb',
               antialias: bool = True) -> tuple[Tensor, list[Path] | None]:
     """Images of any form as (B, 3, H, W) uint8 RGB, and their paths if they came from files.
@@ -131,6 +137,7 @@ def check_batch(batch: int) -> None:
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise ValueError(f'batch is {batch!r}; it must be a whole number of at least 1')
 
+# %% ../nbs/08_detector.ipynb #b4653252
 def check_finite(maps: Tensor, scores: Tensor, names: Sequence[object]) -> None:
     """`ValueError` names the image of a batch whose map or score is not finite.
 
@@ -140,6 +147,7 @@ def check_finite(maps: Tensor, scores: Tensor, names: Sequence[object]) -> None:
         raise ValueError(f'the score of image {names[int(wrong.nonzero()[0])]} is not finite: the weights of the '
                          'detector are damaged; train it again or load another checkpoint')
 
+# %% ../nbs/08_detector.ipynb #2d1634b4
 def above(values: Tensor, threshold: float | None) -> Tensor | None:
     "Which values are above the threshold; None without one."
     return None if threshold is None else values > threshold
@@ -189,6 +197,7 @@ def _write_region(region: Tensor | None, path: Path) -> None:
     with replacing(path) as temporary:
         Image.fromarray(region.numpy().astype(np.uint8) * 255).save(temporary, format='png')
 
+# %% ../nbs/08_detector.ipynb #0e979cf3
 def _read_region(path: Path, size: tuple[int, int]) -> Tensor | None:
     "What `_write_region` wrote; `ValueError` where it is not that."
     if not path.exists(): return None
@@ -201,6 +210,7 @@ def _read_region(path: Path, size: tuple[int, int]) -> Tensor | None:
 # %% ../nbs/08_detector.ipynb #f89d60fd
 STATISTICS = ('brightness', 'sharpness', 'red - green', 'blue - yellow')
 
+# %% ../nbs/08_detector.ipynb #419521fe
 def image_statistics(images: Tensor) -> np.ndarray:
     "Of (B, 3, H, W) uint8 RGB images: (B, 4) float64, brightness 0..1 and three more in units of the brightness."
     found = [np.zeros((0, len(STATISTICS)))]
@@ -220,11 +230,13 @@ def write_statistics(statistics: np.ndarray | None, path: Path) -> None:
     else: write_json({name: [round(v, 6) for v in column]
                       for name, column in zip(STATISTICS, statistics.T.tolist())}, path)
 
+# %% ../nbs/08_detector.ipynb #f9a01fe8
 def as_bytes(reconstruction: Tensor, color: str) -> Tensor:
     "(B, 3, H, W) in 0..1 of that channel order -> uint8 RGB on the CPU."
     values = (reconstruction.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     return values.flip(1) if color == 'bgr' else values
 
+# %% ../nbs/08_detector.ipynb #f06313ff
 def detections(batches: Sequence[Sequence[Tensor]], threshold: float | None, pixel_threshold: float | None,
                paths: list[Path] | None) -> Detections:
     "Batches of maps (B, H, W), scores (B,) and, perhaps, reconstructions (B, 3, H, W) as one `Detections`."
@@ -263,6 +275,7 @@ def _write_calibration(calibration: Calibration, folder: Path) -> None:
     write_json({name: getattr(calibration, name) for name in _CALIBRATION} | more, folder / 'threshold.json')
     write_statistics(calibration.held_out_statistics, folder / 'held_out.json')
 
+# %% ../nbs/08_detector.ipynb #05da8467
 def _take_calibration(calibration: Calibration, folder: Path) -> None:
     "What `_write_calibration` wrote; `ValueError` where it is damaged."
     calibration.__dict__.update(_read_calibration(folder / 'threshold.json'))
@@ -323,14 +336,16 @@ class Predictor(Calibration):
         return detections(found, self.threshold, self.pixel_threshold, paths)
 
 # %% ../nbs/08_detector.ipynb #a6327b21
-def set_thresholds(
-    detector: AnomalyDetector,
-    scores: Tensor,             # (N,) of normal images
-    maps: Tensor,               # (N, H, W) of the same
-    quantile: float,            # of the scores and of the pixels: the thresholds
-    groups: Sequence[str],      # the part that each image shows; empty: not known
-) -> None:
-    "Set both thresholds of a detector, and forget corrections and promises of before."
+def set_thresholds(detector: AnomalyDetector, scores: Tensor, maps: Tensor, quantile: float,
+                   groups: Sequence[str]) -> None:
+    """Set both thresholds of a detector, and forget corrections and promises of before.
+
+    Args:
+        scores: (N,) of normal images
+        maps: (N, H, W) of the same
+        quantile: of the scores and of the pixels: the thresholds
+        groups: the part that each image shows; empty: not known
+    """
     if not len(scores):
         raise ValueError('calibrate needs at least one normal image; without held-out images there is no threshold')
     if len(groups) not in (0, len(scores)):
@@ -472,11 +487,13 @@ def networks_with(recipe: Recipe, state: dict[str, Tensor]) -> Draem:
                          f'{str(e).splitlines()[1].strip()}') from None
     return net.eval()
 
+# %% ../nbs/08_detector.ipynb #f3001cee
 def _reconstruction_and_map(net: Draem, x: Tensor, reconstruction_map: str) -> tuple[Tensor | None, Tensor]:
     reconstruction, logits = net(x)
     if logits is None: return reconstruction, reconstruction_error(x, reconstruction, reconstruction_map)
     return reconstruction, torch.sigmoid(logits[:, 1:] - logits[:, :1])        # the softmax of two, class 1
 
+# %% ../nbs/08_detector.ipynb #bff29101
 class _Exported(nn.Module):
     def __init__(self, detector: TrainedDraem):
         super().__init__()
@@ -499,16 +516,19 @@ def _export_onnx(detector: TrainedDraem, path: Path) -> Path:
     return path
 
 # %% ../nbs/08_detector.ipynb #0e2453c8
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: Recipe | None = None,                   # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # (N, 3, H, W) uint8 anomaly source; None: the built-in photographs
-    run_dir: str | Path | None = None,              # keeps the run, and resumes it; None: nothing is kept
-) -> Detector:                                      # with thresholds from held-out images, unless recipe.holdout is 0
-    """Train DRAEM on a class and set its thresholds.
+def fit(category: CategoryData, recipe: Recipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> Detector:
+    """Train DRAEM on a class and set its thresholds. Same seed, same bits on a CPU. For an `image_size` see 08b_tiling.
 
-    The same seed gives the same bits on a CPU. For a recipe with an `image_size` see 08b_tiling."""
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: (N, 3, H, W) uint8 anomaly source; None: the built-in photographs
+        run_dir: keeps the run, and resumes it; None: nothing is kept
+    Returns:
+        with thresholds from held-out images, unless recipe.holdout is 0
+    """
     recipe = recipe or demo()
     if recipe.image_size is not None:
         raise ValueError('fit makes detectors of one size; for a recipe with an image_size call train and '

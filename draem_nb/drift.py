@@ -12,13 +12,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+
+# %% auto #0
+__all__ = ['held_out_table', 'table_of', 'changes', 'can_tell', 'in_words', 'picture']
+
+# %% ../nbs/14b_drift.ipynb #d3881a50
 from scipy.stats import ks_2samp
 
 from . import plots
 from .detector import STATISTICS, AnomalyDetector
-
-# %% auto #0
-__all__ = ['held_out_table', 'table_of', 'changes', 'can_tell', 'in_words', 'picture']
 
 # %% ../nbs/14b_drift.ipynb #7241b2e6
 def held_out_table(detector: AnomalyDetector) -> pd.DataFrame | None:
@@ -29,17 +31,22 @@ def held_out_table(detector: AnomalyDetector) -> pd.DataFrame | None:
     table = table_of(detector.held_out_scores, detector.held_out_statistics)
     return table.drop(columns='score') if detector.cross_fit else table
 
+# %% ../nbs/14b_drift.ipynb #400db00d
 def table_of(scores: Sequence[float] | np.ndarray, statistics: np.ndarray) -> pd.DataFrame:
     "The (n,) scores and (n, 4) statistics of n images as a table with five columns."
     return pd.DataFrame(dict(score=np.asarray(scores, float), **dict(zip(STATISTICS, np.asarray(statistics).T))))
 
 # %% ../nbs/14b_drift.ipynb #34fe81cf
-def changes(
-    held_out: pd.DataFrame,     # as `held_out_table` gives it
-    new: pd.DataFrame,          # of the new images, the same columns
-    false_alarms: float = 0.01, # the largest probability that an unchanged line is called changed
-) -> pd.DataFrame:              # by quantity: both medians, p, and whether it changed
-    "What differs between held-out and new images, by Kolmogorov-Smirnov tests with Bonferroni's correction."
+def changes(held_out: pd.DataFrame, new: pd.DataFrame, false_alarms: float = 0.01) -> pd.DataFrame:
+    """What differs between held-out and new images, by Kolmogorov-Smirnov tests with Bonferroni's correction.
+
+    Args:
+        held_out: as `held_out_table` gives it
+        new: of the new images, the same columns
+        false_alarms: the largest probability that an unchanged line is called changed
+    Returns:
+        by quantity: both medians, p, and whether it changed
+    """
     if not 0 < false_alarms < 1:
         raise ValueError(f'false_alarms is {false_alarms}; it must be a share between 0 and 1, such as 0.01')
     if not (len(held_out) and len(new)): raise ValueError('a comparison needs at least one held-out and one new image')
@@ -47,6 +54,7 @@ def changes(
     return pd.DataFrame({'held-out median': held_out.median(), 'new median': new[list(held_out)].median(), 'p': p,
                          'changed': np.array(p) <= false_alarms / len(p)})
 
+# %% ../nbs/14b_drift.ipynb #74a677c6
 def can_tell(n: int, m: int, false_alarms: float = 0.01) -> bool:
     """Whether n held-out and m new images could show any change at all: two sets that do not overlap have
     p = 2 / (n + m over n)."""

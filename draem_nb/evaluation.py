@@ -13,17 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import numpy as np
-import pandas as pd
-import torch
-from pydantic import BaseModel, Field, ValidationError
-from scipy import ndimage
-
 # %% auto #0
 __all__ = ['PUBLISHED_AS', 'wilson_interval', 'intervals', 'evaluate', 'method_conditions', 'with_interval', 'headline',
            'results_in_words', 'results_table', 'evaluate_simulated', 'compare', 'paper_table', 'method_of',
            'beside_paper', 'differing_conditions', 'ablation_table', 'read_runs', 'conditions_name', 'runs_table',
            'summary_table', 'mark_best', 'differences']
+
+# %% ../nbs/10_evaluation.ipynb #5dbe4409
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from scipy import ndimage
 
 # %% ../nbs/10_evaluation.ipynb #6b6caf85
 import draem_nb
@@ -144,10 +145,12 @@ def _bin_edges(scores: np.ndarray, defect: np.ndarray, n: int = 1024) -> np.ndar
     return np.unique(np.concatenate([np.quantile(part, shares) for part in parts if part.size]
                                     + [scores.min(keepdims=True)]))
 
+# %% ../nbs/10_evaluation.ipynb #60597bdc
 def _sums_from_above(bins: np.ndarray, n_bins: int, weights: np.ndarray) -> np.ndarray:
     "(n_bins,) sums of `weights` from the highest bin down."
     return np.bincount(bins, weights, n_bins)[::-1].cumsum()
 
+# %% ../nbs/10_evaluation.ipynb #9419cf4d
 def _from_counts(normal: np.ndarray, defect: np.ndarray, covered: np.ndarray | None) -> dict[str, np.ndarray]:
     """Metrics of D draws from their sums from the highest bin down, (D, K); `covered` is the mean
     covered share of the regions."""
@@ -165,19 +168,20 @@ def _area_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
     return np.trapezoid(y, x) / limit
 
 # %% ../nbs/10_evaluation.ipynb #382beeab
-def intervals(
-    detections: Detections,
-    masks: torch.Tensor,    # (N, H, W) bool
-    labels: torch.Tensor,   # (N,) bool
-    draws: int = 1000,
-    seed: int = 0,
-    region: torch.Tensor | None = None,     # as in `evaluate_maps`
-# {'image': {'auroc': [low, high], 'ap': ...}, 'pixel': {..., 'aupro': ...}}
-) -> dict[str, dict[str, list[float] | None]]:
+def intervals(detections: Detections, masks: torch.Tensor, labels: torch.Tensor, draws: int = 1000, seed: int = 0,
+              region: torch.Tensor | None = None) -> dict[str, dict[str, list[float] | None]]:
     """95 % percentile bootstrap over images, good and defective ones drawn apart.
 
     None where a metric is undefined, or where there is one good or one defective image. Pixel scores
-    are cut into some 2,000 bins."""
+    are cut into some 2,000 bins.
+
+    Args:
+        masks: (N, H, W) bool
+        labels: (N,) bool
+        region: as in `evaluate_maps`
+    Returns:
+        {'image': {'auroc': [low, high], 'ap': ...}, 'pixel': {..., 'aupro': ...}}
+    """
     drawn = _metrics_of_draws(detections, np.asarray(masks, bool), _draw_weights(labels, draws, seed),
                               np.asarray(labels, bool), region)
     return {part: {name: _percentile_limits(values) for name, values in found.items()} for part, found in drawn.items()}
@@ -188,6 +192,7 @@ def _image_counts(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     reached = scores[:, None] >= np.unique(scores)[::-1]
     return reached & ~labels[:, None], reached & labels[:, None], None
 
+# %% ../nbs/10_evaluation.ipynb #d75b1e24
 def _pixel_counts(maps: np.ndarray, masks: np.ndarray, region: torch.Tensor | None
                   = None) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """The same for pixels in bins; and for AUPRO the summed covered shares of the regions (N, K) of each image,
@@ -212,6 +217,7 @@ def _draw_weights(labels: torch.Tensor | np.ndarray, draws: int, seed: int) -> n
         if of.size: weights[:, of] = rng.multinomial(of.size, np.full(of.size, 1 / of.size), draws)
     return weights
 
+# %% ../nbs/10_evaluation.ipynb #0252f615
 def _metrics_of_draws(found: Detections, masks: np.ndarray, weights: np.ndarray,
                       labels: np.ndarray,
                       region: torch.Tensor | None = None) -> dict[str, dict[str, np.ndarray | None]]:
@@ -235,10 +241,12 @@ def _values_of_draws(weights: np.ndarray, counts: tuple | None, names: Sequence[
             parts.append(_from_counts(w @ normal, w @ defect, covered))
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
+# %% ../nbs/10_evaluation.ipynb #73ec28d0
 def _percentile_limits(values: np.ndarray | None) -> list[float] | None:
     # A draw without a single defect pixel has no value: the interval is over those that have one.
     return None if values is None else [min(float(q), 1.) for q in np.nanquantile(values, (0.025, 0.975))]
 
+# %% ../nbs/10_evaluation.ipynb #0bf64ef7
 def _called_intervals(called: np.ndarray, labels: np.ndarray) -> dict[str, list[float] | None]:
     "Of precision and F1 at a threshold; None where they are undefined or there is one image of a sort."
     names, weights = ('precision_interval', 'f1_interval'), _draw_weights(labels, 1000, 0)
@@ -257,6 +265,7 @@ def _detections_of(detector: DetectorLike, category: CategoryData, detections: D
                          f"{category.name} has {len(category.labels)} test images; give those of category.test")
     return found
 
+# %% ../nbs/10_evaluation.ipynb #b52fa53c
 def _results_by_kind(found: Detections, masks: torch.Tensor, category: CategoryData, together: Sequence[str]) -> dict:
     "The metrics of all test images, and of each kind and of those `together` against the good ones."
     kinds = np.array(category.kinds, dtype=str)
@@ -267,19 +276,19 @@ def _results_by_kind(found: Detections, masks: torch.Tensor, category: CategoryD
     return dict(of(*set(kinds)), kinds=each, **some)
 
 # %% ../nbs/10_evaluation.ipynb #c72af87c
-def evaluate(
-    detector: DetectorLike,     # what it lacks is as an `AnomalyDetector` without thresholds has it
-    category: CategoryData,
-    detections: Detections | None = None,   # of category.test; None: made here
-    # 'half' or 'official', see above; None: the detector's own, 'official' for the authors' checkpoints, else 'half'
-    mask_rule: str | None = None,
-    together: Sequence[str] = (),           # kinds of defect to evaluate together as well, against all good images
-# plain JSON: image, pixel, kinds, together, intervals, other_mask_rule, operating_point, conditions, notes
-) -> dict:
-    "All metrics of a detector on the test images of a class, as fractions; None where a metric is undefined."
+def evaluate(detector: DetectorLike, category: CategoryData, detections: Detections | None = None,
+             mask_rule: str | None = None, together: Sequence[str] = ()) -> dict:
+    """All metrics of a detector on the test images of a class, as fractions; None where a metric is undefined.
+
+    Args:
+        detector, detections: what it lacks is as an `AnomalyDetector` has it; of category.test, None: made here
+        mask_rule: 'half' or 'official', see above; None: the detector's own
+        together: kinds of defect to evaluate together as well, against all good images
+    Returns:
+        plain JSON: image, pixel, kinds, together, intervals, other_mask_rule, operating_point, conditions, notes
+    """
     detector, region = _with_defaults(detector), category.region
-    mask_rule = mask_rule or detector.mask_rule
-    if mask_rule not in ('half', 'official'):
+    if (mask_rule := mask_rule or detector.mask_rule) not in ('half', 'official'):
         raise ValueError(f"mask_rule is {mask_rule!r}; choose 'half' or 'official'")
     check_kinds(category, together)
     found = _detections_of(detector, category, detections)
@@ -300,12 +309,14 @@ _BY_OTHER_NAMES = ('name', 'size', 'steps', 'epochs')                           
 # and choices that change no result
 _WITHOUT_EFFECT = ('memory_format', 'compile', 'checkpoint_every')
 
+# %% ../nbs/10_evaluation.ipynb #2e50bd4e
 def changed_fields(recipe: MethodChoices, usual: MethodChoices, but: Sequence[str] = ()) -> dict[str, object]:
     "The fields, `but` some, in which a recipe differs from another of its kind, as JSON has their values."
     # JSON has lists, not tuples
     both = zip(*(json.loads(json.dumps(dataclasses.asdict(r))).items() for r in (recipe, usual)))
     return {field: value for (field, value), (_, other) in both if value != other and field not in but}
 
+# %% ../nbs/10_evaluation.ipynb #9faba827
 def _changed_choices(recipe: Recipe) -> dict:
     """Every other field in which a recipe differs from the one of its name (the official one where
     there is none of that name)."""
@@ -326,13 +337,17 @@ def _run_conditions(detector: DetectorLike, category: CategoryData, mask_rule: s
     return dict(conditions, n_train=len(category.train), fingerprint=category.fingerprint)
 
 # %% ../nbs/10_evaluation.ipynb #a6d1c0f3
-def method_conditions(
-    method: str,            # its name in `methods`
-    detector: AnomalyDetector,
-    named: MethodChoices,   # the recipe that its own comes from: what differs is said
-    published: MethodChoices | None = None,     # the method's published recipe, where there is one
-) -> dict:                  # to be added to the conditions of `evaluate`
-    "What the conditions of a run say of its method; of DRAEM's recipe `evaluate` has said the rest."
+def method_conditions(method: str, detector: AnomalyDetector, named: MethodChoices,
+                      published: MethodChoices | None = None) -> dict:
+    """What the conditions of a run say of its method; of DRAEM's recipe `evaluate` has said the rest.
+
+    Args:
+        method: its name in `methods`
+        named: the recipe that its own comes from: what differs is said
+        published: the method's published recipe, where there is one
+    Returns:
+        to be added to the conditions of `evaluate`
+    """
     recipe, backbone, apart = detector.recipe, detector.backbone, ('name', 'seed')
     if recipe is None or isinstance(recipe, Recipe): return dict(method=method)
     length = {field: value for field in ('steps', 'epochs', 'batch') if (value := getattr(recipe, field, None))
@@ -382,6 +397,7 @@ def _percent_words(value: float | None, limits: Sequence[float] | None = None) -
     return (('undefined' if value is None else f'{100 * value:.1f} %')
             + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})' if limits else ''))
 
+# %% ../nbs/10_evaluation.ipynb #f486ab73
 def _threshold_in_words(point: dict, no_defects: bool) -> list[str]:
     "What an operating point gives, and whether it keeps what it promised."
     given = lambda name, limits: _percent_words(point[name], point[limits])
@@ -415,14 +431,17 @@ def results_table(results: dict) -> pd.DataFrame:
     return table.astype(float).astype({('', 'defects'): int})
 
 # %% ../nbs/10_evaluation.ipynb #313ff2f7
-def evaluate_simulated(
-    detector: TrainedDraem | OnTiles,
-    normal_images: torch.Tensor,    # (N, 3, H, W) uint8, held out from the training
-    textures: torch.Tensor, # (M, 3, H, W) uint8: the anomaly source of the training
-    samples: int = 64,
-) -> dict[str, float | None]:       # auroc, ap, f1_max, aupro
+def evaluate_simulated(detector: TrainedDraem | OnTiles, normal_images: torch.Tensor, textures: torch.Tensor,
+                       samples: int = 64) -> dict[str, float | None]:
     """Pixel metrics on `samples` simulated samples of held-out normal images, the same ones for every
-    detector of one recipe and seed."""
+    detector of one recipe and seed.
+
+    Args:
+        normal_images: (N, 3, H, W) uint8, held out from the training
+        textures: (M, 3, H, W) uint8: the anomaly source of the training
+    Returns:
+        auroc, ap, f1_max, aupro
+    """
     recipe = cast(Recipe, detector.recipe)
     simulator, crops = (AnomalySimulator(textures, recipe, normal_images),
                         RandomCrops(normal_images, recipe) if recipe.image_size else None)
@@ -445,19 +464,20 @@ def _difference_row(exact: Sequence[float | None], draws: Sequence[np.ndarray | 
     return dict(first=first, second=second, difference=second - first, low=low, high=high)
 
 # %% ../nbs/10_evaluation.ipynb #4b076614
-def compare(
-    first: Detections,
-    second: Detections,     # of the same images, maps of the same size
-    masks: torch.Tensor,    # (N, H, W) bool
-    labels: torch.Tensor,   # (N,) bool
-    draws: int = 1000,
-    seed: int = 0,
-    region: torch.Tensor | None = None,     # as in `evaluate_maps`
-# a row a metric: first, second, difference (second - first), low, high; fractions, nan where undefined
-) -> pd.DataFrame:
+def compare(first: Detections, second: Detections, masks: torch.Tensor, labels: torch.Tensor, draws: int = 1000,
+            seed: int = 0, region: torch.Tensor | None = None) -> pd.DataFrame:
     """Paired bootstrap over images: 95 % interval of the difference of each metric.
 
-    `ValueError` if the two did not look at the same number of pixels."""
+    `ValueError` if the two did not look at the same number of pixels.
+
+    Args:
+        second: of the same images, maps of the same size
+        masks: (N, H, W) bool
+        labels: (N,) bool
+        region: as in `evaluate_maps`
+    Returns:
+        a row a metric: first, second, difference (second - first), low, high; fractions, nan where undefined
+    """
     if first.maps.shape != second.maps.shape or tuple(first.maps.shape) != tuple(masks.shape):
         raise ValueError(f'the two detectors and the masks must be of the same images: maps {tuple(first.maps.shape)} '
                          f'and {tuple(second.maps.shape)}, masks {tuple(masks.shape)}')
@@ -473,6 +493,7 @@ def compare(
 # %% ../nbs/10_evaluation.ipynb #8dc1984e
 _TABLES = ('detection', 'localization', 'ablation', 'cutpaste', 'dagm')
 
+# %% ../nbs/10_evaluation.ipynb #f453324e
 def paper_table(name: str) -> pd.DataFrame:
     """A published table, percent: 'detection', 'localization' (with an average row), 'ablation', 'dagm' (DRAEM paper),
     'cutpaste' (Li et al., 2021)."""
@@ -493,6 +514,7 @@ PUBLISHED_AS = dict(ganomaly='GANomaly', dagan='DAGAN', students='US', riad='RIA
                     padim='PaDiM', draem='DRAEM')
 _BACKBONES = dict(padim='WideResNet-50', gaussian_ad='EfficientNet-B4')      # that the published numbers are of
 
+# %% ../nbs/10_evaluation.ipynb #324f3e81
 def method_of(results: dict) -> str:
     "The name of the method whose results these are; DRAEM's do not say it."
     return results['conditions'].get('method') or 'draem'
@@ -530,6 +552,7 @@ def _unlike_draem(c: dict, results: dict) -> list[str]:
     if c['recipe'] not in ('paper', 'official'): words.append(f'the choices of the recipe "{c["recipe"]}"')
     return words + [f'{field} = {value}' for field, value in c.get('changes', {}).items()]
 
+# %% ../nbs/10_evaluation.ipynb #1e782196
 def _unlike_published(c: dict) -> list[str]:
     "Of a method other than DRAEM."
     words, theirs = [], _BACKBONES.get(c['method'])
@@ -568,12 +591,14 @@ class _Conditions(BaseModel, strict=True):
     epochs: float | None = None
     changes: dict = {}
 
+# %% ../nbs/10_evaluation.ipynb #c177f113
 class _Results(BaseModel, strict=True):
     conditions: _Conditions
     image: dict[str, float | None]
     pixel: dict[str, float | None]
     intervals: dict[str, dict[str, list[float] | None]] = {}
 
+# %% ../nbs/10_evaluation.ipynb #3eff8b3f
 class _About(BaseModel, strict=True):
     device: str = ''
     textures_fingerprint: str = ''
@@ -630,6 +655,7 @@ def conditions_name(results: dict) -> str:
 # %% ../nbs/10_evaluation.ipynb #b5ab5c49
 def _as_percent(value: float | None) -> float: return np.nan if value is None else 100 * value
 
+# %% ../nbs/10_evaluation.ipynb #edfde416
 def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
     """A row a run: class, conditions, seed, device, and in percent every metric and the limits of its interval.
 
@@ -701,14 +727,16 @@ def mark_best(table: pd.DataFrame, digits: int = 1) -> pd.DataFrame:
     return pd.DataFrame({c: [text(v, best) for v, best in zip(rounded[c], best)] for c in rounded}, index=table.index)
 
 # %% ../nbs/10_evaluation.ipynb #166d8c58
-def differences(
-    runs: Sequence[dict],
-    metric: str = 'image AUROC',    # 'image AUROC', 'pixel AUROC' or 'pixel AP'
-# a row a class and set of conditions: category, conditions, difference, low, high, seeds
-# (a list: each seed's difference)
-) -> pd.DataFrame:
+def differences(runs: Sequence[dict], metric: str = 'image AUROC') -> pd.DataFrame:
     """Ours less what was published for the same method, percentage points; only MVTec AD's classes and the paper's
-    methods. low and high are nan where a run has no interval."""
+    methods. low and high are nan where a run has no interval.
+
+    Args:
+        metric: 'image AUROC', 'pixel AUROC' or 'pixel AP' a row a class and set of conditions: category, conditions,
+            difference, low, high, seeds
+    Returns:
+        (a list: each seed's difference)
+    """
     if metric not in _METRICS:
         raise ValueError(f"no published values of {metric!r}; there are those of: {', '.join(_METRICS)}")
     table, found = _published_values(metric).drop('average'), []

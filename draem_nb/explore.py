@@ -12,6 +12,10 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
+# %% auto #0
+__all__ = ['Panel', 'simulator', 'detector']
+
+# %% ../nbs/14e_explore.ipynb #7e5a3930
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -20,6 +24,8 @@ from .data import CategoryData
 from .detector import AnomalyDetector
 from .gallery import count_in_words
 from .layouts import shown
+
+# %% ../nbs/14e_explore.ipynb #558d2adb
 from .recipes import Recipe
 from .simulator import AnomalySimulator
 
@@ -27,9 +33,6 @@ try: import ipywidgets
 except ModuleNotFoundError:
     raise ModuleNotFoundError("explore needs the package ipywidgets; install it with: "
                               "pip install 'draem_nb[explore]'") from None
-
-# %% auto #0
-__all__ = ['Panel', 'simulator', 'detector']
 
 # %% ../nbs/14e_explore.ipynb #5453a159
 class Panel(ipywidgets.VBox):
@@ -44,6 +47,7 @@ def _png(figure: Figure) -> bytes:
     figure.savefig(data := io.BytesIO(), format='png', bbox_inches='tight')
     return data.getvalue()
 
+# %% ../nbs/14e_explore.ipynb #d6a34d3e
 def _panel(knobs: dict[str, ipywidgets.Widget], draw: Callable[[dict[str, Any]], tuple[str, Figure]]) -> Panel:
     "`draw` makes a sentence and a figure from the values of the knobs."
     panel = Panel(knobs, ipywidgets.HTML(), ipywidgets.Image(format='png', layout=dict(max_width='100%')))
@@ -74,12 +78,14 @@ def _simulator_knobs(recipe: Recipe) -> dict[str, ipywidgets.Widget]:
         augmentation=choice('augmentation', 'official', 'paper', 'none'))
 
 # %% ../nbs/14e_explore.ipynb #ea476d55
-def simulator(
-    images: Tensor,                 # (N, 3, H, W) uint8 normal images
-    textures: Tensor,               # (M, 3, H, W) uint8 anomaly source of the same size
-    recipe: Recipe | None = None,   # where the knobs stand at first; None: `demo()`
-) -> Panel:
-    "Six samples with a painted anomaly each, and the recipe's knobs that change them."
+def simulator(images: Tensor, textures: Tensor, recipe: Recipe | None = None) -> Panel:
+    """Six samples with a painted anomaly each, and the recipe's knobs that change them.
+
+    Args:
+        images: (N, 3, H, W) uint8 normal images
+        textures: (M, 3, H, W) uint8 anomaly source of the same size
+        recipe: where the knobs stand at first; None: `demo()`
+    """
     recipe = (recipe or recipes.demo()).replace(clean_share=0.)
 
     def draw(values: dict[str, Any]) -> tuple[str, Figure]:
@@ -91,11 +97,12 @@ def simulator(
     return _panel(_simulator_knobs(recipe), draw)
 
 # %% ../nbs/14e_explore.ipynb #f5ca8bd4
-def detector(
-    fitted: AnomalyDetector,
-    category: CategoryData,         # at the size that the detector looks at; its test images are shown
-) -> Panel:
-    "One test image at a time, and a threshold. `ValueError` without a threshold or without test images."
+def detector(fitted: AnomalyDetector, category: CategoryData) -> Panel:
+    """One test image at a time, and a threshold. `ValueError` without a threshold or without test images.
+
+    Args:
+        category: at the size that the detector looks at; its test images are shown
+    """
     if fitted.threshold is None or not len(category.test):
         raise ValueError('this needs test images and a detector with a threshold; draem_nb calibrate sets one')
     found = fitted.predict(category.test, reconstructions=True)

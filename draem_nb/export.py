@@ -12,6 +12,11 @@ import json
 import logging
 import os
 import tempfile
+
+# %% auto #0
+__all__ = ['export_onnx', 'export_openvino', 'exported_outputs', 'check_export', 'summary']
+
+# %% ../nbs/15_export.ipynb #f325ffbe
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from torch import Tensor
-from tqdm import tqdm
 
-# %% auto #0
-__all__ = ['export_onnx', 'export_openvino', 'exported_outputs', 'check_export', 'summary']
+# %% ../nbs/15_export.ipynb #21fdac3a
+from tqdm import tqdm
 
 # %% ../nbs/15_export.ipynb #d38cb8d2
 from .data import read_image, replacing
@@ -76,6 +80,7 @@ def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
 # %% ../nbs/15_export.ipynb #15e00007
 _OPSET = 18         # the first whose resizing knows antialias
 
+# %% ../nbs/15_export.ipynb #a161d909
 def _after(detector: Detector) -> onnx.ModelProto:
     "`net/map`, `net/score` -> the same by their own names, and what is above the thresholds."
     from onnx import TensorProto, helper, numpy_helper
@@ -131,6 +136,7 @@ def _interpolations(model: openvino.Model, detector: Detector) -> list[openvino.
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == 'Interpolate']
     return found[:2 if detector.antialias else 1]
 
+# %% ../nbs/15_export.ipynb #e580c35e
 def _read_openvino(detector: Detector, file: Path) -> openvino.Model:
     "OpenVINO's model of an ONNX file, with the resizing of Pillow."
     from openvino import Core
@@ -156,12 +162,13 @@ def _in_int8(model: openvino.Model, detector: Detector, images: Tensor) -> openv
         return nncf.quantize(model, pixels, subset_size=len(images), ignored_scope=nncf.IgnoredScope([*resize, *mean]))
 
 # %% ../nbs/15_export.ipynb #15e00022
-def export_openvino(
-    detector: Detector,
-    path: str | Path,               # ends in .xml; the weights come beside it, in .bin
-    int8: Tensor | None = None,     # (N, 3, H, W) uint8 good images: the nets in int8, whose ranges these set
-) -> Path:
-    "As `export_onnx`, for OpenVINO. `ValueError` where a package is missing, or for another method than DRAEM."
+def export_openvino(detector: Detector, path: str | Path, int8: Tensor | None = None) -> Path:
+    """As `export_onnx`, for OpenVINO. `ValueError` where a package is missing, or for another method than DRAEM.
+
+    Args:
+        path: ends in .xml; the weights come beside it, in .bin
+        int8: (N, 3, H, W) uint8 good images: the nets in int8, whose ranges these set
+    """
     path = Path(path)
     if path.suffix != '.xml': raise ValueError(f'the file of an OpenVINO model ends in .xml, not {path.name!r}')
     try:
@@ -189,6 +196,7 @@ def _runner(path: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     names = [out.name for out in session.get_outputs()]
     return lambda pixels: dict(zip(names, session.run(None, {'image': pixels})))
 
+# %% ../nbs/15_export.ipynb #c9bafe62
 def exported_outputs(path: str | Path, images: Sequence[Path]) -> Iterator[tuple[dict[str, np.ndarray], float]]:
     "Of each image file: the outputs of an exported detector, and their milliseconds without reading the file."
     run = _runner(Path(path))

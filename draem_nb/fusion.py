@@ -12,6 +12,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+# %% auto #0
+__all__ = ['wants_textures', 'examples', 'load', 'FusionRecipe', 'memory_recipe', 'painted_recipe', 'draem_recipe', 'demo',
+           'by_name', 'Surprise', 'shrink', 'shrunken', 'Witnesses', 'WitnessesOnOneScale', 'FusionDetector',
+           'fit_parts', 'fit']
+
+# %% ../nbs/45b_fusion.ipynb #96655f23
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,15 +28,12 @@ from .detector import Detector, networks_with
 from .features import BACKBONES
 from .feature_draem import FeatureDraemDetector, FeatureDraemRecipe
 from .fitting import KeptDetector, describe_run, is_there, keep_run
+
+# %% ../nbs/45b_fusion.ipynb #a9fd1ce9
 from .memory import MemoryDetector, MemoryRecipe
 from .recipes import Count, Recipe, Size, as_recipe, compact
 from .textures import load_textures
 from .training import load_checkpoint, pick_device, split_held_out, train
-
-# %% auto #0
-__all__ = ['wants_textures', 'examples', 'load', 'FusionRecipe', 'memory_recipe', 'painted_recipe', 'draem_recipe', 'demo',
-           'by_name', 'Surprise', 'shrink', 'shrunken', 'Witnesses', 'WitnessesOnOneScale', 'FusionDetector',
-           'fit_parts', 'fit']
 
 # %% ../nbs/45b_fusion.ipynb #a297e6a2
 @as_recipe
@@ -45,16 +49,19 @@ class FusionRecipe(FeatureDraemRecipe):
         check_size(self.draem_size)
         memory_recipe(self)                 # which looks at its own fields
 
+# %% ../nbs/45b_fusion.ipynb #08c9196d
 def memory_recipe(recipe: FusionRecipe) -> MemoryRecipe:
     "What the memory is told."
     shared = {name: getattr(recipe, name) for name in ('name', 'size', 'seed', 'holdout', 'quantile', 'backbone')}
     return MemoryRecipe(**shared, pieces=recipe.pieces, candidates=recipe.candidates)
 
+# %% ../nbs/45b_fusion.ipynb #c277af32
 def painted_recipe(recipe: FusionRecipe) -> FeatureDraemRecipe:
     "What `feature_draem` is told."
     return FeatureDraemRecipe(**{field.name: getattr(recipe, field.name)
                                  for field in dataclasses.fields(FeatureDraemRecipe)})
 
+# %% ../nbs/45b_fusion.ipynb #4e424b92
 def draem_recipe(recipe: FusionRecipe) -> Recipe:
     "What DRAEM is told: `compact`, of another size and length."
     shared = {name: getattr(recipe, name) for name in ('seed', 'holdout', 'quantile', 'checkpoint_every')}
@@ -70,6 +77,7 @@ def by_name(name: str) -> FusionRecipe:
     if name != 'demo': raise ValueError(f'unknown recipe {name!r}; fusion has: demo')
     return demo()
 
+# %% ../nbs/45b_fusion.ipynb #5d09dd29
 wants_textures = True               # of `fit`: the report loads them
 examples = feature_draem.examples   # what is painted, for the report
 
@@ -77,6 +85,7 @@ examples = feature_draem.examples   # what is painted, for the report
 _RAREST = 6.9       # nats: about one normal pixel in a thousand; rarer values are extrapolated
 _LEVELS = 200       # at which the share of normal pixels above a value is counted
 
+# %% ../nbs/45b_fusion.ipynb #8f2f3949
 class Surprise:
     "How rare a value is among normal ones, in nats: -log of the share of them that is at least as high."
     def __init__(self, levels: Tensor, excess: float):
@@ -106,6 +115,7 @@ def shrink(images: Tensor, size: int | tuple[int, int]) -> Tensor:
              for part in images.split(64)]
     return torch.cat(parts) if parts else images
 
+# %% ../nbs/45b_fusion.ipynb #b4581e37
 def shrunken(category: CategoryData, size: int | tuple[int, int]) -> CategoryData:
     "The class at another size, with its training images alone; outside its region they are gray already."
     names = 'test', 'masks', 'masks_official', 'labels', 'kinds', 'paths'
@@ -190,30 +200,38 @@ def fit_parts(category: CategoryData, recipe: FusionRecipe, device: torch.device
     detector.take_draem(load_checkpoint(kept)['net'])
     return detector
 
+# %% ../nbs/45b_fusion.ipynb #e4b7126f
+def _keep(detector: FusionDetector, about: dict, run_dir: Path, parts: Path) -> None:
+    "The run in its folder; the folders of the three witnesses go, since the checkpoint holds all that they learned."
+    shutil.copy(parts / 'draem' / 'losses.csv', run_dir)       # where a report looks for them
+    keep_run(detector, about, run_dir)
+    shutil.rmtree(parts)
+
 # %% ../nbs/45b_fusion.ipynb #0d3b6ef7
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: FusionRecipe | None = None,             # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # (N, 3, H, W) uint8; None: the built-in photographs
-    run_dir: str | Path | None = None,              # keeps the run, and goes on from it; None: nothing is kept
-) -> FusionDetector:                                # with thresholds, unless recipe.holdout is 0
-    "Fit the three witnesses and set the thresholds. The same seed gives the same bits on a CPU."
+def fit(category: CategoryData, recipe: FusionRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> FusionDetector:
+    """Fit the three witnesses and set the thresholds. The same seed gives the same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: (N, 3, H, W) uint8; None: the built-in photographs
+        run_dir: keeps the run, and goes on from it; None: nothing is kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     recipe, device, images = recipe or demo(), pick_device(device), category.train
     textures = load_textures(None, recipe.size) if textures is None else textures
     about = describe_run('fusion', category, recipe, device, textures)
     if run_dir and is_there(Path(run_dir), about): return load(run_dir, device)
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
-        parts = Path(folder) / 'parts'
-        detector = fit_parts(category, recipe, device, textures, parts)
+        detector = fit_parts(category, recipe, device, textures, parts := Path(folder) / 'parts')
         kept, held_out = split_held_out(len(images), recipe, category.groups)
         detector.region = category.region
         detector.measure(large_part(images, (held_out if len(held_out) else kept)[:128]))
         detector.calibrate_on(category, held_out)
-        if run_dir:
-            shutil.copy(parts / 'draem' / 'losses.csv', run_dir)       # where a report looks for them
-            keep_run(detector, about, Path(run_dir))
-            shutil.rmtree(parts)                    # the checkpoint holds all that they learned
+        if run_dir: _keep(detector, about, Path(run_dir), parts)
     return detector
 
 # %% ../nbs/45b_fusion.ipynb #91603fdf

@@ -12,13 +12,14 @@ import json
 from collections.abc import Callable, Sequence
 from html import escape
 
+# %% auto #0
+__all__ = ['SCRIPT', 'SCRIPT_HASH', 'HEAD', 'count_in_words', 'gallery']
+
+# %% ../nbs/11b_gallery.ipynb #dc14ed57
 import numpy as np
 from PIL import Image
 
 from .layouts import shown
-
-# %% auto #0
-__all__ = ['SCRIPT', 'SCRIPT_HASH', 'HEAD', 'count_in_words', 'gallery']
 
 # %% ../nbs/11b_gallery.ipynb #562e268c
 def count_in_words(scores: Sequence[float] | np.ndarray, good: Sequence[bool] | None, threshold: float) -> str:
@@ -50,10 +51,12 @@ _STYLE = """<style>
 .gallery-controls input[type=range] { width: 300px; vertical-align: middle; }
 </style>"""
 
+# %% ../nbs/11b_gallery.ipynb #4bbdbb01
 def _jpeg(picture: np.ndarray) -> str:
     Image.fromarray(picture).save(data := io.BytesIO(), 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(data.getvalue()).decode()
 
+# %% ../nbs/11b_gallery.ipynb #0960afe9
 def _figure(layers: list[np.ndarray], name: str, kind: str | None, score: float, threshold: float) -> str:
     alarm, images = score > threshold, ''.join(f'<img src="{_jpeg(layer)}" alt="">' for layer in layers)
     return (f'<figure data-score="{score:.9g}" data-kind="{escape(kind or "")}"{" class=alarm" if alarm else ""}>'
@@ -62,16 +65,20 @@ def _figure(layers: list[np.ndarray], name: str, kind: str | None, score: float,
             f'<span>{"anomalous" if alarm else "normal"}</span></figcaption></figure>')
 
 # %% ../nbs/11b_gallery.ipynb #5bc048ab
-def gallery(
-    scores: Sequence[float] | np.ndarray,   # of M images
-    names: Sequence[str],               # M names
-    picture: Callable[[int], np.ndarray],   # of image i, (H, W, 3) uint8; called for those that are shown
-    threshold: float,                   # of the scores
-    kinds: Sequence[str] | None = None, # M kinds, 'good' for normal images; None: not known
-    most: int = 200,                    # so many get a picture: those nearest to the threshold; all are counted
-    photo: Callable[[int], np.ndarray] | None = None,   # the same without the overlay, (H, W, 3) uint8, to lie under it
-) -> str:
-    "HTML of a gallery, the highest score first; a report's page lets its reader move the threshold."
+def gallery(scores: Sequence[float] | np.ndarray, names: Sequence[str], picture: Callable[[int], np.ndarray],
+            threshold: float, kinds: Sequence[str] | None = None, most: int = 200,
+            photo: Callable[[int], np.ndarray] | None = None) -> str:
+    """HTML of a gallery, the highest score first; a report's page lets its reader move the threshold.
+
+    Args:
+        scores: of M images
+        names: M names
+        picture: of image i, (H, W, 3) uint8; called for those that are shown
+        threshold: of the scores
+        kinds: M kinds, 'good' for normal images; None: not known
+        most: so many get a picture: those nearest to the threshold; all are counted
+        photo: the same without the overlay, (H, W, 3) uint8, to lie under it
+    """
     values, good = np.asarray(scores, float), None if kinds is None else [kind == 'good' for kind in kinds]
     nearest = sorted(np.argsort(np.abs(values - threshold), kind='stable')[:most].tolist(), key=lambda i: -values[i])
     tiles = [_figure([of(i) for of in (photo, picture) if of], str(names[i]), None if kinds is None else kinds[i],

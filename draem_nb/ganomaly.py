@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import CategoryData
-from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_networks, summed
-from .networks import BatchNorm2d, Net
-from .recipes import BelowOne, Count, Positive, Size, Weight, as_recipe
-from .simulator import generator_of, image_indices
 
 # %% auto #0
 __all__ = ['load', 'GanomalyRecipe', 'check_square', 'published', 'demo', 'by_name', 'encoder', 'decoder', 'Generator',
            'Discriminator', 'initialise_dcgan', 'GanomalyTraining', 'batch_of', 'GanomalyDetector', 'fit']
+
+# %% ../nbs/41_ganomaly.ipynb #675ebe3b
+from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_networks, summed
+from .networks import BatchNorm2d, Net
+from .recipes import BelowOne, Count, Positive, Size, Weight, as_recipe
+from .simulator import generator_of, image_indices
 
 # %% ../nbs/41_ganomaly.ipynb #5bce15ad
 @as_recipe
@@ -56,6 +58,7 @@ def demo() -> GanomalyRecipe:
     "For two CPU cores: 64 px, half the channels, 500 steps of batches of 16."
     return GanomalyRecipe(name='demo', size=64, width=32, steps=500, batch=16)
 
+# %% ../nbs/41_ganomaly.ipynb #e6e053f7
 def by_name(name: str) -> GanomalyRecipe:
     "`'published'` or `'demo'`; any other name raises `ValueError`."
     recipes = dict(published=published, demo=demo)
@@ -71,6 +74,7 @@ def encoder(side: int, width: int, outputs: int) -> nn.Sequential:
         side, c = side // 2, 2 * c
     return nn.Sequential(*layers, nn.Conv2d(c, outputs, 4, bias=False))
 
+# %% ../nbs/41_ganomaly.ipynb #258170f9
 def decoder(side: int, width: int, inputs: int) -> nn.Sequential:
     "(B, inputs, 1, 1) -> (B, 3, side, side) in -1..1."
     c = width * side // 8
@@ -95,6 +99,7 @@ class Generator(nn.Module):
         again = self.decode(z)
         return again, z, self.encode_again(again)
 
+# %% ../nbs/41_ganomaly.ipynb #1cd0c151
 class Discriminator(nn.Module):
     "(B, 3, S, S) in -1..1 -> logit of being real (B,), features (B, C, 4, 4)."
     def __init__(self, side: int, width: int):
@@ -184,14 +189,20 @@ class GanomalyDetector(NetworkDetector):
         return (again + 1) / 2, (again - x).abs().mean(1, keepdim=True) / 2, (z - z_again).square().mean((1, 2, 3))
 
 # %% ../nbs/41_ganomaly.ipynb #b4f55565
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: GanomalyRecipe | None = None,           # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # not used: nothing is simulated
-    run_dir: str | Path | None = None,              # keeps the run and goes on from what is there; None: nothing kept
-) -> GanomalyDetector:                              # with thresholds, unless recipe.holdout is 0
-    "Train GANomaly on a class (Akçay et al., 2018), set the thresholds. Same seed, same bits on a CPU."
+def fit(category: CategoryData, recipe: GanomalyRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> GanomalyDetector:
+    """Train GANomaly on a class (Akçay et al., 2018), set the thresholds. Same seed, same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: not used: nothing is simulated
+        run_dir: keeps the run and goes on from what is there; None: nothing kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     return fit_networks(GanomalyDetector(recipe or demo(), device), category, run_dir)
 
+# %% ../nbs/41_ganomaly.ipynb #60831ef2
 load = GanomalyDetector.load

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# %% auto #0
+__all__ = ['load', 'GaussianRecipe', 'published', 'demo', 'by_name', 'gaussian', 'averages_of', 'by_part', 'GaussianDetector',
+           'fit']
+
+# %% ../nbs/46_gaussian_ad.ipynb #ab163406
 from .data import CategoryData
 from .features import FeatureDetector, FeatureRecipe, Trunk, as_maps, few_at_a_time, fit_detector
 from .padim import sums_of, unpacked
 from .recipes import Count, as_recipe
-
-# %% auto #0
-__all__ = ['load', 'GaussianRecipe', 'published', 'demo', 'by_name', 'gaussian', 'averages_of', 'by_part', 'GaussianDetector',
-           'fit']
 
 # %% ../nbs/46_gaussian_ad.ipynb #66c3f3d5
 @as_recipe
@@ -31,6 +32,7 @@ class GaussianRecipe(FeatureRecipe):
         super().__post_init__()
         self.need(len(self.levels) == 1, 'levels', 'one level, that of the map')
 
+# %% ../nbs/46_gaussian_ad.ipynb #47e5eb8d
 def published() -> GaussianRecipe:
     "EfficientNet-B4 as published, at 384 px instead of 380. Wants torchvision with its weights."
     return GaussianRecipe(name='published', size=384, backbone='efficientnet_b4')
@@ -39,6 +41,7 @@ def demo() -> GaussianRecipe:
     "For a CPU: EfficientNet-Lite0, 256 px."
     return GaussianRecipe()
 
+# %% ../nbs/46_gaussian_ad.ipynb #d5d1cbd0
 def by_name(name: str) -> GaussianRecipe:
     "`'published'` or `'demo'`; any other name raises `ValueError`."
     recipes = dict(published=published, demo=demo)
@@ -66,6 +69,7 @@ def averages_of(net: Trunk, images: Tensor, stride: int) -> tuple[list[Tensor], 
             if i == net.last[stride]: level.append(output)
     return [torch.cat(of) for of in averages], torch.cat(level)
 
+# %% ../nbs/46_gaussian_ad.ipynb #7c55dde1
 def by_part(averages: list[Tensor], learned: dict[str, Any]) -> Tensor:
     "Averages (B, C) of all parts -> their distances (B, parts) by the means and whitening matrices that were learned."
     parts = zip(averages, learned['means'], learned['whiten'])
@@ -99,14 +103,20 @@ class GaussianDetector(FeatureDetector):
         return as_maps(far, self.size, self.recipe.sigma), by_part(averages, self.learned).sum(1)
 
 # %% ../nbs/46_gaussian_ad.ipynb #377c725f
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: GaussianRecipe | None = None,           # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # not used: nothing is simulated
-    run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
-) -> GaussianDetector:                              # with thresholds, unless recipe.holdout is 0
-    "Fit the Gaussians of a class (Rippel et al., 2020), set the thresholds. Same seed, same bits on a CPU."
+def fit(category: CategoryData, recipe: GaussianRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> GaussianDetector:
+    """Fit the Gaussians of a class (Rippel et al., 2020), set the thresholds. Same seed, same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: not used: nothing is simulated
+        run_dir: keeps the run; None: nothing is kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     return fit_detector(GaussianDetector(recipe or demo(), device), category, run_dir)
 
+# %% ../nbs/46_gaussian_ad.ipynb #43cdc356
 load = GaussianDetector.load

@@ -12,6 +12,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+
+# %% auto #0
+__all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold', 'calibrate', 'trained_on', 'save_beside',
+           'folds_of', 'cross_fit', 'calibrate_across', 'threshold_interval', 'look', 'verdict', 'largest_region',
+           'save_pictures']
+
+# %% ../nbs/14_inspection.ipynb #67e84707
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +28,12 @@ from torch import Tensor, empty, from_numpy
 from torch.nn import functional as F
 
 from . import plots
+
+# %% ../nbs/14_inspection.ipynb #0825c7cc
 from .data import CategoryData, large_part, read_image, read_json, replacing
 from .detector import AnomalyDetector, Detections, set_thresholds
 from .layouts import UnreadableImage, list_files, shown
 from .regions import inside
-
-# %% auto #0
-__all__ = ['promised_rate', 'smallest_rate', 'threshold_for', 'choose_threshold', 'calibrate', 'trained_on', 'save_beside',
-           'folds_of', 'cross_fit', 'calibrate_across', 'threshold_interval', 'look', 'verdict', 'largest_region',
-           'save_pictures']
 
 # %% ../nbs/14_inspection.ipynb #ba6b57e2
 def _shares_of_parts(n: int, groups: Sequence[str]) -> tuple[np.ndarray, int]:
@@ -39,6 +43,7 @@ def _shares_of_parts(n: int, groups: Sequence[str]) -> tuple[np.ndarray, int]:
     sizes = Counter(groups)
     return np.array([1 / sizes[group] for group in groups]) if groups else np.ones(n), len(sizes) or n
 
+# %% ../nbs/14_inspection.ipynb #3cc21779
 def promised_rate(scores: Sequence[float], threshold: float, groups: Sequence[str] = ()) -> float:
     """Largest expected share of false alarms, 0..1, when scores above `threshold` alarm.
 
@@ -46,6 +51,7 @@ def promised_rate(scores: Sequence[float], threshold: float, groups: Sequence[st
     shares, n_parts = _shares_of_parts(len(scores), groups)
     return (float(shares[np.asarray(scores) > threshold].sum()) + 1) / (n_parts + 1)
 
+# %% ../nbs/14_inspection.ipynb #bd953dc2
 def smallest_rate(n: int) -> float:
     "The smallest share of false alarms that `n` held-out good parts can promise."
     return 1 / (n + 1)
@@ -82,14 +88,16 @@ def choose_threshold(detector: AnomalyDetector, threshold: float | None = None,
                                                                     detector.held_out_groups)
 
 # %% ../nbs/14_inspection.ipynb #031f299b
-def calibrate(
-    detector: AnomalyDetector,
-    images: Sequence[str | Path] | np.ndarray | Tensor,     # good ones, not trained on
-    false_alarms: float,                # the share to promise, 0..1
-    groups: Sequence[str] = (),         # as in `promised_rate`
-    corrected: Sequence[Path] = (),     # more of them, each a part of its own: what 14f_corrections remembers
-) -> None:
-    "Set both thresholds of a detector for a share of false alarms."
+def calibrate(detector: AnomalyDetector, images: Sequence[str | Path] | np.ndarray | Tensor, false_alarms: float,
+              groups: Sequence[str] = (), corrected: Sequence[Path] = ()) -> None:
+    """Set both thresholds of a detector for a share of false alarms.
+
+    Args:
+        images: good ones, not trained on
+        false_alarms: the share to promise, 0..1
+        groups: as in `promised_rate`
+        corrected: more of them, each a part of its own: what 14f_corrections remembers
+    """
     if groups: groups = [*groups, *(f'corrected {path.stem}' for path in corrected)]
     images = [*images, *corrected] if len(corrected) else images
     threshold_for(range(len(images)), false_alarms, groups)     # what cannot be promised is refused before the work
@@ -108,6 +116,7 @@ def trained_on(run_dir: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError): return {}
     return {note[2]: name for name, note in noted.items() if name in learned}
 
+# %% ../nbs/14_inspection.ipynb #980dc6ff
 def save_beside(detector: AnomalyDetector, run_dir: Path) -> str | None:
     "Keep the thresholds of a detector in its run; gives the name of the copy of the old ones, if there were any."
     kept = None
@@ -127,12 +136,17 @@ def folds_of(n: int, k: int, groups: Sequence[str] = (), seed: int = 0) -> np.nd
     dealt = dict(zip(parts, np.random.default_rng([seed, 3]).permutation(len(parts)) % int(k)))
     return np.array([dealt[part] for part in groups or range(n)])
 
-def cross_fit(
-    category: CategoryData,
-    fit: Callable[[CategoryData], AnomalyDetector],     # makes a detector of its training images, with none held out
-    folds: np.ndarray,                                  # (n,), as `folds_of` gives it
-) -> tuple[Tensor, Tensor]:                             # scores (n,), maps (n, H, W)
-    "What is said of each of the n training images by a detector that learned from the other folds."
+# %% ../nbs/14_inspection.ipynb #58056ed0
+def cross_fit(category: CategoryData, fit: Callable[[CategoryData], AnomalyDetector],
+              folds: np.ndarray) -> tuple[Tensor, Tensor]:
+    """What is said of each of the n training images by a detector that learned from the other folds.
+
+    Args:
+        fit: makes a detector of its training images, with none held out
+        folds: (n,), as `folds_of` gives it
+    Returns:
+        scores (n,), maps (n, H, W)
+    """
     scores, maps = empty(len(folds)), empty(len(folds), *category.size)
     for fold in np.unique(folds):
         kept, left_out = np.flatnonzero(folds != fold), from_numpy(np.flatnonzero(folds == fold))
@@ -144,15 +158,17 @@ def cross_fit(
     return scores, maps
 
 # %% ../nbs/14_inspection.ipynb #40058589
-def calibrate_across(
-    detector: AnomalyDetector,
-    category: CategoryData,             # that it learned from
-    fit: Callable[[CategoryData], AnomalyDetector],     # as in `cross_fit`
-    k: int,                             # folds
-    false_alarms: float | None = None,  # the share to promise, 0..1; None: the smallest
-    n_learned: int | None = None,       # images that `detector` itself learned from; None: all
-) -> None:
-    "Set both thresholds of a detector by `cross_fit`. `ValueError` where a fold's detector would learn from more."
+def calibrate_across(detector: AnomalyDetector, category: CategoryData, fit: Callable[[CategoryData], AnomalyDetector],
+                     k: int, false_alarms: float | None = None, n_learned: int | None = None) -> None:
+    """Set both thresholds of a detector by `cross_fit`. `ValueError` where a fold's detector would learn from more.
+
+    Args:
+        category: that it learned from
+        fit: as in `cross_fit`
+        k: folds
+        false_alarms: the share to promise, 0..1; None: the smallest
+        n_learned: images that `detector` itself learned from; None: all
+    """
     groups, n = list(category.groups), len(category.train)
     if false_alarms is None: false_alarms = smallest_rate(_shares_of_parts(n, groups)[1])
     threshold_for(range(n), false_alarms, groups)               # what cannot be promised is refused before the work
@@ -180,13 +196,14 @@ def threshold_interval(scores: Sequence[float], threshold: float, level: float =
     return min(low, threshold), max(high, threshold)
 
 # %% ../nbs/14_inspection.ipynb #26180cd3
-def look(
-    detector: AnomalyDetector,
-    paths: list[Path],
-    unreadable: dict[Path, str],        # gets the images that cannot be read, with the reason
-    **how: bool,                        # handed on to `predict`
-) -> tuple[list[Path], Detections | None]:
-    "Those of the images that can be read, and what `predict` says of them."
+def look(detector: AnomalyDetector, paths: list[Path], unreadable: dict[Path, str],
+         **how: bool) -> tuple[list[Path], Detections | None]:
+    """Those of the images that can be read, and what `predict` says of them.
+
+    Args:
+        unreadable: gets the images that cannot be read, with the reason
+        how: handed on to `predict`
+    """
     while paths:
         try: return paths, detector.predict(paths, **how)
         except (UnreadableImage, FileNotFoundError):        # one of them; which?
@@ -223,14 +240,17 @@ def largest_region(mask: np.ndarray) -> dict[str, int]:
                 defect_width=columns.stop - columns.start, defect_height=rows.stop - rows.start)
 
 # %% ../nbs/14_inspection.ipynb #56d11485
-def save_pictures(
-    detector: AnomalyDetector,
-    path: Path,             # of the image
-    small: Tensor,          # (H, W): its map
-    out_dir: Path,          # gets heatmaps/<name>, overlays/<name> and, with thresholds, masks/<name>
-    name: Path,             # relative, .png
-) -> dict[str, int]:        # as `largest_region`; nothing without thresholds
-    "Write heat map, overlay and mask of one image at its own size, the map resized to it."
+def save_pictures(detector: AnomalyDetector, path: Path, small: Tensor, out_dir: Path, name: Path) -> dict[str, int]:
+    """Write heat map, overlay and mask of one image at its own size, the map resized to it.
+
+    Args:
+        path: of the image
+        small: (H, W): its map
+        out_dir: gets heatmaps/<name>, overlays/<name> and, with thresholds, masks/<name>
+        name: relative, .png
+    Returns:
+        as `largest_region`; nothing without thresholds
+    """
     image, limit = from_numpy(np.array(read_image(path).convert('RGB'))).permute(2, 0, 1), detector.pixel_threshold
     large = F.interpolate(small[None, None], image.shape[-2:], mode='bilinear', align_corners=False)[0, 0]
     region = detector.region

@@ -12,17 +12,19 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
+
+# %% auto #0
+__all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'LAYOUTS', 'shown', 'as_markdown', 'Found', 'find_files', 'find_images',
+           'skipped_in_words', 'UnreadableImage', 'open_image', 'ClassFiles', 'groups_of', 'Layout', 'detect_layout',
+           'find_classes', 'list_files']
+
+# %% ../nbs/00b_layouts.ipynb #478c281d
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
-
-# %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'LAYOUTS', 'shown', 'as_markdown', 'Found', 'find_files', 'find_images',
-           'skipped_in_words', 'UnreadableImage', 'open_image', 'ClassFiles', 'groups_of', 'Layout', 'detect_layout',
-           'find_classes', 'list_files']
 
 # %% ../nbs/00b_layouts.ipynb #3ad10c41
 # Control characters, line separators, signs that turn the direction of writing, and bytes that are not UTF-8.
@@ -35,6 +37,7 @@ def shown(name: str | Path) -> str:
         return f'\\x{byte:02x}' if 0x80 <= byte <= 0xff else found[0].encode('unicode_escape').decode()
     return _UNSHOWN.sub(code, str(name))
 
+# %% ../nbs/00b_layouts.ipynb #2e9c82b1
 def as_markdown(text: str | Path) -> str:
     "Text for a sentence of Markdown, in which it is nothing but text."
     return re.sub(r'[^\w ,.%()-]|_', lambda found: f'&#{ord(found[0])};', shown(text))
@@ -46,6 +49,7 @@ IMAGE_SUFFIXES = tuple(suffix for suffix in _READ if suffix in Image.registered_
 _NO_PICTURE = ('.txt', '.md', '.csv', '.tsv', '.json', '.yaml', '.yml', '.xml', '.html', '.ini', '.db', '.log',
                '.py', '.pyb', '.ipynb', '.lnk', '.pkl', '.npy', '.npz', '.mat', '.pt', '.zip', '.gz', '.tar', '.xz')
 
+# %% ../nbs/00b_layouts.ipynb #ea959c21
 class Found(NamedTuple):
     "What a folder holds."
     images: list[Path]          # sorted
@@ -60,10 +64,12 @@ def _sort_in(found: Found, entry: os.DirEntry, path: Path) -> None:
     else: found.skipped[path] = 'not a regular file'
 
 # %% ../nbs/00b_layouts.ipynb #1a55b014
-def find_files(
-    folder: str | Path, # searched with all its subfolders; links are followed, hidden names are not looked at
-) -> Found:
-    "The image files of a folder, and what is not looked at. `FileNotFoundError` if there is no such folder."
+def find_files(folder: str | Path) -> Found:
+    """The image files of a folder, and what is not looked at. `FileNotFoundError` if there is no such folder.
+
+    Args:
+        folder: searched with all its subfolders; links are followed, hidden names are not looked at
+    """
     if not Path(folder).is_dir(): raise FileNotFoundError(f"the image folder {shown(folder)} does not exist")
     links: list[Path] = []
     found, folders, entered = Found([], {}, {}), [Path(folder)], set()
@@ -85,15 +91,20 @@ def find_files(
     return found
 
 # %% ../nbs/00b_layouts.ipynb #bb2fcec9
-def find_images(
-    folder: str | Path, # as in find_files
-) -> list[Path]: # sorted
-    "All image files in `folder`. `FileNotFoundError`: there is no such folder; `PermissionError`: it cannot be read."
+def find_images(folder: str | Path) -> list[Path]:
+    """All image files in `folder`. `FileNotFoundError`: there is no such folder; `PermissionError`: it cannot be read.
+
+    Args:
+        folder: as in find_files
+    Returns:
+        sorted
+    """
     found = find_files(folder)
     for path, reason in found.locked.items():
         raise PermissionError(f"{shown(path)}: {reason}; allow it to be read, or take it out of {shown(folder)}")
     return found.images
 
+# %% ../nbs/00b_layouts.ipynb #de11cc9d
 def skipped_in_words(skipped: dict[Path, str]) -> str:
     "A sentence that counts and names files that were not looked at; nothing where there are none."
     if not skipped: return ''
@@ -118,11 +129,14 @@ def _pixel_limit() -> int:
 
 # %% ../nbs/00b_layouts.ipynb #c59a199e
 @contextmanager
-def open_image(
-    path: str | Path,
-    max_pixels: int | None = None,  # None: DRAEM_NB_MAX_PIXELS, else MAX_PIXELS
-) -> Iterator[Image.Image]: # its pixels are not read yet
-    "An image file; `FileNotFoundError`, or `UnreadableImage` also for what goes wrong while it is used."
+def open_image(path: str | Path, max_pixels: int | None = None) -> Iterator[Image.Image]:
+    """An image file; `FileNotFoundError`, or `UnreadableImage` also for what goes wrong while it is used.
+
+    Args:
+        max_pixels: None: DRAEM_NB_MAX_PIXELS, else MAX_PIXELS
+    Returns:
+        its pixels are not read yet
+    """
     limit = max_pixels or _pixel_limit()
     try:
         if not stat.S_ISREG((about := os.stat(path)).st_mode): raise OSError('it is not a regular file')
@@ -157,16 +171,24 @@ class ClassFiles:
     skipped: dict[Path, str] = field(default_factory=dict)  # files in its folder that are not read, with the reason
 
 # %% ../nbs/00b_layouts.ipynb #52c42a1e
-def _images_in(folder: Path) -> list[Path]: # none if there is no such folder
+def _images_in(folder: Path) -> list[Path]:
+    """Args:
+        folder: none if there is no such folder
+    """
     return find_images(folder) if folder.is_dir() else []
 
 def _required_images(folder: Path) -> list[Path]:
     if found := _images_in(folder): return found
     raise FileNotFoundError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
 
-def _by_stem(folder: Path) -> dict[str, Path]: # of the files in this folder itself
+# %% ../nbs/00b_layouts.ipynb #c4069545
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Args:
+        folder: of the files in this folder itself
+    """
     return {p.stem: p for p in _images_in(folder) if p.parent == folder}
 
+# %% ../nbs/00b_layouts.ipynb #63b229f1
 def _missing_mask(image: Path, there: Path) -> FileNotFoundError:
     return FileNotFoundError(f"the defect image {image} has no mask; put one at {there} "
                              "(white on the defect, black elsewhere), or take the image out of the test folder")
@@ -193,6 +215,7 @@ def _test_files(
         masks.append([] if mask is None or kind == good else [mask])
     return paths, ['good' if kind == good else kind for kind in folders], masks
 
+# %% ../nbs/00b_layouts.ipynb #28dbd25e
 def _read_mvtec(folder: Path) -> ClassFiles:
     tested = _test_files(folder / 'test', folder / 'ground_truth')
     return ClassFiles(folder.name, folder, 'mvtec', _required_images(folder / 'train' / 'good'), *tested)
@@ -206,6 +229,7 @@ def _validation_note(folder: Path) -> str:
     n = len(_images_in(folder / 'validation'))
     return f'The {n} normal images in validation are not used: the threshold comes from a share of train/good.'
 
+# %% ../nbs/00b_layouts.ipynb #c30d8b76
 def _mvtec_ad_2(folder: Path) -> ClassFiles:
     tested = _test_files(folder / 'test_public', folder / 'test_public' / 'ground_truth', leave='ground_truth')
     note = ('Only the public part of the test images is tested; '
@@ -232,6 +256,7 @@ def _mvtec_loco(folder: Path) -> ClassFiles:
 # %% ../nbs/00b_layouts.ipynb #79b9a546
 _VISA = Path('split_csv', '1cls.csv')
 
+# %% ../nbs/00b_layouts.ipynb #cc11d357
 def _visa_rows(root: Path) -> list[dict[str, str]]:
     path, columns = root / _VISA, ('object', 'split', 'label', 'image', 'mask')
     try:
@@ -246,7 +271,11 @@ def _visa_rows(root: Path) -> list[dict[str, str]]:
             raise ValueError(f"{path}, line {number}: {'more' if None in row else 'fewer'} values than columns")
     return rows
 
-def _in_class(name: str, file: str) -> bool: # whether a path of the table stays inside of the class's folder
+# %% ../nbs/00b_layouts.ipynb #126a1e48
+def _in_class(name: str, file: str) -> bool:
+    """Args:
+        name, file: whether a path of the table stays inside of the class's folder
+    """
     return Path(file).parts[:1] == (name,) and '..' not in Path(file).parts
 
 # %% ../nbs/00b_layouts.ipynb #1a55b011
@@ -268,7 +297,10 @@ def _read_visa(folder: Path) -> ClassFiles:
                       any_value=True)
 
 # %% ../nbs/00b_layouts.ipynb #e11aba8c
-def _kolektor_pairs(folder: Path) -> list[tuple[Path, Path, bool]]: # image, mask, whether it shows a defect
+def _kolektor_pairs(folder: Path) -> list[tuple[Path, Path, bool]]:
+    """Args:
+        folder: image, mask, whether it shows a defect
+    """
     files, pairs = _by_stem(folder), []
     for stem, path in files.items():
         if not stem.isdigit(): continue
@@ -277,6 +309,7 @@ def _kolektor_pairs(folder: Path) -> list[tuple[Path, Path, bool]]: # image, mas
         with open_image(mask) as opened: pairs.append((path, mask, opened.convert('L').getbbox() is not None))
     return pairs
 
+# %% ../nbs/00b_layouts.ipynb #238642ea
 def _read_kolektor(folder: Path) -> ClassFiles:
     train, test = _kolektor_pairs(folder / 'train'), _kolektor_pairs(folder / 'test')
     good = [path for path, _, defect in train if not defect]
@@ -302,6 +335,7 @@ def _read_dagm(folder: Path) -> ClassFiles:
 # %% ../nbs/00b_layouts.ipynb #3dac3385
 _TILE = re.compile(r'exp(\d+)_num_(\d+)$')
 
+# %% ../nbs/00b_layouts.ipynb #9e30691c
 def _names_by_tile(stems: Sequence[str]) -> list[list[str]]:
     "The names of photographs, gathered by tile, in order of their number."
     def key(stem: str) -> tuple[int, int]:
@@ -340,12 +374,15 @@ def _magnetic_tile(folder: Path) -> ClassFiles:
                       notes=(note,))
 
 # %% ../nbs/00b_layouts.ipynb #b2bb8b78
-def groups_of(
-    paths: Sequence[Path],      # of images in `folder`
-    folder: Path,
-    pattern: str | None = None, # a regular expression for paths below `folder`; None: names of known data sets tell
-) -> tuple[str, ...]: # the group of each image; empty where nothing tells
-    "Which images show the same part. `ValueError` for a pattern without brackets, or one that a path does not match."
+def groups_of(paths: Sequence[Path], folder: Path, pattern: str | None = None) -> tuple[str, ...]:
+    """Which images show the same part. `ValueError` for a pattern without brackets, or one that a path does not match.
+
+    Args:
+        paths: of images in `folder`
+        pattern: a regular expression for paths below `folder`; None: names of known data sets tell
+    Returns:
+        the group of each image; empty where nothing tells
+    """
     if pattern is None:
         if not paths or not all(_TILE.match(path.stem) for path in paths): return ()
         first = {stem: tile[0] for tile in _names_by_tile([path.stem for path in paths]) for stem in tile}
@@ -367,6 +404,7 @@ def _folders_named(folder: Path, names: Sequence[str]) -> list[Path]:
     "The subfolders that have one of these names, in small or capital letters."
     return [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in names]
 
+# %% ../nbs/00b_layouts.ipynb #9e115e4b
 def _plain_mask(bad: Path, image: Path) -> Path | None:
     "The mask of an image in `bad`, or None."
     where, stem = image.relative_to(bad).parent, image.stem
@@ -417,6 +455,7 @@ class Layout:
 def _has_folders(*folders: str) -> Callable[[Path], bool]:
     return lambda folder: all((folder / f).is_dir() for f in folders)
 
+# %% ../nbs/00b_layouts.ipynb #71e0c07e
 def _in_visa(folder: Path) -> bool:
     if not (folder.parent / _VISA).is_file(): return False
     return folder.name in {row['object'] for row in _visa_rows(folder.parent)}
@@ -436,6 +475,7 @@ def _is_flat(folder: Path) -> bool:
     images = any(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in entries if entry.name != 'region.png')
     return images and not any(entry.is_dir() for entry in entries) and folder.resolve().name.lower() not in _PARTS
 
+# %% ../nbs/00b_layouts.ipynb #206f5c66
 def _is_kolektor(folder: Path) -> bool:
     return _has_folders('train', 'test')(folder) and next((folder / 'train').glob('*_GT.png'), None) is not None
 
@@ -454,18 +494,26 @@ LAYOUTS = {
 }
 
 # %% ../nbs/00b_layouts.ipynb #43e72cf1
-def detect_layout(
-    folder: str | Path, # of one class
-) -> str | None: # a key of LAYOUTS, None if it is like none of them
-    "The first layout that the folder of a class looks like."
+def detect_layout(folder: str | Path) -> str | None:
+    """The first layout that the folder of a class looks like.
+
+    Args:
+        folder: of one class
+    Returns:
+        a key of LAYOUTS, None if it is like none of them
+    """
     return next((name for name, layout in LAYOUTS.items() if layout.fits(Path(folder))), None)
 
 # %% ../nbs/00b_layouts.ipynb #1a55b013
-def find_classes(
-    root: str | Path,           # folder that holds classes, or is one where the layout allows it
-    layout: str | None = None,  # take every folder as this one; None: detect
-) -> dict[str, tuple[Path, str]]: # by name, sorted: the folder and its layout
-    "The classes in `root`. `FileNotFoundError` if there is no such folder, `ValueError` for a layout that is none."
+def find_classes(root: str | Path, layout: str | None = None) -> dict[str, tuple[Path, str]]:
+    """The classes in `root`. `FileNotFoundError` if there is no such folder, `ValueError` for a layout that is none.
+
+    Args:
+        root: folder that holds classes, or is one where the layout allows it
+        layout: take every folder as this one; None: detect
+    Returns:
+        by name, sorted: the folder and its layout
+    """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"the data folder {root} does not exist; give the folder that holds the classes")
@@ -484,10 +532,14 @@ def find_classes(
 # %% ../nbs/00b_layouts.ipynb #497076fd
 _EXPECTED = 'expected are train/good, or good (alone or with bad; OK and NG will do), or images of good parts alone'
 
-def _count_images(folder: Path) -> int: # in this folder itself
+def _count_images(folder: Path) -> int:
+    """Args:
+        folder: in this folder itself
+    """
     try: return sum(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in os.scandir(folder))
     except OSError: return 0
 
+# %% ../nbs/00b_layouts.ipynb #21da8978
 def _what_is_there(folder: Path) -> str:
     "What a folder holds, in words; its folders are not searched."
     folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
@@ -496,12 +548,14 @@ def _what_is_there(folder: Path) -> str:
     return f"it holds {', '.join(held)}" if held else 'it holds no images'
 
 # %% ../nbs/00b_layouts.ipynb #cb3e6468
-def list_files(
-    root: str | Path,           # folder that holds the classes
-    name: str,                  # the class
-    layout: str | None = None,  # a key of LAYOUTS; None: detect
-) -> ClassFiles:
-    "The files of one class. What is missing or ambiguous raises an error that names it."
+def list_files(root: str | Path, name: str, layout: str | None = None) -> ClassFiles:
+    """The files of one class. What is missing or ambiguous raises an error that names it.
+
+    Args:
+        root: folder that holds the classes
+        name: the class
+        layout: a key of LAYOUTS; None: detect
+    """
     there, root = find_classes(root, layout), Path(root)
     if name in there:
         folder, found = there[name]

@@ -48,6 +48,7 @@ def _strips_of_band(size: int, device: torch.device, dtype: torch.dtype) -> list
     band = _blur_band(size, device, dtype)
     return [(inputs, outputs, band[outputs, inputs].contiguous()) for inputs, outputs in strips]
 
+# %% ../nbs/05_losses.ipynb #2a7c1880
 def _blur_strips(maps: Tensor) -> Tensor:
     "Blur n maps (H, n, W) that lie row by row."
     H, n, W = maps.shape
@@ -100,6 +101,7 @@ class _MeanSSIM(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[None, Tensor]:
         return None, upstream * ctx.saved_tensors[0]
 
+# %% ../nbs/05_losses.ipynb #ef901b93
 def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     """1 - SSIM, the mean over batch, channels and pixels; a scalar in 0..2.
 
@@ -110,6 +112,7 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
 # %% ../nbs/05_losses.ipynb #bc7923d5
 _EPSILON = 1e-5
 
+# %% ../nbs/05_losses.ipynb #254cb864
 def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.) -> Tensor:
     "Mean focal loss of logits (B, 2, H, W), before the softmax, for a mask (B, 1, H, W) of 0 and 1; a scalar."
     if logits.shape[1] != 2 or logits[:, :1].shape != mask.shape:
@@ -128,6 +131,7 @@ class Losses(NamedTuple):
     l2: Tensor
     focal: Tensor
 
+# %% ../nbs/05_losses.ipynb #43892dfc
 class LossWeights(Protocol):
     "How much each term counts, and the exponent of the focal loss. A recipe of DRAEM is one."
     @property
@@ -165,6 +169,7 @@ def gradient_magnitude(gray: Tensor) -> Tensor:
     g = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode='replicate'), torch.stack([prewitt, prewitt.T])[:, None])
     return g.square().sum(1, keepdim=True).add(1e-12).sqrt()
 
+# %% ../nbs/05_losses.ipynb #10acff00
 def reconstruction_error(image: Tensor, reconstruction: Tensor, kind: str = 'ssim') -> Tensor:
     "Error map (B, 1, H, W), 0 where alike: (1 - SSIM) / 2, or 1 - MSGMS, of (B, 3, H, W) in 0..1."
     if kind == 'ssim': return (1 - ssim_map(image, reconstruction).mean(1, keepdim=True)) / 2

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+# %% auto #0
+__all__ = ['load', 'MemoryRecipe', 'demo', 'by_name', 'pieces_of', 'coreset', 'MemoryDetector', 'weighed', 'fit']
+
+# %% ../nbs/43_memory.ipynb #2e1c5d3a
 from .data import CategoryData
 from .features import FeatureDetector, FeatureRecipe, Trunk, as_maps, fit_detector, levels_of
 from .recipes import Count, as_recipe
 from .simulator import generator_of
-
-# %% auto #0
-__all__ = ['load', 'MemoryRecipe', 'demo', 'by_name', 'pieces_of', 'coreset', 'MemoryDetector', 'weighed', 'fit']
 
 # %% ../nbs/43_memory.ipynb #7c6849e1
 @as_recipe
@@ -34,6 +35,7 @@ class MemoryRecipe(FeatureRecipe):
         super().__post_init__()
         self.need(self.pieces <= self.candidates, 'pieces', f'at most the {self.candidates} candidates')
 
+# %% ../nbs/43_memory.ipynb #16d1b5ac
 def demo() -> MemoryRecipe:
     "For a CPU: 256 px, 3,000 pieces of 250,000."
     return MemoryRecipe()
@@ -58,6 +60,7 @@ def _squared_distances(x: Tensor, norms: Tensor, to: Tensor) -> Tensor:
 _LIVELY = 16_384        # pieces that a round works on
 _CHUNK = 8192           # pieces that are brought up to date together: bounds the memory
 
+# %% ../nbs/43_memory.ipynb #7deaab64
 def coreset(points: Tensor, n: int, first: int = 0) -> tuple[Tensor, float]:
     """Greedy k-centre on (N, D) points: n indices in order of choice, fewer if the rest are
     copies; the largest distance."""
@@ -133,14 +136,21 @@ def weighed(piece: Tensor, memory: Tensor, neighbours: int) -> Tensor:
     around = (memory - memory[at]).norm(dim=1).topk(min(neighbours, len(memory)), largest=False).indices
     return nearest * (1 - (nearest - distance[around].logsumexp(0)).exp())
 
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: MemoryRecipe | None = None,             # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # not used: nothing is simulated
-    run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
-) -> MemoryDetector:                                # with thresholds, unless recipe.holdout is 0
-    "Remember the normal pieces of a class and set the thresholds. The same seed gives the same bits on a CPU."
+# %% ../nbs/43_memory.ipynb #45b61df2
+def fit(category: CategoryData, recipe: MemoryRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> MemoryDetector:
+    """Remember the normal pieces of a class and set the thresholds. The same seed gives the same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: not used: nothing is simulated
+        run_dir: keeps the run; None: nothing is kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     return fit_detector(MemoryDetector(recipe or demo(), device), category, run_dir)
 
+# %% ../nbs/43_memory.ipynb #83e2c328
 load = MemoryDetector.load

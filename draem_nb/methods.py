@@ -12,6 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from matplotlib.figure import Figure
+
+# %% auto #0
+__all__ = ['METHODS', 'Method', 'method', 'recipe_of', 'published', 'textures_of', 'examples', 'fit', 'load']
+
+# %% ../nbs/40_methods.ipynb #2b56955d
 from torch import Tensor
 
 from . import (autoencoder, cutpaste, dagan, detector, feature_draem, fusion, ganomaly, gaussian_ad, memory,
@@ -21,12 +26,11 @@ from .data import CategoryData, read_json
 from .detector import AnomalyDetector
 from .fitting import describe_run, is_there, keep_run
 from .recipes import MethodChoices
+
+# %% ../nbs/40_methods.ipynb #f9dba1db
 from .simulator import AnomalySimulator
 from .textures import load_textures
 from .training import RandomCrops, pick_device, split_held_out, train
-
-# %% auto #0
-__all__ = ['METHODS', 'Method', 'method', 'recipe_of', 'published', 'textures_of', 'examples', 'fit', 'load']
 
 # %% ../nbs/40_methods.ipynb #0d7e3075
 class Method(Protocol):
@@ -94,6 +98,7 @@ def method(name: str) -> Method:
     if name not in METHODS: raise ValueError(f'unknown method {name!r}; there are: {", ".join(METHODS)}')
     return METHODS[name]
 
+# %% ../nbs/40_methods.ipynb #85ae8770
 def recipe_of(name: str, recipe: str = 'demo', **fields: Any) -> Any:
     "A method's recipe by its name, with other values in some fields; `ValueError` names a field that it does not have."
     found: Any = method(name).by_name(recipe)
@@ -102,6 +107,7 @@ def recipe_of(name: str, recipe: str = 'demo', **fields: Any) -> Any:
         raise ValueError(f"unknown recipe field {', '.join(unknown)}; there are: {', '.join(known)}")
     return dataclasses.replace(found, **fields)
 
+# %% ../nbs/40_methods.ipynb #741b324d
 def published(name: str) -> MethodChoices | None:
     "A method's published recipe; None where it has none."
     for recipe in ('published', 'paper'):
@@ -110,32 +116,43 @@ def published(name: str) -> MethodChoices | None:
     return None
 
 # %% ../nbs/40_methods.ipynb #c41d9e58
-def textures_of(
-    name: str,                                      # of the method
-    recipe: MethodChoices,                          # of that method
-    root: str | Path | None = None,                 # folder of images; None: the built-in photographs
-) -> Tensor | None:                                 # (N, 3, H, W) uint8, of the recipe's size
-    "The anomaly source of a method that simulates anomalies; None for one that does not."
+def textures_of(name: str, recipe: MethodChoices, root: str | Path | None = None) -> Tensor | None:
+    """The anomaly source of a method that simulates anomalies; None for one that does not.
+
+    Args:
+        name: of the method
+        recipe: of that method
+        root: folder of images; None: the built-in photographs
+    Returns:
+        (N, 3, H, W) uint8, of the recipe's size
+    """
     if not getattr(method(name), 'wants_textures', False): return None
     return load_textures(root, recipe.size, getattr(recipe, 'antialias', True))
 
+# %% ../nbs/40_methods.ipynb #f5cb2afc
 def examples(name: str, images: Tensor, recipe: MethodChoices, textures: Tensor | None = None) -> Figure | None:
     "What a method makes of (N, 3, H, W) uint8 normal images to learn from; None where it learns from them as they are."
     shown = getattr(method(name), 'examples', None)
     return shown(images, recipe, textures) if shown else None
 
 # %% ../nbs/40_methods.ipynb #4f8a2fc1
-def fit(
-    name: str,                                      # of the method
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: MethodChoices | None = None,            # of that method; None: its 'demo'
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # (N, 3, H, W) uint8 anomaly source, see `textures_of`
-    run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
-) -> AnomalyDetector:                               # with thresholds, unless recipe.holdout is 0
+def fit(name: str, category: CategoryData, recipe: MethodChoices | None = None,
+        device: str | torch.device | None = None, textures: Tensor | None = None,
+        run_dir: str | Path | None = None) -> AnomalyDetector:
     """A detector of a class by the method of that name.
 
-    One that wants textures gets the built-in photographs where none are given."""
+    One that wants textures gets the built-in photographs where none are given.
+
+    Args:
+        name: of the method
+        category: its normal training images are used, nothing else
+        recipe: of that method; None: its 'demo'
+        device: None: a GPU where there is one
+        textures: (N, 3, H, W) uint8 anomaly source, see `textures_of`
+        run_dir: keeps the run; None: nothing is kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     recipe = recipe or recipe_of(name)
     if textures is None: textures = textures_of(name, recipe)
     detector = method(name).fit(category, recipe, device, textures, run_dir)
@@ -143,6 +160,7 @@ def fit(
         raise ValueError(f'method {name} does not keep the region of the class; its fit must set detector.region')
     return detector
 
+# %% ../nbs/40_methods.ipynb #7cf7fcf6
 def load(run_dir: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
     "The detector of a run, by the method that run.json names; without a word there it was DRAEM."
     about = Path(run_dir) / 'run.json'

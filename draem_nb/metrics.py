@@ -12,12 +12,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
-from tqdm import tqdm
 
 # %% auto #0
 __all__ = ['TieGroups', 'tie_groups', 'auroc', 'precision', 'average_precision', 'f1_max', 'evaluate_scores', 'region_weights',
            'corners', 'area_to', 'evaluate_maps', 'curves', 'pro_curve', 'bootstrap_interval']
+
+# %% ../nbs/09_metrics.ipynb #d84a1d3a
+from scipy import ndimage
+from tqdm import tqdm
 
 # %% ../nbs/09_metrics.ipynb #ea4e7948
 class TieGroups(NamedTuple):
@@ -48,8 +50,10 @@ def _count_into(counts: np.ndarray, part: np.ndarray, at: np.ndarray, lock: Lock
         below = np.searchsorted(part, at, side)
         with lock: row += part.size; row -= below                       # in place: there may be many
 
+# %% ../nbs/09_metrics.ipynb #677fd139
 _PART = 1 << 24     # scores that are sorted at once, so that maps that lie in a file stay there but for 64 MiB a thread
 
+# %% ../nbs/09_metrics.ipynb #04a012e8
 def _counts_above(scores: np.ndarray, at: np.ndarray) -> np.ndarray:
     counts, lock = np.zeros((2, at.size), np.int64), Lock()
     # a smaller part is sorted sooner than a thread starts
@@ -69,6 +73,7 @@ def _as_array(values: object) -> np.ndarray:
         if values.dtype == torch.bfloat16: values = values.float()      # NumPy has no bfloat16
     return np.asarray(values)
 
+# %% ../nbs/09_metrics.ipynb #8c8f95ef
 def _checked_scores(scores: object, labels: object, names: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
     "Both as arrays of one shape, labels as bool, scores free of NaN and infinity; else `ValueError`."
     scores, labels = _as_array(scores), _as_array(labels)
@@ -93,11 +98,13 @@ def _tie_groups(scores: np.ndarray, labels: np.ndarray) -> TieGroups:
     return TieGroups(at[::-1], size[::-1], above[::-1], at_least[::-1], at.size - 1 - member, scores.size - member.size)
 
 # %% ../nbs/09_metrics.ipynb #e9e7310a
-def tie_groups(
-    scores: object, # any shape, tensor or array-like of finite numbers; a higher score is more anomalous
-    labels: object, # the same shape, bool or 0 / 1; True is a defect
-) -> TieGroups:
-    "What every metric is made from. Shapes that differ, NaN and infinity raise `ValueError`."
+def tie_groups(scores: object, labels: object) -> TieGroups:
+    """What every metric is made from. Shapes that differ, NaN and infinity raise `ValueError`.
+
+    Args:
+        scores: any shape, tensor or array-like of finite numbers; a higher score is more anomalous
+        labels: the same shape, bool or 0 / 1; True is a defect
+    """
     return _tie_groups(*_checked_scores(scores, labels, ('scores', 'labels')))
 
 # %% ../nbs/09_metrics.ipynb #44028807
@@ -125,19 +132,27 @@ def f1_max(groups: TieGroups) -> tuple[float | None, float | None]:
     return float(f1.max()), float(groups.score[f1.argmax()])
 
 # %% ../nbs/09_metrics.ipynb #4207f8c9
-def evaluate_scores(
-    scores: object, # (N,) tensor or array-like of finite numbers; a higher score is more anomalous
-    labels: object, # (N,) bool or 0 / 1; True is anomalous
-) -> dict[str, float | None]: # auroc, ap, f1_max: fractions; None where undefined
-    "The metrics of N images. Shapes that differ, NaN and infinity raise `ValueError`."
+def evaluate_scores(scores: object, labels: object) -> dict[str, float | None]:
+    """The metrics of N images. Shapes that differ, NaN and infinity raise `ValueError`.
+
+    Args:
+        scores: (N,) tensor or array-like of finite numbers; a higher score is more anomalous
+        labels: (N,) bool or 0 / 1; True is anomalous
+    Returns:
+        auroc, ap, f1_max: fractions; None where undefined
+    """
     groups = tie_groups(scores, labels)
     return dict(auroc=auroc(groups), ap=average_precision(groups), f1_max=f1_max(groups)[0])
 
 # %% ../nbs/09_metrics.ipynb #f1d101bd
-def region_weights(
-    masks: np.ndarray, # (M, H, W) bool
-) -> np.ndarray: # (n,) float64 that sum to 1
-    "For each of the n defect pixels, in the order of `masks[masks]`: 1 / (number of regions x pixels of its region)."
+def region_weights(masks: np.ndarray) -> np.ndarray:
+    """For each of the n defect pixels, in the order of `masks[masks]`: 1 / (number of regions x pixels of its region).
+
+    Args:
+        masks: (M, H, W) bool
+    Returns:
+        (n,) float64 that sum to 1
+    """
     weights, regions = [np.zeros(0)], 0
     for mask in masks:
         if not mask.any(): continue
@@ -148,11 +163,14 @@ def region_weights(
     return np.concatenate(weights) / max(regions, 1)
 
 # %% ../nbs/09_metrics.ipynb #95ef162b
-def corners(
-    groups: TieGroups,
-    weights: np.ndarray | None = None, # (n,) of each defect, summing to 1; None: all the same
-) -> tuple[np.ndarray, np.ndarray]: # x, y, each (2k + 2,), rising from (0, 0) to (1, 1)
-    "The corners of the ROC curve, or, with the weights of the regions, of the PRO curve. Needs defects and normals."
+def corners(groups: TieGroups, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The corners of the ROC curve, or, with the weights of the regions, of the PRO curve. Needs defects and normals.
+
+    Args:
+        weights: (n,) of each defect, summing to 1; None: all the same
+    Returns:
+        x, y, each (2k + 2,), rising from (0, 0) to (1, 1)
+    """
     gain: np.ndarray = groups.size / groups.n_defects
     if weights is not None: gain = np.bincount(groups.member, weights, minlength=groups.size.size)
     x, y = np.zeros((2, 2 * gain.size + 2))
@@ -162,11 +180,14 @@ def corners(
     y[3:-1:2], y[-1] = y[2:-2:2], 1
     return x, y
 
-def area_to(
-    x: np.ndarray, y: np.ndarray, # corners of a curve of straight pieces; x rises from 0 to 1
-    limit: float, # 0 < limit <= 1
-) -> float:
-    "Area under the curve from 0 to `limit`, divided by `limit`."
+# %% ../nbs/09_metrics.ipynb #c9a937a6
+def area_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
+    """Area under the curve from 0 to `limit`, divided by `limit`.
+
+    Args:
+        x, y: corners of a curve of straight pieces; x rises from 0 to 1
+        limit: 0 < limit <= 1
+    """
     cut = int(np.searchsorted(x, limit, side='right'))                  # corners up to the limit
     area = np.dot(np.diff(x[:cut]), y[1:cut] + y[:cut - 1]) / 2
     if cut < x.size:                                                    # and the piece that crosses it
@@ -186,13 +207,18 @@ def _checked_maps(maps: object, masks: object) -> tuple[np.ndarray, np.ndarray]:
     return _checked_scores(_as_planes(maps, 'maps'), _as_planes(masks, 'masks'), ('maps', 'masks'))
 
 # %% ../nbs/09_metrics.ipynb #63345d6c
-def evaluate_maps(
-    maps: object, # (M, H, W) or (M, 1, H, W) finite scores, tensor or array; higher is more anomalous
-    masks: object, # (M, H, W) or (M, 1, H, W) bool; True is a defect
-    fpr_limit: float = 0.3, # false-positive rate up to which AUPRO looks, 0 < fpr_limit <= 1
-    region: object = None, # (H, W) bool with every defect in it: other pixels do not count; None: all count
-) -> dict[str, float | None]: # auroc, ap, f1_max, aupro: fractions; None where undefined
-    "The metrics of all pixels of M score maps. Shapes that differ, NaN and infinity raise `ValueError`."
+def evaluate_maps(maps: object, masks: object, fpr_limit: float = 0.3,
+                  region: object = None) -> dict[str, float | None]:
+    """The metrics of all pixels of M score maps. Shapes that differ, NaN and infinity raise `ValueError`.
+
+    Args:
+        maps: (M, H, W) or (M, 1, H, W) finite scores, tensor or array; higher is more anomalous
+        masks: (M, H, W) or (M, 1, H, W) bool; True is a defect
+        fpr_limit: false-positive rate up to which AUPRO looks, 0 < fpr_limit <= 1
+        region: (H, W) bool with every defect in it: other pixels do not count; None: all count
+    Returns:
+        auroc, ap, f1_max, aupro: fractions; None where undefined
+    """
     if not 0 < fpr_limit <= 1: raise ValueError(f"fpr_limit is {fpr_limit}; it must be above 0 and at most 1")
     maps, masks = _checked_maps(maps, masks)
     counted = ... if region is None else (slice(None), _as_array(region))
@@ -210,12 +236,16 @@ def _thin_curve(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, 
     return x[keep], y[keep]
 
 # %% ../nbs/09_metrics.ipynb #4f135406
-def curves(
-    scores: object, # any shape of finite numbers
-    labels: object, # the same shape, bool or 0 / 1
-    points: int = 1000, # at most this many of each curve
-) -> dict[str, np.ndarray | None]: # fpr, tpr and recall, precision; None where a curve is undefined
-    "ROC and precision-recall curves for a figure. The second is drawn as steps (`where='pre'`): its area is the AP."
+def curves(scores: object, labels: object, points: int = 1000) -> dict[str, np.ndarray | None]:
+    """ROC and precision-recall curves for a figure. The second is drawn as steps (`where='pre'`): its area is the AP.
+
+    Args:
+        scores: any shape of finite numbers
+        labels: the same shape, bool or 0 / 1
+        points: at most this many of each curve
+    Returns:
+        fpr, tpr and recall, precision; None where a curve is undefined
+    """
     groups = tie_groups(scores, labels)
     out: dict[str, np.ndarray | None] = dict(fpr=None, tpr=None, recall=None, precision=None)
     if groups.n_defects:
@@ -225,28 +255,36 @@ def curves(
         if groups.n_normals: out['fpr'], out['tpr'] = _thin_curve(*corners(groups), points)
     return out
 
-def pro_curve(
-    maps: object, # (M, H, W) or (M, 1, H, W) finite scores
-    masks: object, # the same, bool
-    points: int = 1000, # at most this many
-) -> dict[str, np.ndarray | None]: # fpr, pro; None where undefined
-    "The curve under which AUPRO is the area, for a figure."
+# %% ../nbs/09_metrics.ipynb #6b384309
+def pro_curve(maps: object, masks: object, points: int = 1000) -> dict[str, np.ndarray | None]:
+    """The curve under which AUPRO is the area, for a figure.
+
+    Args:
+        maps: (M, H, W) or (M, 1, H, W) finite scores
+        masks: the same, bool
+        points: at most this many
+    Returns:
+        fpr, pro; None where undefined
+    """
     maps, masks = _checked_maps(maps, masks)
     groups = _tie_groups(maps, masks)
     if not groups.n_defects or not groups.n_normals: return dict(fpr=None, pro=None)
     return dict(zip(('fpr', 'pro'), _thin_curve(*corners(groups, region_weights(masks)), points)))
 
 # %% ../nbs/09_metrics.ipynb #42be0bbe
-def bootstrap_interval(
-    metric: Callable[[np.ndarray], float | None], # from the indices of the images drawn
-    labels: object, # (N,) bool: normal and anomalous images are drawn apart
-    draws: int = 1000,
-    confidence: float = 0.95, # share of the draws inside the interval
-    seed: int = 0,
-) -> tuple[float, float] | None: # None where the metric is undefined on all images
+def bootstrap_interval(metric: Callable[[np.ndarray], float | None], labels: object, draws: int = 1000,
+                       confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
     """Percentile bootstrap over images; draws in which the metric is undefined (None) do not count.
 
-    The same seed gives the same interval, and the same draws for every metric."""
+    The same seed gives the same interval, and the same draws for every metric.
+
+    Args:
+        metric: from the indices of the images drawn
+        labels: (N,) bool: normal and anomalous images are drawn apart
+        confidence: share of the draws inside the interval
+    Returns:
+        None where the metric is undefined on all images
+    """
     labels, rng = _as_array(labels).astype(bool), np.random.default_rng(seed)
     strata = [np.flatnonzero(labels == value) for value in (False, True)]
     if metric(np.arange(labels.size)) is None: return None

@@ -69,6 +69,7 @@ def _upsampling_layers(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Upsample(scale_factor=2, mode='bilinear', align_corners=True),
                          nn.Conv2d(c_in, c_out, 3, padding=1), BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
+# %% ../nbs/04_networks.ipynb #4c7d6df0
 def _last_layer(c_in: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1))
 
@@ -99,6 +100,7 @@ class _ReconstructiveDecoder(nn.Module):
         for layer in self.children(): x = layer(x)
         return x
 
+# %% ../nbs/04_networks.ipynb #0585a01c
 class ReconstructiveSubNetwork(nn.Module):
     """(B, in_channels, H, W) in 0..1 -> reconstruction of the same shape; H and W multiples of 16.
 
@@ -165,6 +167,7 @@ class Draem(nn.Module):
 # %% ../nbs/04_networks.ipynb #7d29388a
 Net = TypeVar('Net', bound=nn.Module)
 
+# %% ../nbs/04_networks.ipynb #5c76f18a
 @torch.no_grad()
 def initialise(net: Net, generator: torch.Generator, anomaly_prior: float | None = None, std: float = 0.02) -> Net:
     """Draw all weights of `net` anew, in place (on the CPU, where the generator lives), as the released code does.
@@ -240,6 +243,7 @@ def _pays_for_winograd(conv: nn.Conv2d, h: int, w: int) -> bool:
     fits = 144 * max(conv.in_channels, conv.out_channels) * (h * w // 16) <= _BUFFER
     return wide and h % 4 == w % 4 == 0 and h * w >= 32 * 32 and fits
 
+# %% ../nbs/04_networks.ipynb #6a375391
 def winograd(net: Draem, size: tuple[int, int]) -> Draem:
     """A copy of a folded `net`, with Winograd's method where it is faster on a CPU with images of `size`.
 

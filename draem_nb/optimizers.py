@@ -68,6 +68,7 @@ def inner_kernels(net: Draem) -> list[Tensor]:
     subs = [sub for sub in (net.reconstructive, net.discriminative) if sub is not None]
     return [m.weight for sub in subs for m in [m for m in sub.modules() if isinstance(m, nn.Conv2d)][1:-1]]
 
+# %% ../nbs/06b_optimizers.ipynb #ad8d194a
 def make_optimizers(net: Draem, recipe: Recipe, extra: Iterable[Tensor] = ()) -> list[torch.optim.Optimizer]:
     """The optimisers of a run, Adam first. With `recipe.kernel_lr` Muon trains the inner kernels of `net`.
 

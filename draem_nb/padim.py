@@ -12,6 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+# %% auto #0
+__all__ = ['load', 'PadimRecipe', 'paper', 'demo', 'by_name', 'channels_of', 'embedding', 'Sums', 'sums_of', 'unpacked',
+           'embeddings', 'PadimDetector', 'fit']
+
+# %% ../nbs/44_padim.ipynb #c832652e
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -20,10 +26,6 @@ from .features import BACKBONES, FeatureDetector, FeatureRecipe, Trunk, as_maps,
 from .recipes import Count, Positive, as_recipe
 from .regions import inside
 from .simulator import generator_of
-
-# %% auto #0
-__all__ = ['load', 'PadimRecipe', 'paper', 'demo', 'by_name', 'channels_of', 'embedding', 'Sums', 'sums_of', 'unpacked',
-           'embeddings', 'PadimDetector', 'fit']
 
 # %% ../nbs/44_padim.ipynb #9a9c96e7
 @as_recipe
@@ -38,12 +40,14 @@ class PadimRecipe(FeatureRecipe):
         most = sum(BACKBONES[self.backbone].channels[stride] for stride in self.levels)
         self.need(self.channels <= most, 'channels', f'at most {most}, what the levels have')
 
+# %% ../nbs/44_padim.ipynb #8c5050ea
 def paper() -> PadimRecipe:
     """As published with WideResNet-50, but without the crop: 224 px, 550 channels.
 
     Wants torchvision and 14 GB of memory."""
     return PadimRecipe(name='paper', size=224, backbone='wide_resnet50_2', channels=550)
 
+# %% ../nbs/44_padim.ipynb #de0d0fc5
 def demo() -> PadimRecipe:
     "For a CPU: EfficientNet-Lite0, 256 px, 100 channels."
     return PadimRecipe()
@@ -63,6 +67,7 @@ def channels_of(recipe: PadimRecipe) -> list[Tensor]:
     first = [sum(widths[:i]) for i in range(len(widths))]
     return [drawn[(drawn >= a) & (drawn < a + n)] - a for a, n in zip(first, widths)]
 
+# %% ../nbs/44_padim.ipynb #80b91b2e
 def embedding(levels: list[Tensor], channels: list[Tensor]) -> Tensor:
     "Levels (B, C, h, w), finest first -> (places, D, B): the channels that are kept, repeated onto the finest grid."
     size = levels[0].shape[2:]
@@ -105,6 +110,7 @@ def sums_of(embeddings: Iterator[Tensor]) -> Sums:
     for found in itertools.chain([first], embeddings): sums.add(found)
     return sums
 
+# %% ../nbs/44_padim.ipynb #5c7fe058
 def unpacked(packed: Tensor, channels: int) -> Tensor:
     "Lower triangles, row by row, (places, D (D + 1) / 2) -> matrices (places, D, D)."
     full = packed.new_zeros(len(packed), channels, channels)
@@ -144,14 +150,20 @@ class PadimDetector(FeatureDetector):
         return maps, inside(maps, self.region, 0.).amax((1, 2, 3))
 
 # %% ../nbs/44_padim.ipynb #f8fdee7a
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: PadimRecipe | None = None,              # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # not used: nothing is simulated
-    run_dir: str | Path | None = None,              # keeps the run; None: nothing is kept
-) -> PadimDetector:                                 # with thresholds, unless recipe.holdout is 0
-    "Fit the Gaussians of a class (Defard et al., 2021), set the thresholds. Same seed, same bits on a CPU."
+def fit(category: CategoryData, recipe: PadimRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> PadimDetector:
+    """Fit the Gaussians of a class (Defard et al., 2021), set the thresholds. Same seed, same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: not used: nothing is simulated
+        run_dir: keeps the run; None: nothing is kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     return fit_detector(PadimDetector(recipe or demo(), device), category, run_dir)
 
+# %% ../nbs/44_padim.ipynb #1027e5d3
 load = PadimDetector.load

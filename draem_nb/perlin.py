@@ -29,13 +29,18 @@ def _axis_basis(size: int, exponent: int) -> tuple[Tensor, Tensor]:
     return A.float(), B.float()
 
 # %% ../nbs/01_perlin.ipynb #05e39492
-def perlin_noise(
-    scales: Tensor,                             # (B, 2) whole numbers k: 2^k cells down the rows and along the columns
-    size: int | tuple[int, int],                # S or (H, W) in pixels, any
-    generator: torch.Generator | None = None,   # draws the lattice angles where `angles` is None
-    angles: Tensor | None = None,               # (B, L, L) angles in radians; the first 2^k + 1 of each axis are used
-) -> Tensor:                                    # (B, 1, H, W) float32, about -1 .. 1
-    "Perlin noise with its own scales for each sample (paper, section 3.3). Scales of another shape raise `ValueError`."
+def perlin_noise(scales: Tensor, size: int | tuple[int, int], generator: torch.Generator | None = None,
+                 angles: Tensor | None = None) -> Tensor:
+    """Perlin noise with its own scales for each sample (paper, section 3.3). Other shapes of scales raise `ValueError`.
+
+    Args:
+        scales: (B, 2) whole numbers k: 2^k cells down the rows and along the columns
+        size: S or (H, W) in pixels, any
+        generator: draws the lattice angles where `angles` is None
+        angles: (B, L, L) angles in radians; the first 2^k + 1 of each axis are used
+    Returns:
+        (B, 1, H, W) float32, about -1 .. 1
+    """
     H, W = (size, size) if isinstance(size, int) else size
     if scales.ndim != 2 or scales.shape[1] != 2: raise ValueError(f'scales must be (B, 2), got {tuple(scales.shape)}')
     if angles is None: angles = random_angles(len(scales), int(scales.max()), generator)
@@ -47,6 +52,7 @@ def perlin_noise(
         else: torch.mm(torch.cat([Br @ c, Ar @ s], 1), torch.cat([Ac, Bc], 1).mT, out=out)
     return noise
 
+# %% ../nbs/01_perlin.ipynb #00745130
 def random_angles(n: int, exponent: int, generator: torch.Generator | None = None) -> Tensor:
     "(n, 2^exponent + 1, 2^exponent + 1) lattice angles, uniform in 0 .. 2 pi, from `generator`."
     if not 0 <= exponent <= 8: raise ValueError(f'Perlin exponents must lie in 0 .. 8 (256 cells), got {exponent}')

@@ -18,6 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+
+# %% ../nbs/11_plots.ipynb #d1ca4dc4
 import torch
 from matplotlib import font_manager, patheffects
 from matplotlib.axes import Axes
@@ -27,6 +29,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
+
+# %% ../nbs/11_plots.ipynb #f129c8c6
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch.nn import functional as F
 
@@ -44,6 +48,8 @@ HEAT = 'inferno'                          # black, purple, orange, yellow: its l
 # of maps in units of the pixel threshold, 0..2: cold up to 1, hot above it
 ALARM = ListedColormap(np.concatenate([LinearSegmentedColormap.from_list('', ends)(np.linspace(0, 1, 128))
                                        for ends in (('black', '#3F6E9E'), ('#D00000', '#FFE94D'))]), 'alarm')
+
+# %% ../nbs/11_plots.ipynb #76531737
 OTHERS = '#000000', '#8C8C8C', '#6A51A3', '#8C6D31'     # lines that are none of these: black, gray, violet, brown
 WIDTH = 9.5                               # inches: the text column of a report at 100 dots an inch
 
@@ -53,6 +59,7 @@ _MORE_FONTS = [name for name in ('Noto Sans CJK JP', 'Noto Sans CJK KR', 'Noto S
                if name in font_manager.get_font_names()]
 warnings.filterwarnings('ignore', r'Glyph \d+ .* missing from font', UserWarning)
 
+# %% ../nbs/11_plots.ipynb #58296818
 # `text.parse_math`: a name with two dollar signs is no formula.
 STYLE = sns.axes_style('whitegrid') | {
     'font.family': ['DejaVu Sans', *_MORE_FONTS], 'text.parse_math': False, 'font.size': 10, 'figure.dpi': 100,
@@ -106,31 +113,43 @@ def _as_plane(mask: torch.Tensor) -> np.ndarray:
     return mask.reshape(mask.shape[-2:]).numpy()
 
 # %% ../nbs/11_plots.ipynb #acd202e1
-def in_limits(
-    map: torch.Tensor,      # (H, W), the higher the more anomalous
-    limit: float | None,    # the pixel threshold of the detector; None: the map is a probability, 0..1
-) -> np.ndarray:            # (H, W) float32, not clipped
-    "A map in units of its pixel threshold: above 1 is called defect. Without a limit, the map as it is."
+def in_limits(map: torch.Tensor, limit: float | None) -> np.ndarray:
+    """A map in units of its pixel threshold: above 1 is called defect. Without a limit, the map as it is.
+
+    Args:
+        map: (H, W), the higher the more anomalous
+        limit: the pixel threshold of the detector; None: the map is a probability, 0..1
+    Returns:
+        (H, W) float32, not clipped
+    """
     values = _as_plane(map).astype(np.float32)
     if limit is None: return values
     return values / np.float32(limit) if limit > 0 else np.where(values > limit, 2, 0).astype(np.float32)
 
-def heatmap(
-    map: torch.Tensor,          # (H, W), from 0 (normal) to 1 (defect), or any scores with their limit
-    limit: float | None = None, # the pixel threshold of the detector; None: the colours go from 0 to 1
-) -> np.ndarray:                # (H, W, 3) uint8
-    "A score map as a picture, on one scale of colours: probabilities, or units of the pixel threshold, 0 to 2."
+# %% ../nbs/11_plots.ipynb #8332f05a
+def heatmap(map: torch.Tensor, limit: float | None = None) -> np.ndarray:
+    """A score map as a picture, on one scale of colours: probabilities, or units of the pixel threshold, 0 to 2.
+
+    Args:
+        map: (H, W), from 0 (normal) to 1 (defect), or any scores with their limit
+        limit: the pixel threshold of the detector; None: the colours go from 0 to 1
+    Returns:
+        (H, W, 3) uint8
+    """
     values, colours = in_limits(map, limit), plt.get_cmap(HEAT)
     if limit is not None:       # a value of exactly 1 is no alarm
         values, colours = np.where(values > 1, np.maximum(values, 1.0001), np.minimum(values, 0.9999)) / 2, ALARM
     return (colours(np.clip(values, 0, 1))[..., :3] * 255).round().astype(np.uint8)
 
-
 # %% ../nbs/11_plots.ipynb #57afb890
-def outline(
-    mask: torch.Tensor,  # (H, W) or (1, H, W), bool
-) -> np.ndarray:         # (H, W) bool
-    "The rim of the regions of a mask, just outside them, about 1/300 of the image wide."
+def outline(mask: torch.Tensor) -> np.ndarray:
+    """The rim of the regions of a mask, just outside them, about 1/300 of the image wide.
+
+    Args:
+        mask: (H, W) or (1, H, W), bool
+    Returns:
+        (H, W) bool
+    """
     inside = torch.as_tensor(_as_plane(mask)).bool()
     width = max(1, round(min(inside.shape) / 300))
     grown = F.max_pool2d(inside[None, None].float(), 2 * width + 1, stride=1, padding=width)[0, 0].bool()
@@ -139,14 +158,19 @@ def outline(
     return (grown & ~inside | inside & frame).numpy()
 
 # %% ../nbs/11_plots.ipynb #43f8db42
-def overlay(
-    image: torch.Tensor,              # (3, H, W) uint8
-    map: torch.Tensor,                # (H, W), scores 0..1, or any with their limit
-    mask: torch.Tensor | None = None, # (H, W) bool: the pixels called defect, outlined in orange
-    limit: float | None = None,       # as in `heatmap`
-    region: torch.Tensor | None = None,  # (H, W) bool: what is looked at; the rest is darkened, behind a white line
-) -> np.ndarray:                      # (H, W, 3) uint8
-    "An image with its score map over it: the surer the detector, the more opaque the heat."
+def overlay(image: torch.Tensor, map: torch.Tensor, mask: torch.Tensor | None = None, limit: float | None = None,
+            region: torch.Tensor | None = None) -> np.ndarray:
+    """An image with its score map over it: the surer the detector, the more opaque the heat.
+
+    Args:
+        image: (3, H, W) uint8
+        map: (H, W), scores 0..1, or any with their limit
+        mask: (H, W) bool: the pixels called defect, outlined in orange
+        limit: as in `heatmap`
+        region: (H, W) bool: what is looked at; the rest is darkened, behind a white line
+    Returns:
+        (H, W, 3) uint8
+    """
     picture, scores = _as_picture(image), np.clip(in_limits(map, limit), 0, 1)
     if picture.shape[:2] != scores.shape:
         raise ValueError(f'the image is {picture.shape[0]} x {picture.shape[1]} and the map {scores.shape[0]} x '
@@ -161,16 +185,20 @@ def overlay(
     return mixed
 
 # %% ../nbs/11_plots.ipynb #7e82d435
-def _picture_frames(
-    rows: int,                 # rows of pictures
-    columns: int,              # columns of pictures
-    size: Sequence[int],       # (H, W) of the pictures, any unit
-    left: float = .1, right: float = .1, top: float = .35, bottom: float = .1,  # margins, inches
-    gap: float = .08, row_gap: float = .08,  # inches between the pictures
-    widest: float = 1.75, tallest: float = 2.2,        # bounds of one picture, inches
-    narrowest: float = 1., lowest: float = .1,         # and of its frame, which has to be as wide as its title
-) -> tuple[Figure, np.ndarray]:
-    "A figure of rows x columns empty frames of the pictures' own shape, as large as the text column allows."
+def _picture_frames(rows: int, columns: int, size: Sequence[int], left: float = .1, right: float = .1, top: float = .35,
+                    bottom: float = .1, gap: float = .08, row_gap: float = .08, widest: float = 1.75,
+                    tallest: float = 2.2, narrowest: float = 1., lowest: float = .1) -> tuple[Figure, np.ndarray]:
+    """A figure of rows x columns empty frames of the pictures' own shape, as large as the text column allows.
+
+    Args:
+        rows: rows of pictures
+        columns: columns of pictures
+        size: (H, W) of the pictures, any unit
+        left, right, top, bottom: margins, inches
+        gap, row_gap: inches between the pictures
+        widest, tallest: bounds of one picture, inches
+        narrowest, lowest: and of its frame, which has to be as wide as its title
+    """
     h, w = size
     width = min((WIDTH - left - right - gap * (columns - 1)) / columns, widest, tallest * w / h)
     width, height = max(width, narrowest), max(width * h / w, lowest)
@@ -199,6 +227,7 @@ def _show_image(ax: Axes, image: torch.Tensor) -> None:
     "An image (3, H, W) into a frame."
     _draw_array(ax, _as_picture(image))
 
+# %% ../nbs/11_plots.ipynb #5ad3ba32
 def _show_map(ax: Axes, scores: torch.Tensor, limit: float | None = None) -> None:
     "A score map (H, W) into a frame, on the fixed scale."
     if limit is None: _draw_array(ax, in_limits(scores, None), cmap=HEAT, vmin=0, vmax=1)
@@ -244,19 +273,21 @@ def _draw_way(fig: Figure, frames: Sequence[Axes]) -> None:
 
 # %% ../nbs/11_plots.ipynb #fd520528
 @_in_house_style
-def method_picture(
-    image: torch.Tensor,        # (3, H, W), uint8 or float 0..1: the input
-    reconstruction: torch.Tensor,  # (3, H, W): what the reconstructive network made of it
-    map: torch.Tensor,          # (H, W), 0..1: the score map
-    mask: torch.Tensor,         # (H, W) bool: the pixels called defect
-    ground_truth: torch.Tensor | None = None,  # (H, W) bool: if given, its outline is drawn on the mask
-    limit: float | None = None,  # as in `heatmap`
-) -> Figure:
-    "What DRAEM does, in one row: input, reconstruction, score map, mask."
+def method_picture(image: torch.Tensor, reconstruction: torch.Tensor, map: torch.Tensor, mask: torch.Tensor,
+                   ground_truth: torch.Tensor | None = None, limit: float | None = None) -> Figure:
+    """What DRAEM does, in one row: input, reconstruction, score map, mask.
+
+    Args:
+        image: (3, H, W), uint8 or float 0..1: the input
+        reconstruction: (3, H, W): what the reconstructive network made of it
+        map: (H, W), 0..1: the score map
+        mask: (H, W) bool: the pixels called defect
+        ground_truth: (H, W) bool: if given, its outline is drawn on the mask
+        limit: as in `heatmap`
+    """
     fig, axes = _picture_frames(1, 4, _as_plane(map).shape, top=.3, bottom=.5, gap=1.1, widest=1.7, narrowest=1.3)
-    for ax, title in zip(axes[0], ('input', 'reconstruction', 'score map',
-                                   'found defect' if _as_plane(mask).any() else 'nothing found')):
-        ax.set_title(title, loc='center')
+    verdict = 'found defect' if _as_plane(mask).any() else 'nothing found'
+    for ax, title in zip(axes[0], ('input', 'reconstruction', 'score map', verdict)): ax.set_title(title, loc='center')
     _show_image(axes[0, 0], image)
     _show_image(axes[0, 1], reconstruction)
     _show_map(axes[0, 2], map, limit)
@@ -304,6 +335,7 @@ def _sample_images(category: CategoryData) -> list[tuple[str, torch.Tensor, torc
     return samples + [(kind, category.test[i], torch.zeros_like(category.masks[i]) if drawn is None else drawn[i])
                       for kind in defect_kinds(category.kinds) for i in [typical_image(category, kind)]]
 
+# %% ../nbs/11_plots.ipynb #e488b6c8
 def _data_words(name: str, n_train: int, n_good: int, n_defect: int) -> str:
     "The numbers in one sentence, and what there is none of."
     missing = [word for word, count in (('normal', n_good), ('defect', n_defect)) if not count]
@@ -324,10 +356,12 @@ def _show_samples(axes: np.ndarray, samples: list[tuple[str, torch.Tensor, torch
 
 # %% ../nbs/11_plots.ipynb #376367c3
 @_in_house_style
-def data_overview(
-    category: CategoryData,  # .name, .train (N,3,H,W), .test (M,3,H,W), .masks (M,1,H,W), .kinds
-) -> Figure:
-    "The numbers of images of each split and kind, and a sample of each with its mask outlined."
+def data_overview(category: CategoryData) -> Figure:
+    """The numbers of images of each split and kind, and a sample of each with its mask outlined.
+
+    Args:
+        category: .name, .train (N,3,H,W), .test (M,3,H,W), .masks (M,1,H,W), .kinds
+    """
     kinds, samples = defect_kinds(category.kinds), _sample_images(category)
     names = ['train, good', 'test, good', *kinds]
     counts = [len(category.train), *(category.kinds.count(kind) for kind in ['good', *kinds])]
@@ -346,12 +380,14 @@ def data_overview(
 
 # %% ../nbs/11_plots.ipynb #f8b1814a
 @_in_house_style
-def simulated_gallery(
-    simulated: Simulated,              # .target, .augmented (B,3,H,W) 0..1, .mask (B,1,H,W), .is_anomalous (B,)
-    n: int = 6,                          # show the first n of the batch
-    source: torch.Tensor | None = None,  # (B, 3, H, W), 0..1 or uint8: the texture of each sample, shown if given
-) -> Figure:
-    "One column a sample: the normal image, the texture if given, what the networks see, and the mask to be found."
+def simulated_gallery(simulated: Simulated, n: int = 6, source: torch.Tensor | None = None) -> Figure:
+    """One column a sample: the normal image, the texture if given, what the networks see, and the mask to be found.
+
+    Args:
+        simulated: .target, .augmented (B,3,H,W) 0..1, .mask (B,1,H,W), .is_anomalous (B,)
+        n: show the first n of the batch
+        source: (B, 3, H, W), 0..1 or uint8: the texture of each sample, shown if given
+    """
     n = min(n, len(simulated.target))
     if n == 0: return _sentence_figure('No simulated samples to show.')
     rows = [('normal image', _show_image, simulated.target),
@@ -375,6 +411,7 @@ def _rate_drops(losses: pd.DataFrame) -> list[tuple[float, float]]:
     lr = losses['lr'].to_numpy(float)
     return [(float(losses['step'].iloc[i + 1]), lr[i + 1]) for i in np.flatnonzero(lr[1:] < .9 * lr[:-1])]
 
+# %% ../nbs/11_plots.ipynb #8652dbd0
 def _loss_panel(ax: Axes, step: pd.Series, loss: pd.Series) -> None:
     "One loss: raw, smoothed, on the scale that it needs, its last value in words."
     smooth = loss.rolling(max(1, len(loss) // 40), center=True, min_periods=1).mean()
@@ -393,11 +430,12 @@ _LOSS_NAMES = dict(ssim='SSIM loss', l2='L2 loss', focal='focal loss')
 
 # %% ../nbs/11_plots.ipynb #2f2c21fe
 @_in_house_style
-def training_curves(
-    # columns step, one for each loss, and lr where there is a learning rate; one row a logged step
-    losses: pd.DataFrame,
-) -> Figure:
-    "Every loss over the training, with the drops of the learning rate marked."
+def training_curves(losses: pd.DataFrame) -> Figure:
+    """Every loss over the training, with the drops of the learning rate marked.
+
+    Args:
+        losses: columns step, one for each loss, and lr where there is a learning rate; one row a logged step
+    """
     if not len(losses): return _sentence_figure('No losses were logged.')
     names = [name for name in losses if name not in ('step', 'lr')]
     fig, axes = plt.subplots(1, len(names), figsize=(WIDTH, 2.7), layout='constrained', squeeze=False)
@@ -426,6 +464,7 @@ def _threshold_words(threshold: float | None, quantile: float | None, n_held_out
     images = f'{n_held_out} held-out normal image{"s" * (n_held_out > 1)}'
     return f'dashed line: threshold {threshold:.3g}, {chosen} of {images}'
 
+# %% ../nbs/11_plots.ipynb #403a960a
 def _count_words(kind: str, flagged: int, n: int) -> str:
     "What the threshold did to one row."
     if kind == 'good':
@@ -452,6 +491,7 @@ def _draw_histogram(ax: Axes, scores: np.ndarray, kinds: np.ndarray) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     ax.legend(loc='upper left', bbox_to_anchor=(1.005, 1.05), borderaxespad=0)
 
+# %% ../nbs/11_plots.ipynb #c68deb5d
 def _headline_words(flagged: np.ndarray | None, kinds: np.ndarray) -> str:
     "The counts over all kinds, in words."
     good, parts = kinds == 'good', []
@@ -471,6 +511,7 @@ def _score_row(ax: Axes, y: int, kind: str, scores: np.ndarray, flagged: np.ndar
     ax.text(1.01, y, words, transform=ax.get_yaxis_transform(), va='center', fontsize=9,
             fontweight='bold' if wrong else 'normal')
 
+# %% ../nbs/11_plots.ipynb #767d5274
 def _score_rows(ax: Axes, scores: np.ndarray, kinds: np.ndarray, flagged: np.ndarray | None,
                 held_out: np.ndarray) -> None:
     "A row of dots a kind, the good ones first, above them the held-out images if there are any."
@@ -486,16 +527,18 @@ def _score_rows(ax: Axes, scores: np.ndarray, kinds: np.ndarray, flagged: np.nda
 
 # %% ../nbs/11_plots.ipynb #c1c23676
 @_in_house_style
-def score_histogram(
-    scores: torch.Tensor,                            # (M,) anomaly scores of the test images
-    kinds: Sequence[str],                            # M kinds, 'good' for normal images
-    threshold: float | None = None,                  # scores above it are called a defect
-    held_out_scores: Sequence[float] | None = None,  # scores of the normal images that the threshold was taken from
-    quantile: float | None = None,                   # of those, as a fraction
-) -> Figure:
-    "The scores of good and defect images, per kind, with the threshold and what it does."
+def score_histogram(scores: torch.Tensor, kinds: Sequence[str], threshold: float | None = None,
+                    held_out_scores: Sequence[float] | None = None, quantile: float | None = None) -> Figure:
+    """The scores of good and defect images, per kind, with the threshold and what it does.
+
+    Args:
+        scores: (M,) anomaly scores of the test images
+        kinds: M kinds, 'good' for normal images
+        threshold: scores above it are called a defect
+        held_out_scores, quantile: of the normal images that the threshold is the quantile of; 0..1
+    """
     values, of = np.asarray(scores, dtype=float), np.array(list(kinds), dtype=str)
-    held_out = np.asarray([] if held_out_scores is None else held_out_scores, dtype=float)
+    held_out = np.asarray(() if held_out_scores is None else held_out_scores, dtype=float)
     if not len(values): return _sentence_figure('No test images, so no scores to show.')
     flagged = None if threshold is None else values > threshold
     high = .3 * (len(set(kinds)) + (len(held_out) > 0)) + .1
@@ -528,13 +571,16 @@ def _draw_curves(ax: Axes, axes: tuple[str, str], names: dict[str, str], lines: 
 
 # %% ../nbs/11_plots.ipynb #ea65d0c6
 @_in_house_style
-def detection_curves(
-    image_curves: dict | None,   # metrics.curves of images: arrays 'fpr', 'tpr', 'precision', 'recall', or None
-    pixel_curves: dict | None,   # the same over pixels
-    image_metrics: dict | None,  # 'auroc', 'ap', 'f1_max', fractions or None
-    pixel_metrics: dict | None,  # the same and 'aupro'
-) -> Figure:
-    "The ROC and the precision-recall curves of images and of pixels."
+def detection_curves(image_curves: dict | None, pixel_curves: dict | None, image_metrics: dict | None,
+                     pixel_metrics: dict | None) -> Figure:
+    """The ROC and the precision-recall curves of images and of pixels.
+
+    Args:
+        image_curves: metrics.curves of images: arrays 'fpr', 'tpr', 'precision', 'recall', or None
+        pixel_curves: the same over pixels
+        image_metrics: 'auroc', 'ap', 'f1_max', fractions or None
+        pixel_metrics: the same and 'aupro'
+    """
     fig, (roc, pr) = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout=ConstrainedLayoutEngine(wspace=.06))
     lines = (('images', image_curves, image_metrics, IMAGES, '-'),
              ('pixels', pixel_curves, pixel_metrics, PIXELS, '--'))
@@ -549,13 +595,18 @@ def detection_curves(
     return fig
 
 # %% ../nbs/11_plots.ipynb #a51e075d
-def pick_cases(
-    scores: torch.Tensor,                    # (M,) anomaly scores
-    labels: torch.Tensor,                    # (M,) bool, True for defects
-    is_anomalous: torch.Tensor | None = None,# (M,) bool, the verdicts; None: the order of the scores decides
-    n: int = 4,                              # at most so many of each
-) -> dict[str, list[int]]:                   # 'hits', 'misses', 'false_alarms': indices, the most telling first
-    "The clearest hits, the worst misses and the worst false alarms; an empty list where there are none."
+def pick_cases(scores: torch.Tensor, labels: torch.Tensor, is_anomalous: torch.Tensor | None = None,
+               n: int = 4) -> dict[str, list[int]]:
+    """The clearest hits, the worst misses and the worst false alarms; an empty list where there are none.
+
+    Args:
+        scores: (M,) anomaly scores
+        labels: (M,) bool, True for defects
+        is_anomalous: (M,) bool, the verdicts; None: the order of the scores decides
+        n: at most so many of each
+    Returns:
+        'hits', 'misses', 'false_alarms': indices, the most telling first
+    """
     values, defect = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     if is_anomalous is None:
         best_good, worst_defect = values[~defect].max(initial=-np.inf), values[defect].min(initial=np.inf)
@@ -577,6 +628,7 @@ def _verdict_words(is_anomalous: bool, kind: str | None) -> tuple[str, str]:
     if kind == 'good': return '✗ false alarm' if is_anomalous else '✓ passed', colour
     return '✓ found' if is_anomalous else '✗ missed', colour
 
+# %% ../nbs/11_plots.ipynb #1ba95a54
 def _label_row(ax: Axes, lines: list[tuple[str, str]]) -> None:
     "Words to the left of a row of pictures, one (text, colour) a line; the first is bold."
     for i, (text, colour) in enumerate(lines):
@@ -584,6 +636,7 @@ def _label_row(ax: Axes, lines: list[tuple[str, str]]) -> None:
                     textcoords='offset points',
                     ha='right', va='center', color=colour, fontsize=9, fontweight='bold' if i == 0 else 'normal')
 
+# %% ../nbs/11_plots.ipynb #96fabb7b
 def _colour_bar(fig: Figure, last: Axes, limit: float | None) -> None:
     "The one scale of all score maps, at the right of the last picture of the top row."
     across, down = fig.get_size_inches()
@@ -608,6 +661,7 @@ def _row_words(detections: Detections, i: int, names: dict[int, str] | None, kin
     if flagged is not None: words.append(_verdict_words(flagged, kinds[i] if kinds is not None else None))
     return words
 
+# %% ../nbs/11_plots.ipynb #bf9703c0
 def _outline_legend(fig: Figure, ground_truth: bool, prediction: bool) -> None:
     "Names the outlines, at the foot of the last column."
     truth = [Line2D([], [], color=GROUND_TRUTH, linestyle='solid', label='ground truth')] * ground_truth
@@ -627,6 +681,7 @@ def _row_names(names: Sequence[str] | None, indices: Sequence[int]) -> dict[int,
     "The names of the images to show, shortened; None where they are not known."
     return None if names is None else {i: _short_name(str(names[i]), 32) for i in indices}
 
+# %% ../nbs/11_plots.ipynb #c7eec61b
 def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Detections, i: int,
                  masks: torch.Tensor | None, limit: float | None) -> None:
     "The pictures of image i into the frames of its row."
@@ -641,21 +696,21 @@ def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Detection
 
 # %% ../nbs/11_plots.ipynb #f7212a6e
 @_in_house_style
-def detection_gallery(
-    images: torch.Tensor,                   # (M, 3, H, W) uint8
-    detections: Detections,  # of these images: .maps, .scores; .reconstructions, .masks, .is_anomalous or None
-    masks: torch.Tensor | None,             # (M, 1, H, W) bool, the ground truth; None: not known
-    kinds: Sequence[str] | None,            # M kinds, 'good' for normal images; None: not known
-    indices: Sequence[int],                 # which to show, one row each
-    titles: Sequence[str] | None = None,    # M names for the rows; None: the kinds
-    threshold: float | None = None,         # of the scores, to be named beside them
-    limit: float | None = None,             # of the pixels: the maps are shown in its units; None: from 0 to 1
-    empty: str = 'There is no such case.',  # what to say if there is nothing to show
-) -> Figure:
-    "One row an image: input, reconstruction, score map, ground truth, overlay, with the verdict in words."
+def detection_gallery(images: torch.Tensor, detections: Detections, masks: torch.Tensor | None,
+                      kinds: Sequence[str] | None, indices: Sequence[int], titles: Sequence[str] | None = None,
+                      threshold: float | None = None, limit: float | None = None,
+                      empty: str = 'There is no such case.') -> Figure:
+    """One row an image: input, reconstruction, score map, ground truth, overlay, with the verdict in words.
+
+    Args:
+        images, detections: (M, 3, H, W) uint8; what a detector found in them, masks and verdicts may be None
+        masks, kinds: (M, 1, H, W) bool, the ground truth; M kinds, 'good' for normal images; None: not known
+        indices, titles: which to show, one row each; M names for the rows, None: the kinds
+        threshold, limit: of the scores, to be named beside them; of the pixels, the unit of the maps, None: 0 to 1
+        empty: what to say if there is nothing to show
+    """
     if not len(indices): return _sentence_figure(empty)
-    columns = _gallery_columns(detections, masks)
-    names = _row_names(kinds if titles is None else titles, indices)
+    columns, names = _gallery_columns(detections, masks), _row_names(kinds if titles is None else titles, indices)
     left, size = max([1.5, *(.3 + .085 * len(name) for name in (names or {}).values())]), images.shape[-2:]
     fig, axes = _picture_frames(len(indices), len(columns), size, left=left, right=.6, bottom=.4, lowest=.62)
     for line, i in zip(axes, indices):
@@ -677,10 +732,12 @@ def _kind_table(results: dict) -> pd.DataFrame:
 
 # %% ../nbs/11_plots.ipynb #2a1a220d
 @_in_house_style
-def kind_bars(
-    results: dict,  # of evaluation.evaluate: 'image', 'pixel', 'kinds' and, if asked for, 'together'
-) -> Figure:
-    "The image AUROC and the pixel AP of each kind of defect, and of all together."
+def kind_bars(results: dict) -> Figure:
+    """The image AUROC and the pixel AP of each kind of defect, and of all together.
+
+    Args:
+        results: of evaluation.evaluate: 'image', 'pixel', 'kinds' and, if asked for, 'together'
+    """
     table = _kind_table(results)
     if table[['auroc', 'ap']].isna().all(axis=None):
         return _sentence_figure('No metric is defined: it takes good and defect test images.')
@@ -712,6 +769,7 @@ def _draw_agreement(ax: Axes, table: pd.DataFrame, low: float) -> None:
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_title(f'{(~short).sum()} of {len(table)} reach the published value')
 
+# %% ../nbs/11_plots.ipynb #cc170c31
 def _draw_by_name(ax: Axes, table: pd.DataFrame, low: float) -> None:
     "A line a class from the published value (hollow) to ours (filled), with the difference."
     for y, (_, row) in enumerate(table.iterrows()):
@@ -727,10 +785,12 @@ def _draw_by_name(ax: Axes, table: pd.DataFrame, low: float) -> None:
 
 # %% ../nbs/11_plots.ipynb #ee6ff9a1
 @_in_house_style
-def against_paper(
-    table: pd.DataFrame,  # one row a class, index its name, columns 'ours' and 'published', AUROC in percent
-) -> Figure:
-    "Our AUROC against the published one, a point a class."
+def against_paper(table: pd.DataFrame) -> Figure:
+    """Our AUROC against the published one, a point a class.
+
+    Args:
+        table: one row a class, index its name, columns 'ours' and 'published', AUROC in percent
+    """
     table = table[['ours', 'published']].astype(float).dropna().sort_values('published', ascending=False, kind='stable')
     if not len(table): return _sentence_figure('No class has both a value of ours and a published one.')
     low = float(np.floor(min(table.min(axis=None), 95) - 1))
@@ -753,11 +813,13 @@ def _draw_difference(ax: Axes, y: int, row: Any) -> None:
 
 # %% ../nbs/11_plots.ipynb #95cc6983
 @_in_house_style
-def class_differences(
-    table: pd.DataFrame,    # of evaluation.differences, one set of conditions: category, difference, low, high, seeds
-    metric: str,            # what differs
-) -> Figure:
-    "Ours less the published value, a row a class, with the interval over test images and each seed's own difference."
+def class_differences(table: pd.DataFrame, metric: str) -> Figure:
+    """Ours less the published value, a row a class, with the interval over test images and each seed's own difference.
+
+    Args:
+        table: of evaluation.differences, one set of conditions: category, difference, low, high, seeds
+        metric: what differs
+    """
     if not len(table): return _sentence_figure('No class has both a value of ours and a published one.')
     table = table.sort_values('difference', ascending=False, kind='stable')
     fig, ax = plt.subplots(figsize=(WIDTH, .9 + .24 * len(table)), layout='constrained')
@@ -785,6 +847,7 @@ def _draw_metric(ax: Axes, table: pd.DataFrame, metric: str, colour: str) -> Non
     ax.annotate(f'{mean.iloc[-1]:.3f}', (mean.index[-1], mean.iloc[-1]), xytext=(4, 0), textcoords='offset points',
                 va='center', fontsize=9, annotation_clip=False)
 
+# %% ../nbs/11_plots.ipynb #5e0730b3
 def _step_ticks(ax: Axes, steps: Sequence[int]) -> None:
     "A tick at each step that was looked at; every second or third one has its number."
     every = -(-len(steps) // 4)
@@ -794,11 +857,13 @@ def _step_ticks(ax: Axes, steps: Sequence[int]) -> None:
 
 # %% ../nbs/11_plots.ipynb #d2f914db
 @_in_house_style
-def learning_curve(
-    table: pd.DataFrame,  # seed, step, a column for each metric (fractions or nan), with '<metric> low' and ' high'
-    drops: Sequence[float] = (),    # steps after which the learning rate fell
-) -> Figure:
-    "Every metric against the steps of the training."
+def learning_curve(table: pd.DataFrame, drops: Sequence[float] = ()) -> Figure:
+    """Every metric against the steps of the training.
+
+    Args:
+        table: seed, step, a column for each metric (fractions or nan), with '<metric> low' and ' high'
+        drops: steps after which the learning rate fell
+    """
     metrics = [name for name in table if name not in ('seed', 'step') and not name.endswith((' low', ' high'))]
     if not len(table): return _sentence_figure('The run was not looked at.')
     rows = -(-len(metrics) // 3)

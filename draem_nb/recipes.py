@@ -29,6 +29,8 @@ Positive = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]
 Degrees = Annotated[float, Field(ge=0, le=180)]
 _Exponent = Annotated[int, Field(ge=0, le=8)]
+
+# %% ../nbs/06_recipes.ipynb #54f46a69
 _Side = Annotated[int, Field(ge=1, le=65536)]
 Size = _Side | tuple[_Side, _Side]
 _T = TypeVar('_T')
@@ -48,6 +50,7 @@ def as_recipe(cls: type[_T]) -> type[_T]:
     record.__init__ = init  # type: ignore[misc, method-assign, assignment]
     return record  # type: ignore[return-value]
 
+# %% ../nbs/06_recipes.ipynb #4d25deb3
 def _plain_value(value: object) -> object:
     "Lists, which JSON and papermill make of tuples, as tuples; a number of NumPy as one of Python."
     if isinstance(value, (list, tuple)): return tuple(map(_plain_value, value))
@@ -80,6 +83,7 @@ class HoldsOut(Protocol):
     def seed(self) -> int:
         "Of every random choice."
 
+# %% ../nbs/06_recipes.ipynb #d1412584
 class MethodChoices(HoldsOut, Protocol):
     "What the library asks of a recipe of any method, one's own included."
     @property
@@ -175,6 +179,7 @@ def _fault_in_words(e: ValidationError, cls: type, given: dict[str, Any]) -> str
     rules = dict.fromkeys(pairs.get(f['type'], f['msg'].removeprefix('Input should be ')) for f in same)
     return f"recipe field {field} is {given.get(field, first['input'])!r}; it must be {' or '.join(rules)}"
 
+# %% ../nbs/06_recipes.ipynb #9a656aaf
 def _check_together(r: Recipe) -> None:
     for field in ('opacity', 'perlin_scales'):
         r.need(getattr(r, field)[0] <= getattr(r, field)[1], field, 'a pair (low, high) with low <= high')
@@ -204,16 +209,19 @@ def demo() -> Recipe:
                   deep_supervision=1., schedule='linear', anomaly_prior=0.05, rotation_probability=0., score_window=9,
                   match_gray=True)
 
+# %% ../nbs/06_recipes.ipynb #960d5a8f
 def compact() -> Recipe:
     """For real parts on two cores, ours: `demo`; half of the anomalies filled from the normal
     images, half of them fading in."""
     return demo().replace(name='compact', own_share=0.5, soft_share=0.5, score_window=5)
 
+# %% ../nbs/06_recipes.ipynb #00ddb74d
 def texture() -> Recipe:
     """For surfaces without up and left, ours: `demo`, with random crops of images of 128 pixels
     in eight positions, and 2,000 steps."""
     return demo().replace(name='texture', image_size=128, flips=True, steps=2000)
 
+# %% ../nbs/06_recipes.ipynb #98921396
 def by_name(name: str) -> Recipe:
     "`'official'`, `'paper'`, `'demo'`, `'compact'` or `'texture'`; any other name raises `ValueError`."
     recipes = dict(official=official, paper=paper, demo=demo, compact=compact, texture=texture)

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-
-from .layouts import open_image, shown
 
 # %% auto #0
 __all__ = ['OUTSIDE', 'inside', 'read_region']
+
+# %% ../nbs/14d_regions.ipynb #08606af8
+from torch import Tensor
+
+from .layouts import open_image, shown
 
 # %% ../nbs/14d_regions.ipynb #319b0e50
 OUTSIDE = 128       # the gray of what is not looked at, of 255
@@ -39,6 +41,7 @@ def _as_rectangle(region: object) -> list[int] | None:
                          'picture that is white where the detector looks')
     return list(region)
 
+# %% ../nbs/14d_regions.ipynb #cd39e158
 def _size_of(path: Path) -> tuple[int, int]:
     "(width, height) as the image is shown, from its header alone."
     with open_image(path) as file:
@@ -63,12 +66,16 @@ def _region_picture(region: str | Path | Sequence[int], size: tuple[int, int]) -
     return Image.fromarray((values > 0).astype(np.uint8) * 255) if values.max() < 128 else picture
 
 # %% ../nbs/14d_regions.ipynb #36a24183
-def read_region(
-    region: str | Path | Sequence[int], # a picture, white where the detector looks; or left, top, width, height
-    images: Sequence[Path],             # the photos that it is for, all of one size
-    size: tuple[int, int],              # (H, W) in pixels: what the photos are resized to
-) -> Tensor:                            # (H, W) bool
-    "A region at the size that the detector looks at; `ValueError` where it does not fit the photos or is empty."
+def read_region(region: str | Path | Sequence[int], images: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """A region at the size that the detector looks at; `ValueError` where it does not fit the photos or is empty.
+
+    Args:
+        region: a picture, white where the detector looks; or left, top, width, height
+        images: the photos that it is for, all of one size
+        size: (H, W) in pixels: what the photos are resized to
+    Returns:
+        (H, W) bool
+    """
     first = _size_of(images[0])
     if other := next((path for path in images if _size_of(path) != first), None):
         raise ValueError(f'a region is for photos of one size, but {shown(images[0])} has {first[0]} x {first[1]} '

@@ -12,6 +12,13 @@ import hashlib
 import json
 import logging
 import math
+
+# %% auto #0
+__all__ = ['check_parameters', 'default_folder', 'peak_memory_mib', 'timing', 'finish', 'Figures', 'styled', 'as_csv',
+           'RunFailed', 'to_html', 'locked', 'RunResult', 'execute_own', 'run_report', 'run_many', 'metrics_table',
+           'read_part', 'run_command']
+
+# %% ../nbs/12_reports.ipynb #6ed78f5d
 import os
 import re
 import resource
@@ -21,15 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
+
+# %% ../nbs/12_reports.ipynb #f21ff5eb
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
-
-# %% auto #0
-__all__ = ['check_parameters', 'default_folder', 'peak_memory_mib', 'timing', 'finish', 'Figures', 'styled', 'as_csv',
-           'RunFailed', 'to_html', 'locked', 'RunResult', 'execute_own', 'run_report', 'run_many', 'metrics_table',
-           'read_part', 'run_command']
 
 # %% ../nbs/12_reports.ipynb #6df8e8e7
 import pandas as pd
@@ -41,6 +45,8 @@ from jupyter_client.channels import HBChannel
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from matplotlib.figure import Figure
+
+# %% ../nbs/12_reports.ipynb #fa749692
 from pandas.io.formats.style import Styler
 
 from . import gallery
@@ -66,6 +72,7 @@ def _keys_of(field: str) -> tuple[str, ...]:
     "The parameters of a field of a folder's rule: 'name of images or cross_fit' takes the first that is given."
     return tuple(field.removeprefix('name of ').split(' or '))
 
+# %% ../nbs/12_reports.ipynb #1757905e
 def _folder_part(field: str, p: dict) -> str:
     "What stands for a field of a folder's rule: a parameter, the name of a folder, the date or the time."
     if field in ('date', 'time'): return time.strftime('%Y%m%d' if field == 'date' else '%H%M%S')
@@ -75,12 +82,14 @@ def _folder_part(field: str, p: dict) -> str:
     if field.startswith('name of '): return Path(value).resolve().name[:80]
     return '-'.join(map(str, value)) if isinstance(value, list) else str(value)
 
+# %% ../nbs/12_reports.ipynb #355f2af4
 def _hash_of_others(params: dict) -> str:
     "Six digits for all parameters that a run's name does not say; where the data lie makes no other run of it."
     said = {'category', 'method', 'recipe', 'seed', 'seeds', 'data_root', 'textures_root', 'device'}
     rest = {key: value for key, value in params.items() if key not in said and value}
     return f"-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]}" if rest else ''
 
+# %% ../nbs/12_reports.ipynb #573ac59a
 def _free_folder(folder: Path) -> Path:
     "That folder or, where it is there already, the first with a number behind its name."
     return next(path for i in range(1, 1000)
@@ -99,13 +108,14 @@ def _check_named(name: str | Path, p: dict, needed: list[tuple[str, ...]]) -> No
         raise ValueError(f'{report} needs {" and ".join(words)}')
 
 # %% ../nbs/12_reports.ipynb #b4be6701
-def default_folder(
-    name: str | Path,     # the report
-    params: dict,         # its parameters, those that are given
-    runs_dir: str | Path = 'runs',
-) -> Path:
+def default_folder(name: str | Path, params: dict, runs_dir: str | Path = 'runs') -> Path:
     """The folder of a report when none is named, by the rule that its notebook declares (`cli.folder_rule`):
-    `runs/brick-demo-seed0`, `runs/summary`, `runs/brick-demo-seed0/inspect-photos-20261127-081500`."""
+    `runs/brick-demo-seed0`, `runs/summary`, `runs/brick-demo-seed0/inspect-photos-20261127-081500`.
+
+    Args:
+        name: the report
+        params: its parameters, those that are given
+    """
     p, rule = check_parameters(name, params), folder_rule(name) or _RUN_RULE
     needed = [_keys_of(field) for field in re.findall('<(.*?)>', rule) if field not in ('date', 'time')]
     _check_named(name, p, needed)
@@ -128,6 +138,7 @@ def peak_memory_mib() -> float:
     if status.exists() and (peak := re.search(r'VmHWM:\s+(\d+)', status.read_text())): return int(peak[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
+# %% ../nbs/12_reports.ipynb #834c1b69
 def timing() -> dict[str, float]:
     "So far, in this process: wall time in seconds, peak memory in MiB, and the GPU's where one was used."
     found = dict(seconds=round(time.monotonic() - _started, 1),
@@ -138,12 +149,14 @@ def timing() -> dict[str, float]:
     return found
 
 # %% ../nbs/12_reports.ipynb #40d49842
-def finish(
-    run_dir: str | Path,   # the report's folder
-    results: dict,         # plain JSON; the same to the byte whenever the run is the same: no times, no paths
-    complete: bool = True, # False: `run_report` is in charge and makes the run complete itself
-) -> None:
-    "Write `timing.json` and `results.json`; where `complete`, `results.json` becomes `metrics.json`."
+def finish(run_dir: str | Path, results: dict, complete: bool = True) -> None:
+    """Write `timing.json` and `results.json`; where `complete`, `results.json` becomes `metrics.json`.
+
+    Args:
+        run_dir: the report's folder
+        results: plain JSON; the same to the byte whenever the run is the same: no times, no paths
+        complete: False: `run_report` is in charge and makes the run complete itself
+    """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(timing(), run_dir / 'timing.json')
@@ -165,12 +178,13 @@ class Figures:
         display(figure)
 
 # %% ../nbs/12_reports.ipynb #ca276241
-def styled(
-    table: pd.DataFrame,
-    formatter: object = None,   # as in `Styler.format`
-    **how: object,              # precision, na_rep
-) -> Styler:
-    "A table for a report, in which names are text, never HTML."
+def styled(table: pd.DataFrame, formatter: object = None, **how: object) -> Styler:
+    """A table for a report, in which names are text, never HTML.
+
+    Args:
+        formatter: as in `Styler.format`
+        how: precision, na_rep
+    """
     return table.style.format(formatter, escape='html',
                               **how).format_index(escape='html').format_index(escape='html', axis=1)
 
@@ -249,6 +263,7 @@ class RunFailed(RuntimeError):
 _PLAIN = ('ValueError', 'UnreadableImage', 'DiskFull', 'FileNotFoundError', 'FileExistsError', 'PermissionError',
           'NotADirectoryError', 'RunFailed')
 
+# %% ../nbs/12_reports.ipynb #9c5f319e
 def _reason_of(error: BaseException) -> str:
     "One line for people."
     from nbclient.exceptions import DeadKernelError
@@ -265,6 +280,7 @@ def _reason_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: return f'the disk is full: {error.filename or error}'
     return f'{type(error).__name__}: {error}'
 
+# %% ../nbs/12_reports.ipynb #5cd5061c
 def _last_lines(error: BaseException, n: int = 12) -> str:
     "The end of the notebook's traceback, without the colours of a terminal."
     text = re.sub(r'\x1b\[[0-9;]*m', '', '\n'.join(getattr(error, 'traceback', [])))
@@ -279,12 +295,14 @@ logging.getLogger('asyncio').addFilter(lambda record: not (
 
 _START = 120     # seconds for a kernel
 
+# %% ../nbs/12_reports.ipynb #eb07c30d
 def _execute_notebook(notebook: Path, to: Path, params: dict) -> None:
     import papermill
     papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False,
                                kernel_manager_class=_Kernel, start_timeout=_START,
                                stdout_file=_Console(sys.stdout), stderr_file=_Console(sys.stderr))
 
+# %% ../nbs/12_reports.ipynb #25f02628
 def _keep_notebook(temporary: Path, final: Path, error: str = '') -> Path:
     "Move an executed notebook to its place, its streams joined; `error` is put at its top."
     import nbformat
@@ -341,12 +359,14 @@ def to_html(notebook: str | Path, html: str | Path, title: str) -> Path:
 
 # %% ../nbs/12_reports.ipynb #52a68654
 @contextlib.contextmanager
-def locked(
-    folder: str | Path,         # made if it is missing
-    name: str = '.run.lock',    # one lock of the folder; others do not meet it
-    wait: float = 0.,           # seconds to wait for whoever holds it
-) -> Iterator[None]:
-    "Hold a folder; `ValueError` that names the process where another one holds it."
+def locked(folder: str | Path, name: str = '.run.lock', wait: float = 0.) -> Iterator[None]:
+    """Hold a folder; `ValueError` that names the process where another one holds it.
+
+    Args:
+        folder: made if it is missing
+        name: one lock of the folder; others do not meet it
+        wait: seconds to wait for whoever holds it
+    """
     path, until = Path(folder) / name, time.monotonic() + wait
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -377,6 +397,7 @@ def _lock_file(path: Path) -> TextIO | None:
         print(f'process {os.getpid()} on {os.uname().nodename}', file=file, flush=True)   # a full disk still locks
     return file
 
+# %% ../nbs/12_reports.ipynb #57079670
 def _lock_holder(path: Path) -> str:
     try: return path.read_text().strip() or 'another process'
     except OSError: return 'another process'
@@ -408,6 +429,7 @@ def _files_read(asked: dict) -> dict[str, Path]:
                   for path in find_images(asked['textures_root'])}
     return {shown(name): path for name, path in files.items()}
 
+# %% ../nbs/12_reports.ipynb #4692ba03
 def _file_notes(files: dict[str, Path], known: dict) -> dict[str, list]:
     "Size, time of change and content of each file; the content is read only where size or time are not as `known`."
     def note(name: str, path: Path) -> list:
@@ -443,6 +465,7 @@ def _metrics(run_dir: Path) -> dict:
                          'run anew')
     return metrics
 
+# %% ../nbs/12_reports.ipynb #ec983704
 def finished_run(run_dir: Path, ran: bool = True) -> RunResult:
     try: seconds = float(read_json(run_dir / 'timing.json')['seconds'])
     except (OSError, ValueError, TypeError, KeyError): seconds = math.nan       # copied without it: no result lacks
@@ -475,6 +498,7 @@ def asked_parameters(name: str | Path, params: dict) -> tuple[dict, dict]:
             raise ValueError(f'{key} is {shown(value)}, which is no UTF-8; rename that folder')
     return params, plain(dict(report=Path(name).stem) | check_parameters(name, params))
 
+# %% ../nbs/12_reports.ipynb #b3de08f9
 def begin_run(run_dir: Path, asked: dict) -> None:
     "Note what was asked for, and take away what would make an old run look like this one."
     try:
@@ -520,6 +544,7 @@ def execute_own(file: str | Path | None) -> None:
 # %% ../nbs/12_reports.ipynb #664e3995
 _BEGUN = {'parameters.json', 'inputs.json', 'report.failed.ipynb', 'figures'}    # all that there is before any work
 
+# %% ../nbs/12_reports.ipynb #8b8e8f4e
 @contextlib.contextmanager
 def _taken_back(run_dir: Path, is_ours: bool) -> Iterator[None]:
     "Within, a report of ours that fails by its input, before it has worked, leaves no folder that was not there."
@@ -534,14 +559,15 @@ def _taken_back(run_dir: Path, is_ours: bool) -> Iterator[None]:
         raise RunFailed(failed.reason, None) from None
 
 # %% ../nbs/12_reports.ipynb #dd28390f
-def run_report(
-    name: str | Path,      # a report's name, or the path of a notebook with a cell tagged `parameters`
-    params: dict,          # its parameters; the others keep their defaults
-    run_dir: str | Path,   # the report's folder; made if it is missing
-    wait: float = 0.,      # seconds to wait for another process that is at work in that folder
-) -> RunResult:
-    "Run a report to the end. `ValueError` for a bad name, parameter or folder; `RunFailed` when the notebook failed."
-    # a notebook gets what JSON has: lists, not tuples, of which papermill would make text
+def run_report(name: str | Path, params: dict, run_dir: str | Path, wait: float = 0.) -> RunResult:
+    """Run a report to the end. `ValueError` for a bad name, parameter or folder; `RunFailed` when the notebook failed.
+
+    Args:
+        name: a report's name, or the path of a notebook with a cell tagged `parameters`
+        params: its parameters; the others keep their defaults
+        run_dir: the report's folder; made if it is missing
+        wait: seconds to wait for another process that is at work in that folder
+    """
     params, asked = asked_parameters(name, params)
     execute_own(asked.get('own'))
     run_dir, folder = Path(run_dir), folder_parameter(name)
@@ -551,8 +577,7 @@ def run_report(
     _check_start(name, asked)           # what is wrong is said before there is a folder
     inputs = _file_notes(_files_read(asked), {})
     with _taken_back(run_dir, is_ours=not str(name).endswith('.ipynb')), locked(run_dir, wait=wait):
-        if folder == 'run_dir' and is_complete(run_dir, asked):
-            return finished_run(run_dir, ran=False)   # made by another command just now
+        if folder == 'run_dir' and is_complete(run_dir, asked): return finished_run(run_dir, ran=False)  # just now
         begin_run(run_dir, asked)
         if inputs: write_json(inputs, run_dir / 'inputs.json')
         _run_notebook(report_notebook(name), params | {folder: str(run_dir.absolute()), 'complete': False}, run_dir)
@@ -578,15 +603,15 @@ def _run_notebook(notebook: Path, params: dict, run_dir: Path) -> None:
     raise RunFailed(_reason_of(error), kept, _last_lines(error), getattr(error, 'ename', '') in _PLAIN) from None
 
 # %% ../nbs/12_reports.ipynb #5c625500
-def run_many(
-    param_sets: list[dict],         # the parameters of each report
-    runs_dir: str | Path = 'runs',  # each gets a folder in it, named by `default_folder`
-    name: str | Path = 'category',  # the report
-    scheduler: str | None = None,   # None: one after the other; 'local' or an address, 'tcp://host:8786': side by side
-    **options: Any,                 # of `fanout.fan_out`, with a scheduler: workers, threads, time_limit
-) -> pd.DataFrame:
-    """Run a report for every set of parameters: a row each, with `status`, `error`,
-    `seconds`, `run_dir` and the metrics."""
+def run_many(param_sets: list[dict], runs_dir: str | Path = 'runs', name: str | Path = 'category',
+             scheduler: str | None = None, **options: Any) -> pd.DataFrame:
+    """Run a report for every set of parameters: a row each, with `status`, `error`, `seconds`, `run_dir`, the metrics.
+
+    Args:
+        param_sets, name: the parameters of each report; which report
+        runs_dir: each gets a folder in it, named by `default_folder`
+        scheduler, options: None: one after the other; else side by side, both as in `fanout.fan_out`
+    """
     if scheduler is not None:
         from draem_nb.fanout import fan_out
         return fan_out(param_sets, runs_dir, name, scheduler, **options)

@@ -12,6 +12,12 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
+
+# %% auto #0
+__all__ = ['load', 'RiadRecipe', 'published', 'demo', 'by_name', 'disjoint_masks', 'inpaint', 'UNet', 'riad_losses',
+           'RiadTraining', 'RiadMethod', 'RiadDetector', 'fit']
+
+# %% ../nbs/48_riad.ipynb #94a6300c
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,12 +27,10 @@ from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_netw
 from .losses import reconstruction_error, ssim_loss
 from .networks import BatchNorm2d, Net
 from .recipes import Count, Inside, Positive, Weight, as_recipe
+
+# %% ../nbs/48_riad.ipynb #da1101aa
 from .regions import inside
 from .simulator import generator_of, image_indices
-
-# %% auto #0
-__all__ = ['load', 'RiadRecipe', 'published', 'demo', 'by_name', 'disjoint_masks', 'inpaint', 'UNet', 'riad_losses',
-           'RiadTraining', 'RiadMethod', 'RiadDetector', 'fit']
 
 # %% ../nbs/48_riad.ipynb #6ef80533
 @as_recipe
@@ -60,6 +64,7 @@ def demo() -> RiadRecipe:
     "For two CPU cores: 128 px, a quarter of the channels, 400 steps at ten times the learning rate."
     return RiadRecipe(name='demo', size=128, width=16, steps=400, lr=1e-3, score_window=11)
 
+# %% ../nbs/48_riad.ipynb #02f6f33d
 def by_name(name: str) -> RiadRecipe:
     "`'published'` or `'demo'`; any other name raises `ValueError`."
     recipes = dict(published=published, demo=demo)
@@ -86,6 +91,7 @@ def inpaint(net: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
 def _convolution_layers(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
     return [nn.Conv2d(c_in, c_out, kernel, stride, 1), BatchNorm2d(c_out), nn.ReLU(inplace=True)]
 
+# %% ../nbs/48_riad.ipynb #796bfa00
 class UNet(nn.Module):
     "(B, 3, H, W) in -1..1 -> the same shape, in -1..1; H and W multiples of 16. 28.81 M parameters at width 64."
     def __init__(self, width: int = 64):
@@ -187,14 +193,20 @@ class RiadDetector(RiadMethod):
         return torch.cat(reconstructions), maps, inside(maps, self.region, 0.).amax((1, 2, 3))
 
 # %% ../nbs/48_riad.ipynb #9afbf1ea
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: RiadRecipe | None = None,               # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # not used: nothing is simulated
-    run_dir: str | Path | None = None,              # keeps the run and goes on from what is there; None: nothing kept
-) -> RiadDetector:                                  # with thresholds, unless recipe.holdout is 0
-    "Train RIAD on a class (Zavrtanik et al., 2021), set the thresholds. Same seed, same bits on a CPU."
+def fit(category: CategoryData, recipe: RiadRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> RiadDetector:
+    """Train RIAD on a class (Zavrtanik et al., 2021), set the thresholds. Same seed, same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: not used: nothing is simulated
+        run_dir: keeps the run and goes on from what is there; None: nothing kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     return fit_networks(RiadDetector(recipe or demo(), device), category, run_dir)
 
+# %% ../nbs/48_riad.ipynb #8c07985b
 load = RiadDetector.load

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from .compiled import Made, Work, chains_of, simulate
-from .perlin import random_angles
-from .recipes import Recipe
-from .textures import Augmentation, draw_augmentation
 
 # %% auto #0
 __all__ = ['Plan', 'Simulated', 'generator_of', 'uniform', 'image_indices', 'draw_plan', 'AnomalySimulator', 'has_color',
            'in_position', 'own_sources']
+
+# %% ../nbs/03_simulator.ipynb #f7108e96
+from .perlin import random_angles
+from .recipes import Recipe
+from .textures import Augmentation, draw_augmentation
 
 # %% ../nbs/03_simulator.ipynb #607e072a
 @dataclass
@@ -64,6 +66,7 @@ def uniform(low: float, high: float, shape: tuple[int, ...] | int, g: torch.Gene
     "float32 of `shape`, uniform in low .. high, from `g`."
     return torch.rand(shape, generator=g) * (high - low) + low
 
+# %% ../nbs/03_simulator.ipynb #e4cc4132
 def image_indices(n_images: int, batch: int, seed: int, step: int) -> Tensor:
     "(batch,) indices of a step's images: the next ones of shuffled passes over all of them."
     epoch, position = np.divmod(step * batch + np.arange(batch), n_images)
@@ -101,15 +104,15 @@ def _draw_anomalies(recipe: Recipe, n: int, n_images: int, n_textures: int, g: t
     return fields | dict(softness=softness * (torch.rand(n, generator=g) < recipe.soft_share))
 
 # %% ../nbs/03_simulator.ipynb #1a55b020
-def draw_plan(
-    recipe: Recipe,
-    n_images: int,      # normal images to choose from
-    n_textures: int,    # anomaly source images to choose from
-    batch: int,         # images in the batch
-    seed: int,
-    step: int,          # plans of different steps are independent
-) -> Plan:
-    "All random choices of one step, from a generator seeded by (seed, step) alone."
+def draw_plan(recipe: Recipe, n_images: int, n_textures: int, batch: int, seed: int, step: int) -> Plan:
+    """All random choices of one step, from a generator seeded by (seed, step) alone.
+
+    Args:
+        n_images: normal images to choose from
+        n_textures: anomaly source images to choose from
+        batch: images in the batch
+        step: plans of different steps are independent
+    """
     g = generator_of(seed, 0, step)
     image = _draw_images(n_images, batch, seed, step, recipe.replacement, g)
     turned = (torch.rand(batch, generator=g) < recipe.rotation_probability).nonzero()[:, 0]
@@ -152,6 +155,7 @@ def has_color(images: Tensor) -> bool:
     parts = images.split(64)            # bounded memory
     return any(bool((p[:, 0] != p[:, 1]).any() or (p[:, 0] != p[:, 2]).any()) for p in parts)
 
+# %% ../nbs/03_simulator.ipynb #621aef57
 def _check_images_and_textures(images: Tensor, textures: Tensor) -> None:
     for name, t in (('images', images), ('textures', textures)):
         if t.dtype != torch.uint8 or t.ndim != 4 or t.shape[1] != 3:

@@ -12,6 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+# %% auto #0
+__all__ = ['wants_textures', 'load', 'StudentsRecipe', 'published', 'demo', 'by_name', 'PatchNet', 'draw_patches', 'knowledge',
+           'compactness', 'padded', 'Ensemble', 'initialise', 'ensembles', 'map_of', 'lesson_of', 'distil', 'teach',
+           'moments', 'measure_teachers', 'measure_students', 'StudentsTraining', 'StudentsMethod', 'StudentsDetector',
+           'fit']
+
+# %% ../nbs/47_students.ipynb #c50e2b99
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -21,14 +29,10 @@ from .fitting import NetworkDetector, NetworkRecipe, Training, descend, fit_netw
 from .networks import Net
 from .recipes import Count, Inside, Positive, Weight, as_recipe
 from .regions import inside
+
+# %% ../nbs/47_students.ipynb #fb1ff91a
 from .simulator import generator_of, image_indices
 from .textures import load_textures
-
-# %% auto #0
-__all__ = ['wants_textures', 'load', 'StudentsRecipe', 'published', 'demo', 'by_name', 'PatchNet', 'draw_patches', 'knowledge',
-           'compactness', 'padded', 'Ensemble', 'initialise', 'ensembles', 'map_of', 'lesson_of', 'distil', 'teach',
-           'moments', 'measure_teachers', 'measure_students', 'StudentsTraining', 'StudentsMethod', 'StudentsDetector',
-           'fit']
 
 # %% ../nbs/47_students.ipynb #0433fe73
 wants_textures = True       # the teacher learns on them
@@ -73,6 +77,7 @@ def demo() -> StudentsRecipe:
     return StudentsRecipe(name='demo', backbone='efficientnet_lite0', width=16, descriptor=32, patches=4096,
                           teacher_steps=600, teacher_lr=2e-3, steps=500, batch=4, crop=64, lr=1e-3)
 
+# %% ../nbs/47_students.ipynb #b0ddb48b
 def by_name(name: str) -> StudentsRecipe:
     "`'published'` or `'demo'`; any other name raises `ValueError`."
     recipes = dict(published=published, demo=demo)
@@ -122,6 +127,7 @@ def draw_patches(textures: Tensor, n: int, receptive: int, generator: torch.Gene
         patches[i] = F.interpolate(square, receptive, mode='bilinear', antialias=True).round()[0]
     return patches
 
+# %% ../nbs/47_students.ipynb #b74acffb
 @torch.no_grad()
 def knowledge(patches: Tensor, backbone: str, device: torch.device) -> Tensor:
     "(n, 3, p, p) uint8 -> (n, C): the averages of the backbone's last part, each with mean 0 and deviation 1."
@@ -189,6 +195,7 @@ def initialise(net: Net, generator: torch.Generator) -> Net:
             if m.bias is not None: m.bias.zero_()
     return net
 
+# %% ../nbs/47_students.ipynb #4b39e336
 def ensembles(nets: nn.ModuleDict) -> list[Ensemble]:
     "The ensembles of all receptive fields."
     return [net for net in nets.values() if isinstance(net, Ensemble)]
@@ -204,6 +211,7 @@ def lesson_of(textures: Tensor, receptive: int, recipe: StudentsRecipe, device: 
     patches = draw_patches(textures, recipe.patches, receptive, generator_of(recipe.seed, 21, receptive))
     return patches.to(device), knowledge(patches, recipe.backbone, device)
 
+# %% ../nbs/47_students.ipynb #f4f6717c
 def distil(net: Ensemble, lesson: tuple[Tensor, Tensor], recipe: StudentsRecipe, i: int) -> tuple[Tensor, Tensor]:
     "The teacher's loss in step i, and of it the mean square that is shown."
     patches, known = lesson
@@ -212,6 +220,7 @@ def distil(net: Ensemble, lesson: tuple[Tensor, Tensor], recipe: StudentsRecipe,
     squares = (net.decoder(found) - known[index]).square()
     return squares.sum(1).mean() + recipe.compactness * compactness(found), squares.mean()
 
+# %% ../nbs/47_students.ipynb #f20f678d
 def teach(net: Ensemble, images: Tensor, recipe: StudentsRecipe, i: int) -> tuple[Tensor, Tensor]:
     "The loss of all students in step i on (N, 3, H, W) uint8 normal images, and the mean square that is shown."
     index = image_indices(len(images), recipe.batch, recipe.seed, i).to(images.device)
@@ -232,6 +241,7 @@ def moments(parts: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     deviation = (squares / n - mean.square()).clamp(min=1e-12).sqrt()
     return mean[:, None, None].float(), deviation[:, None, None].float()
 
+# %% ../nbs/47_students.ipynb #570f0cbe
 @torch.no_grad()
 def measure_teachers(nets: nn.ModuleDict, images: Tensor) -> None:
     """Mean and deviation of the descriptors over 64 of (N, 3, H, W) uint8 normal images, at the
@@ -239,6 +249,7 @@ def measure_teachers(nets: nn.ModuleDict, images: Tensor) -> None:
     for net in ensembles(nets):
         net.mean, net.std = moments(net.teacher(padded(x, net.receptive)) for x in few_at_a_time(images[:64]))
 
+# %% ../nbs/47_students.ipynb #a6523995
 @torch.no_grad()
 def measure_students(nets: nn.ModuleDict, images: Tensor) -> None:
     "Deviations of e and v over the pixels of (N, 3, H, W) uint8 normal images, and the largest value of their maps."
@@ -316,16 +327,22 @@ class StudentsDetector(StudentsMethod):
         return None, 1 / (1 + (self.nets.get_buffer('farthest') / maps).square()), scores
 
 # %% ../nbs/47_students.ipynb #b49c6449
-def fit(
-    category: CategoryData,                         # its normal training images are used, nothing else
-    recipe: StudentsRecipe | None = None,           # None: `demo()`
-    device: str | torch.device | None = None,       # None: a GPU where there is one
-    textures: Tensor | None = None,                 # (N, 3, H, W) uint8 for the teacher; None: the built-in photographs
-    run_dir: str | Path | None = None,              # keeps the run, and goes on from it; None: nothing is kept
-) -> StudentsDetector:                              # with thresholds, unless recipe.holdout is 0
-    "Train teachers and students (Bergmann et al., 2020), set the thresholds. Same seed, same bits on a CPU."
+def fit(category: CategoryData, recipe: StudentsRecipe | None = None, device: str | torch.device | None = None,
+        textures: Tensor | None = None, run_dir: str | Path | None = None) -> StudentsDetector:
+    """Train teachers and students (Bergmann et al., 2020), set the thresholds. Same seed, same bits on a CPU.
+
+    Args:
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
+        device: None: a GPU where there is one
+        textures: (N, 3, H, W) uint8 for the teacher; None: the built-in photographs
+        run_dir: keeps the run, and goes on from it; None: nothing is kept
+    Returns:
+        with thresholds, unless recipe.holdout is 0
+    """
     recipe = recipe or demo()
     if textures is None: textures = load_textures(None, recipe.size)
     return fit_networks(StudentsDetector(recipe, device), category, run_dir, textures)
 
+# %% ../nbs/47_students.ipynb #2dbbf762
 load = StudentsDetector.load

@@ -12,17 +12,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+# %% auto #0
+__all__ = ['OPERATIONS', 'load_textures', 'Augmentation', 'draw_augmentation']
+
+# %% ../nbs/02_textures.ipynb #f8eb18b9
 from skimage import data as photographs
 from torch import Tensor
 
 from .data import check_size, find_images, load_images
 
-# %% auto #0
-__all__ = ['OPERATIONS', 'load_textures', 'Augmentation', 'draw_augmentation']
-
 # %% ../nbs/02_textures.ipynb #9796c986
 _PHOTOGRAPHS = ('coffee', 'chelsea', 'retina', 'astronaut', 'rocket', 'hubble_deep_field')
 
+# %% ../nbs/02_textures.ipynb #df1461aa
 def _crops_of(photograph: Image.Image, size: tuple[int, int], antialias: bool) -> list[Tensor]:
     "The largest centred part that has the shape of `size`, and the four quarters of this part; (3, H, W) uint8 each."
     height = min(photograph.height, photograph.width * size[0] / size[1])
@@ -36,12 +39,16 @@ def _crops_of(photograph: Image.Image, size: tuple[int, int], antialias: bool) -
     return [F.interpolate(x, size, mode='bilinear', align_corners=False)[0].round().byte() for x in cut]
 
 # %% ../nbs/02_textures.ipynb #a422c189
-def load_textures(
-    root: str | Path | None = None,       # folder tree of images, e.g. DTD's `images`; None: the built-in photographs
-    size: int | tuple[int, int] = 256,    # S or (H, W) in pixels, multiples of 32
-    antialias: bool = True,               # how larger images are shrunk, see `load_images`; a recipe says which
-) -> Tensor: # (N, 3, H, W) uint8, RGB
-    "The anomaly source images. A folder that is missing or holds no images raises `FileNotFoundError` that names it."
+def load_textures(root: str | Path | None = None, size: int | tuple[int, int] = 256, antialias: bool = True) -> Tensor:
+    """The anomaly source images. A folder that is missing or holds no images raises `FileNotFoundError` that names it.
+
+    Args:
+        root: folder tree of images, e.g. DTD's `images`; None: the built-in photographs
+        size: S or (H, W) in pixels, multiples of 32
+        antialias: how larger images are shrunk, see `load_images`; a recipe says which
+    Returns:
+        (N, 3, H, W) uint8, RGB
+    """
     size = check_size(size)
     if root is None:
         crops = [_crops_of(Image.fromarray(getattr(photographs, name)()), size, antialias) for name in _PHOTOGRAPHS]
@@ -52,6 +59,7 @@ def load_textures(
         raise FileNotFoundError(f'the texture folder {root} holds no images; {_REMEDY}')
     return load_images(paths, size, cache=True, antialias=antialias)
 
+# %% ../nbs/02_textures.ipynb #015c33b2
 _REMEDY = 'give a folder of images, or None for the built-in photographs'
 
 def _as_tensor(image: Image.Image) -> Tensor:
@@ -92,13 +100,15 @@ def _strength_ranges(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return low, high, torch.tensor(whole, dtype=torch.bool).view(-1, 4)
 
 # %% ../nbs/02_textures.ipynb #6ef39a5b
-def draw_augmentation(
-    kind: str,                   # 'official', 'paper' or 'none'
-    n: int,                      # textures
-    generator: torch.Generator,  # on the CPU
-    n_operations: int = 3,       # different ones for each texture
-) -> Augmentation:
-    "Draw the operations of n textures and their strengths. Kind 'none' has no operations, whatever `n_operations`."
+def draw_augmentation(kind: str, n: int, generator: torch.Generator, n_operations: int = 3) -> Augmentation:
+    """Draw the operations of n textures and their strengths. Kind 'none' has no operations, whatever `n_operations`.
+
+    Args:
+        kind: 'official', 'paper' or 'none'
+        n: textures
+        generator: on the CPU
+        n_operations: different ones for each texture
+    """
     if kind not in OPERATIONS: raise ValueError(f"unknown augmentation {kind!r}; there are: {', '.join(OPERATIONS)}")
     if not 0 <= n_operations <= len(OPERATIONS[kind]) and kind != 'none':
         raise ValueError(f'n_operations is {n_operations}, but there are {len(OPERATIONS[kind])} in {kind!r}')

@@ -13,21 +13,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+# %% auto #0
+__all__ = ['tile_starts', 'blend_weights', 'OnTiles', 'TiledDetector', 'load_detector']
+
+# %% ../nbs/08b_tiling.ipynb #5b8e8fb2
 from .data import check_size, find_images, large_zeros, load_images, read_json
 from .detector import (AnomalyDetector, Detections, Detector, Images, above, as_bytes, as_images, check_batch,
                                check_finite, image_score)
 from .regions import inside
 
-# %% auto #0
-__all__ = ['tile_starts', 'blend_weights', 'OnTiles', 'TiledDetector', 'load_detector']
-
 # %% ../nbs/08b_tiling.ipynb #fd69f1b0
-def tile_starts(
-    length: int,  # of the axis, pixels
-    tile: int,    # of a tile; at most length
-    overlap: int, # of neighbours, at least; 0 <= overlap < tile
-) -> list[int]: # first pixels, rising from 0 to length - tile
-    "Where tiles begin along one axis."
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along one axis.
+
+    Args:
+        length: of the axis, pixels
+        tile: of a tile; at most length
+        overlap: of neighbours, at least; 0 <= overlap < tile
+    Returns:
+        first pixels, rising from 0 to length - tile
+    """
     if not 0 <= overlap < tile <= length:
         raise ValueError(f"tiles of {tile} pixels with {overlap} of overlap do not fit an axis of {length}; need 0 <= "
                          "overlap < tile <= length")
@@ -35,8 +40,12 @@ def tile_starts(
     return [round(i * (length - tile) / (n - 1)) for i in range(n)] if n > 1 else [0]
 
 # %% ../nbs/08b_tiling.ipynb #bcf3ddb2
-def blend_weights(length: int, tile: int, overlap: int) -> Tensor: # (n tiles, tile) float32
-    "Weights of the tiles of one axis; at each pixel they sum to 1 over the tiles that cover it."
+def blend_weights(length: int, tile: int, overlap: int) -> Tensor:
+    """Weights of the tiles of one axis; at each pixel they sum to 1 over the tiles that cover it.
+
+    Args:
+        length, tile, overlap: (n tiles, tile) float32
+    """
     starts = tile_starts(length, tile, overlap)
     at = torch.arange(tile) + 0.5
     ramp = torch.minimum(at, tile - at).clamp(max=max(overlap, 1)).double()
@@ -58,12 +67,12 @@ def _one_by_one(images: Images, size: tuple[int, int],
 # %% ../nbs/08b_tiling.ipynb #6510bc79
 class OnTiles(AnomalyDetector):
     "Where the tiles of a large image lie, and what a detector that looks at tiles says of them."
-    def __init__(
-        self,
-        detector: AnomalyDetector,      # looks at tiles of detector.size; its thresholds are taken over
-        size: int | tuple[int, int],    # S or (H, W) of the images, multiples of 32, at least the tile's
-        overlap: float = 0.25,          # of neighbouring tiles, at least this share of a tile
-    ):
+    def __init__(self, detector: AnomalyDetector, size: int | tuple[int, int], overlap: float = 0.25):
+        """Args:
+            detector: looks at tiles of detector.size; its thresholds are taken over
+            size: S or (H, W) of the images, multiples of 32, at least the tile's
+            overlap: of neighbouring tiles, at least this share of a tile
+        """
         self.detector, self.size, self.device = detector, check_size(size), detector.device
         if not 0 <= overlap < 1: raise ValueError(f"overlap is {overlap}; it must be at least 0 and less than 1")
         sides = [(length, tile, int(overlap * tile)) for length, tile in zip(self.size, detector.size)]
@@ -119,11 +128,12 @@ class TiledDetector(OnTiles):
         return Detections(maps, scores, masks, above(scores, self.threshold), reconstructed, paths)
 
 # %% ../nbs/08b_tiling.ipynb #6c5eaa69
-def load_detector(
-    path: str | Path,                           # a run folder or its checkpoint.pt
-    device: str | torch.device | None = None,
-) -> AnomalyDetector:
-    "The detector of a run, by the method that its run.json names, with the thresholds if the run has been calibrated."
+def load_detector(path: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
+    """The detector of a run, by the method that its run.json names, with the thresholds if the run has been calibrated.
+
+    Args:
+        path: a run folder or its checkpoint.pt
+    """
     folder = path if (path := Path(path)).is_dir() else path.parent
     run = folder / 'run.json'
     if run.exists() and (name := str(read_json(run).get('method', 'draem')).lower()) != 'draem':

@@ -12,6 +12,13 @@ import hashlib
 import json
 import os
 import platform
+
+# %% auto #0
+__all__ = ['OnStep', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'threads_for', 'RandomCrops',
+           'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer',
+           'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
+
+# %% ../nbs/07_training.ipynb #b52a43ab
 import signal
 import threading
 import zipfile
@@ -19,11 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-
-# %% auto #0
-__all__ = ['OnStep', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'threads_for', 'RandomCrops',
-           'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer',
-           'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
 
 # %% ../nbs/07_training.ipynb #59a72d7f
 import numba
@@ -35,6 +37,8 @@ from tqdm import tqdm
 import draem_nb
 from .data import CategoryData, check_size, read_json, replacing, write_json
 from .losses import draem_loss
+
+# %% ../nbs/07_training.ipynb #568068b9
 from .networks import Draem, Net, ReconstructiveSubNetwork, initialise
 from .optimizers import learning_rate_factor, make_optimizers
 from .recipes import HoldsOut, Recipe
@@ -42,12 +46,14 @@ from .simulator import AnomalySimulator, Plan, Simulated
 from .supervision import SideHeads, supervision_weight
 
 # %% ../nbs/07_training.ipynb #9ac23ec6
-def split_held_out(
-    n_images: int,
-    recipe: HoldsOut,
-    groups: Sequence[str] = (),     # n_images names: images of one group are held out together; empty: each by itself
-) -> tuple[Tensor, Tensor]:         # indices of the images to train on and of those held out, both ascending
-    "Which normal images are held out for the threshold, by the recipe's holdout and seed."
+def split_held_out(n_images: int, recipe: HoldsOut, groups: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
+    """Which normal images are held out for the threshold, by the recipe's holdout and seed.
+
+    Args:
+        groups: n_images names: images of one group are held out together; empty: each by itself
+    Returns:
+        indices of the images to train on and of those held out, both ascending
+    """
     n_held_out = max(1, round(recipe.holdout * n_images)) if recipe.holdout else 0
     parts = list(dict.fromkeys(groups or range(n_images)))
     if n_images <= n_held_out or n_held_out and len(parts) < 2:
@@ -74,6 +80,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
                          "GPUs here; use device='cpu'")
     return device
 
+# %% ../nbs/07_training.ipynb #10e6d8e6
 def pick_precision(recipe: Recipe, device: torch.device) -> torch.dtype:
     "The autocast type of the networks: what `recipe.precision` says or, for 'auto', what the device is fast at."
     if recipe.precision != 'auto': return getattr(torch, recipe.precision)
@@ -82,6 +89,7 @@ def pick_precision(recipe: Recipe, device: torch.device) -> torch.dtype:
     has_amx = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)      # absent from older releases
     return torch.bfloat16 if device.type == 'cpu' and has_amx() else torch.float32
 
+# %% ../nbs/07_training.ipynb #4f596727
 def memory_format_of(recipe: Recipe) -> torch.memory_format:
     "The recipe's memory format as PyTorch names it."
     return {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}[recipe.memory_format]
@@ -340,6 +348,7 @@ def interrupt_noted() -> Iterator[list]:
     try: yield noted
     finally: signal.signal(signal.SIGINT, before)
 
+# %% ../nbs/07_training.ipynb #5af84e6b
 @contextlib.contextmanager
 def _memory_in_words(recipe: Recipe) -> Iterator[None]:
     "A GPU without enough memory is a `ValueError` that says what to try."
@@ -349,10 +358,10 @@ def _memory_in_words(recipe: Recipe) -> Iterator[None]:
         too_large = f'recipe field batch is {recipe.batch}: the memory of the GPU is too small for that'
         raise ValueError(f'{too_large}; {remedy}') from e
 
-
 # %% ../nbs/07_training.ipynb #a28efffe
 _LOOK_EVERY = 25     # steps between two looks at the losses, each of which waits for the device
 
+# %% ../nbs/07_training.ipynb #d18a669a
 def _check_fits(category: CategoryData, recipe: Recipe) -> None:
     "`ValueError` where the class was not loaded as the recipe says."
     if recipe.image_size is not None and category.size != check_size(recipe.image_size):
@@ -362,6 +371,7 @@ def _check_fits(category: CategoryData, recipe: Recipe) -> None:
         raise ValueError(f'recipe field antialias is {recipe.antialias}, but the class was loaded otherwise; load it '
                          f'with antialias={recipe.antialias}')
 
+# %% ../nbs/07_training.ipynb #4e5a3a26
 def _check_snapshots(trainer: Trainer, snapshots: Sequence[int], run_dir: Path) -> None:
     "`ValueError` where the run has passed a step whose weights it has not kept."
     kept = [step for step in snapshots if (run_dir / f'checkpoint-{step}.pt').exists()]
@@ -372,6 +382,7 @@ def _check_snapshots(trainer: Trainer, snapshots: Sequence[int], run_dir: Path) 
 # %% ../nbs/07_training.ipynb #1700a88b
 OnStep = Callable[[int, dict[str, float]], object]     # step; ssim, l2, focal, lr
 
+# %% ../nbs/07_training.ipynb #7b121dc5
 def _train_on(trainer: Trainer, run_dir: Path, name: str, snapshots: Sequence[int], on_step: OnStep | None) -> bool:
     "Step to the end, with checkpoints and a progress bar; whether Ctrl-C stopped it."
     settings = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True)
@@ -392,31 +403,36 @@ def _train_on(trainer: Trainer, run_dir: Path, name: str, snapshots: Sequence[in
         bar.close()
     return bool(interrupted)
 
+# %% ../nbs/07_training.ipynb #b90d51fe
+def _go_on_from(checkpoint: Path, trainer: Trainer, device: torch.device) -> None:
+    "The trainer as it was when the checkpoint was written."
+    with damage_named(checkpoint): trainer.load_state_dict(load_checkpoint(checkpoint, device))
+
 # %% ../nbs/07_training.ipynb #0bb5d23d
-def train(
-    category: CategoryData,                     # its normal training images are used, nothing else
-    textures: Tensor,                           # (N, 3, H, W) uint8 anomaly source, of the same size
-    recipe: Recipe,
-    run_dir: str | Path,                        # made if missing; holds run.json, checkpoint.pt, losses.csv
-    device: str | torch.device | None = None,   # None: a GPU where there is one
-    resume: bool = True,                        # go on from the checkpoint in run_dir; False starts anew
-    snapshots: Sequence[int] = (),              # steps at which the weights are kept as well, as checkpoint-<step>.pt
-    on_step: OnStep | None = None,              # gets the step and recent mean losses, every 25 steps and when saving
-) -> Path:                                      # the checkpoint
-    "Train both networks (paper, section 3); see `Recipe` for all choices. A finished run returns at once."
+def train(category: CategoryData, textures: Tensor, recipe: Recipe, run_dir: str | Path,
+          device: str | torch.device | None = None, resume: bool = True, snapshots: Sequence[int] = (),
+          on_step: OnStep | None = None) -> Path:
+    """Train both networks (paper, section 3), to the path of the checkpoint. A finished run returns at once.
+
+    Args:
+        category: its normal training images are used, nothing else
+        textures: (N, 3, H, W) uint8 anomaly source, of the same size
+        run_dir: made if missing; holds run.json, checkpoint.pt, losses.csv
+        device: None: a GPU where there is one
+        resume: go on from the checkpoint in run_dir; False starts anew
+        snapshots: steps at which the weights are kept as well, as checkpoint-<step>.pt
+        on_step: gets the step and recent mean losses, every 25 steps and when saving
+    """
     device, run_dir, checkpoint = pick_device(device), Path(run_dir), Path(run_dir) / 'checkpoint.pt'
     fit, held_out = split_held_out(len(category.train), recipe, category.groups)
     _check_fits(category, recipe)
     trainer = Trainer(category.train, textures, recipe, device, fit)
     with threads_for(recipe, device):
         _claim_folder(run_dir, _describe_run(category, textures, trainer, held_out), resume)
-        if checkpoint.exists():
-            with damage_named(checkpoint): trainer.load_state_dict(load_checkpoint(checkpoint, device))
+        if checkpoint.exists(): _go_on_from(checkpoint, trainer, device)
         _check_snapshots(trainer, snapshots, run_dir)
         stopped = _train_on(trainer, run_dir, category.name, snapshots, on_step)
-    if stopped:
-        raise KeyboardInterrupt(f'stopped at step {trainer.done} of {trainer.total}; {checkpoint} is written, run '
-                                'again to go on')
+    if stopped: raise KeyboardInterrupt(f'stopped at step {trainer.done} of {trainer.total}; run it again to go on')
     return checkpoint
 
 # %% ../nbs/07_training.ipynb #ae62af4c
@@ -426,6 +442,7 @@ def _not_finite(value: object, name: str = '') -> str:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     return next(filter(None, (_not_finite(v, f'{name}.{k}'.lstrip('.')) for k, v in items)), '')
 
+# %% ../nbs/07_training.ipynb #b2489191
 def load_checkpoint(path: str | Path, device: str | torch.device = 'cpu',
                     remedy: str = 'delete it to train again') -> dict:
     """The content of a checkpoint.pt (weights only, nothing in it is executed); `ValueError` names a file that is none

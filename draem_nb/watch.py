@@ -9,9 +9,15 @@ import argparse
 import contextlib
 import csv
 import ipaddress
+import itertools
 import json
 import math
 import os
+
+# %% auto #0
+__all__ = ['PATIENCE', 'COLUMNS', 'MOST', 'Arrivals', 'Verdicts', 'Report', 'watch', 'Listener', 'main']
+
+# %% ../nbs/14c_watch.ipynb #a6a5bc99
 import queue
 import signal
 import sys
@@ -21,15 +27,14 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
+
+# %% ../nbs/14c_watch.ipynb #6bf84914
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
-
-# %% auto #0
-__all__ = ['PATIENCE', 'COLUMNS', 'MOST', 'Arrivals', 'Verdicts', 'Report', 'watch', 'Listener', 'main']
 
 # %% ../nbs/14c_watch.ipynb #c3b69c68
 from . import gallery
@@ -108,11 +113,13 @@ def _judged_at(row: dict) -> float:
 
 def _clock(row: dict) -> str: return time.strftime('%H:%M:%S', time.localtime(_judged_at(row)))
 
+# %% ../nbs/14c_watch.ipynb #2547f19c
 def _today(rows: Iterable[dict], now: float) -> list[dict]:
     "Those of the local day, in order."
     day = time.localtime(now)[:3]
     return [row for row in rows if time.localtime(_judged_at(row))[:3] == day]
 
+# %% ../nbs/14c_watch.ipynb #0e42d43c
 def _day_in_words(rows: list[dict], now: float) -> list[str]:
     "Sentences on the rows of a day."
     if not rows: return ['No photo was judged today.']
@@ -129,6 +136,7 @@ def _day_in_words(rows: list[dict], now: float) -> list[str]:
 _STYLE = """<style>body { font: 15px sans-serif; max-width: 1100px; margin: 0 auto; padding: 1em; }
 p { overflow-wrap: anywhere; }</style>"""
 
+# %% ../nbs/14c_watch.ipynb #faa30fac
 def _page(rows: list[dict], thumbnail: Callable[[str], np.ndarray], threshold: float, title: str, now: float) -> str:
     "The report as HTML; `rows` of a day, `thumbnail` of a file."
     judged = [row for row in rows if row.get('score', '') != '']
@@ -172,24 +180,32 @@ class Report:
         with replacing(self.table.path.with_name('report.html')) as new: new.write_text(page, encoding='utf-8')
         self.written, self.told = now, len(self.table.judged)
 
-# %% ../nbs/14c_watch.ipynb #5e9acd28
-def watch(
-    detector: AnomalyDetector,
-    folder: Path,           # searched with its subfolders at every look
-    out_dir: Path,          # gets verdicts.csv, report.html and the overlays; outside of `folder`
-    every: float = 1.0,     # seconds between two looks
-    looks: int | None = None,   # end after so many looks; None: never
-) -> Iterator[dict]:        # the rows of verdicts.csv, as they are written
-    "Judge the photos of a folder as they arrive. A second watch of the same `out_dir` raises `ValueError`."
+# %% ../nbs/14c_watch.ipynb #c05d2e88
+def _refuse_inside(out_dir: Path, folder: Path) -> None:
+    "`ValueError` where what is written would be judged in its turn."
     if out_dir.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f'{shown(out_dir)} lies in the watched folder, so its pictures would be judged too; choose '
                          'another out_dir')
+
+# %% ../nbs/14c_watch.ipynb #5e9acd28
+def watch(detector: AnomalyDetector, folder: Path, out_dir: Path, every: float = 1.0,
+          looks: int | None = None) -> Iterator[dict]:
+    """Judge the photos of a folder as they arrive. A second watch of the same `out_dir` raises `ValueError`.
+
+    Args:
+        folder: searched with its subfolders at every look
+        out_dir: gets verdicts.csv, report.html and the overlays; outside of `folder`
+        every: seconds between two looks
+        looks: end after so many looks; None: never
+    Returns:
+        the rows of verdicts.csv, as they are written
+    """
+    _refuse_inside(out_dir, folder)
     with locked(out_dir, '.watch.lock'):
         table = Verdicts(out_dir / 'verdicts.csv')
-        report, arrivals, done = Report(table, detector.threshold, folder), Arrivals(folder, table.judged), 0
-        while looks is None or done < looks:
+        report, arrivals = Report(table, detector.threshold, folder), Arrivals(folder, table.judged)
+        for done in itertools.count() if looks is None else range(looks):
             if done: time.sleep(every)
-            done += 1
             complete = arrivals.look()
             for start in range(0, len(complete), 16):
                 for row in _judged(detector, arrivals, complete[start:start + 16], out_dir):
@@ -219,6 +235,7 @@ def _judged(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: object) -> None: return None        # then it is an error like any other
 
+# %% ../nbs/14c_watch.ipynb #ea83854a
 def _checked_address(url: str) -> str:
     "The address, if it is one of this machine; else `ValueError`."
     parts = urlsplit(url)
@@ -277,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--device', help='cpu, cuda, cuda:1 (default: a GPU where there is one)')
     return parser
 
+# %% ../nbs/14c_watch.ipynb #a36939ef
 def _closed(tell: Listener | None) -> str:
     "End the listener, if there is one; in words, what it has not taken."
     if not tell: return ''

@@ -47,13 +47,27 @@ def as_rst(text: str) -> str:
     return ''.join(f'`{part}`' if i % 2 else re.sub(r'([\\*|_`])', r'\\\1', part) for i, part in enumerate(parts))
 
 
+def with_lists(lines: list[str]) -> list[str]:
+    "The sections `Args:` and `Returns:` of a docstring as lists of RST."
+    section, found = '', []
+    for line in lines:
+        if line in ('Args:', 'Returns:'):
+            section = line
+            found += ['', '**Arguments**' if section == 'Args:' else '**Returns**', '']
+        elif section and line.startswith('        '): found.append('  ' + as_rst(line.strip()))     # goes on
+        elif section and line.strip():
+            name, text = line.strip().split(': ', 1) if section == 'Args:' else ('', line.strip())
+            found.append('* ' + f'``{name}``: ' * bool(name) + as_rst(text))
+        else: found.append(as_rst(line))
+    return found
+
+
 def describe(app, what, name, obj, options, lines) -> None:
-    "Docstrings as RST, and the comments beside the arguments, which nbdev writes there, as a list of parameters."
-    lines[:] = [as_rst(line) for line in lines if not line.startswith('Alias for field number')]
-    if not (inspect.isfunction(obj) or inspect.isclass(obj)): return
-    about = {key: comment for key, comment in docments(obj).items() if comment and key != 'self'}
-    lines += [''] + [f':{"returns" if key == "return" else f"param {key}"}: {as_rst(" ".join(comment.split()))}'
-                     for key, comment in about.items()]
+    "Docstrings as RST, and the comments beside the fields of a record as a list of parameters."
+    lines[:] = with_lists([line for line in lines if not line.startswith('Alias for field number')])
+    if not inspect.isclass(obj): return
+    about = {key: comment for key, comment in docments(obj).items() if comment and key not in ('self', 'return')}
+    lines += [''] + [f':param {key}: {as_rst(" ".join(comment.split()))}' for key, comment in about.items()]
 
 
 def skip(app, what, name, obj, skip, options) -> bool | None:

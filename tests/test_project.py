@@ -1,11 +1,14 @@
 """The project as a whole: what is generated agrees with its source, and what is installed is complete."""
 
 import ast
+import io
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
+import tokenize
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -183,7 +186,6 @@ def test_the_module_is_the_command():
 # Exported cells of more than 25 lines, each with its reason; recipes, which have a line for every choice, are excepted.
 LONG_CELLS = {
     'gallery.SCRIPT': 'a program in another language',
-    'gallery._STYLE': 'a style sheet',
     'data.CategoryData': 'a record with a line for each of its 17 fields',
     'detector.AnomalyDetector': 'the class that a method of one\'s own is written against, in one piece',
     'watch.Listener': 'a thread with its queue and what it has lost, one state',
@@ -205,6 +207,21 @@ def test_exported_cells_are_short():
     long = {name for name, body in exported_cells().items()
             if len(body.split('\n')) > 25 and not body.startswith('@as_recipe')}
     assert long == set(LONG_CELLS), f'over 25 lines: {long - set(LONG_CELLS)}; no longer: {set(LONG_CELLS) - long}'
+    lengths = [len(body.split('\n')) for body in exported_cells().values()]
+    assert statistics.median(lengths) <= 10
+
+
+def test_arguments_are_explained_where_help_shows_them():
+    for path in sorted((ROOT / 'draem_nb').glob('[a-z]*.py')):
+        text = path.read_text()
+        comments = {token.start[0]: token.string for token in tokenize.generate_tokens(io.StringIO(text).readline)
+                    if token.type == tokenize.COMMENT and not token.string.startswith(('# type:', '# noqa'))}
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                last = max([argument.end_lineno for argument in ast.walk(node.args) if isinstance(argument, ast.arg)],
+                           default=node.lineno)
+                in_signature = [comments[line] for line in range(node.lineno, last + 1) if line in comments]
+                assert node.body[0].lineno == node.lineno or not in_signature, f'{path.stem}.{node.name}: {in_signature}'
 
 
 def test_no_module_takes_a_private_name_of_another():
