@@ -217,11 +217,10 @@ def test_arguments_are_explained_where_help_shows_them():
         comments = {token.start[0]: token.string for token in tokenize.generate_tokens(io.StringIO(text).readline)
                     if token.type == tokenize.COMMENT and not token.string.startswith(('# type:', '# noqa'))}
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                last = max([argument.end_lineno for argument in ast.walk(node.args) if isinstance(argument, ast.arg)],
-                           default=node.lineno)
-                in_signature = [comments[line] for line in range(node.lineno, last + 1) if line in comments]
-                assert node.body[0].lineno == node.lineno or not in_signature, f'{path.stem}.{node.name}: {in_signature}'
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef): continue
+            lines = [argument.end_lineno for argument in ast.walk(node.args) if isinstance(argument, ast.arg)]
+            beside = [comments[line] for line in lines if line in comments and line < node.body[0].lineno]
+            assert not beside, f'{path.stem}.{node.name}: {beside}'
 
 
 def test_no_module_takes_a_private_name_of_another():
