@@ -24,7 +24,7 @@ from .detector import AnomalyDetector
 from .evaluation import wilson_interval
 from .inspection import promised_rate, save_beside, threshold_for
 from .layouts import find_images, shown
-from .reports import locked
+from .runs import locked
 
 # %% ../nbs/14f_corrections.ipynb #216d27a2
 from .tiling import load_detector

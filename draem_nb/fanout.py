@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plan', 'estimate', 'local_size', 'fan_out', 'table']
+__all__ = ['plan', 'estimate', 'local_size', 'fan_out', 'main']
 
 # %% ../nbs/13_fanout.ipynb #13e6cfcb
 import argparse
@@ -42,10 +42,11 @@ from typing import TYPE_CHECKING, TextIO, cast
 import pandas as pd
 
 import draem_nb
-from . import reports
-from .cli import value_of
 from .data import DEMO_CATEGORIES, find_categories, read_json, temporary_folder
-from .reports import RunFailed, default_folder, locked, report_notebook, run_report
+from .execution import RunFailed, run_report
+from .parameters import report_notebook, value_of
+from .runs import (asked_parameters, begin_run, default_folder, finished_run, is_complete, locked,
+                           result_row)
 
 if TYPE_CHECKING: from distributed import Client, Future
 
@@ -59,7 +60,7 @@ def plan(param_sets: list[dict], runs_dir: str | Path = 'runs', name: str | Path
             run_dir = default_folder(name, params, runs_dir)
             row['run_dir'] = str(run_dir)
             if stale := _other_recipe(run_dir, params): raise ValueError(stale)
-            if reports.is_complete(run_dir, reports.asked_parameters(name, params)[1]): row['todo'] = 'complete'
+            if is_complete(run_dir, asked_parameters(name, params)[1]): row['todo'] = 'complete'
         except (ValueError, OSError) as e: row |= dict(todo='refused', why=str(e))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -178,7 +179,7 @@ def _unpack_run(packed: bytes, run_dir: Path, asked: dict) -> None:
     "Put a run where it belongs; `metrics.json`, the sign of a complete one, comes last."
     with locked(run_dir), temporary_folder(run_dir, 'received') as temporary:
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive: archive.extractall(temporary, filter='data')
-        reports.begin_run(run_dir, asked)
+        begin_run(run_dir, asked)
         files = [path for path in Path(temporary).rglob('*') if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == 'metrics.json'):
             target = run_dir / path.relative_to(temporary)
@@ -444,7 +445,7 @@ def _rows_and_jobs(param_sets: list[dict], runs_dir: str | Path, name: str | Pat
     for i, row in enumerate(plan(param_sets, runs_dir, name).to_dict('records')):
         run_dir = Path(row['run_dir'])
         if row['todo'] == 'complete':
-            rows[i] = reports.result_row(reports.finished_run(run_dir)); board.end(run_dir.name, 'complete')
+            rows[i] = result_row(finished_run(run_dir)); board.end(run_dir.name, 'complete')
         elif row['todo'] == 'refused': rows[i] = _failed_row(run_dir, dict(reason=row['why']), board)
         elif row['run_dir'] in wanted:
             rows[i] = _failed_row(run_dir, dict(reason='the same run is asked for twice'), board)
@@ -486,7 +487,7 @@ def _job_of(params: dict, run_dir: Path, name: str | Path, time_limit: float | N
     "All that a worker must know of one run."
     notebook = report_notebook(name)
     content = notebook.read_bytes()
-    params, asked = reports.asked_parameters(name, params)
+    params, asked = asked_parameters(name, params)
     key = hashlib.sha256(content + json.dumps([os.uname().nodename, str(run_dir.absolute()),
                                                asked]).encode()).hexdigest()[:24]
     return dict(run=run_dir.name, run_dir=str(run_dir), params=params, asked=asked, notebook=notebook.name,
@@ -501,7 +502,7 @@ def _received_row(job: dict, outcome: dict, board: _Board) -> dict:
     try:
         if packed := outcome.get('packed'): _unpack_run(packed, run_dir, job['asked'])
         if outcome['status'] == 'complete':
-            row = reports.result_row(reports.finished_run(run_dir))
+            row = result_row(finished_run(run_dir))
             board.end(run_dir.name, 'complete', f'{run_dir.name}: complete')
             return row
     except (OSError, ValueError) as e: outcome = dict(reason=f'its result could not be stored here: {e}')
@@ -560,15 +561,15 @@ _SHOWN = ('category', 'method', 'recipe', 'seed', 'status', 'image_auroc', 'imag
           'pixel_aupro')
 
 # %% ../nbs/13_fanout.ipynb #fc985000
-def table(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     "`draem_nb table`, which is `make table`. Returns the exit status: 0 when every run is complete."
     options = _table_parser().parse_args(argv)
     try:
         sets = _param_sets(options)
         planned = plan(sets, options.runs_dir)
         if options.dry_run: _show_plan(planned, options); return int((planned.todo == 'refused').any())
-        found = reports.run_many(sets, options.runs_dir, scheduler=options.scheduler, workers=options.workers,
-                                 threads=options.threads, time_limit=options.time_limit)
+        found = fan_out(sets, options.runs_dir, scheduler=options.scheduler, workers=options.workers,
+                        threads=options.threads, time_limit=options.time_limit)
         failed = found[found.status != 'complete']
         if len(failed) < len(found):
             print('the summary:', run_report('summary', dict(runs_dir=options.runs_dir),

@@ -42,7 +42,7 @@ from .data import replacing
 from .detector import AnomalyDetector
 from .inspection import choose_threshold, look, save_pictures, verdict
 from .layouts import find_files, shown
-from .reports import locked
+from .runs import locked
 from .tiling import load_detector
 
 # %% ../nbs/14c_watch.ipynb #7d9511de

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from draem_nb import cli, data, fanout, fitting, inspection, methods, recipes, reports, training
+from draem_nb import cli, data, execution, fanout, fitting, inspection, methods, recipes, reports, runs, training
 from draem_nb.evaluation import read_runs
 from draem_nb.layouts import LAYOUTS, find_images, list_files
 from draem_nb.textures import load_textures
@@ -182,7 +182,7 @@ def _(p: Place) -> None:
 
 
 @row('name: no UTF-8', r'caf\\xe9, which is no UTF-8; rename that folder')
-def _(p: Place) -> None: reports.asked_parameters('category', dict(data_root=str(p.folder / os.fsdecode(b'caf\xe9'))))
+def _(p: Place) -> None: runs.asked_parameters('category', dict(data_root=str(p.folder / os.fsdecode(b'caf\xe9'))))
 
 
 @row('name: of a demo class', "unknown demo class 'brck'; there are: ")
@@ -272,7 +272,7 @@ for name in ('run.json', 'threshold.json', 'held_out.json'):
          lambda p, content, name=name: load_detector(p.json(name, content), 'cpu'))
 for name in ('parameters.json', 'metrics.json'):
     rows(name, {kind: (content, f'{name} is damaged: ') for kind, content in NOT_JSON.items()},
-         lambda p, content, name=name: reports.is_complete(p.json(name, content), dict(report='category')))
+         lambda p, content, name=name: runs.is_complete(p.json(name, content), dict(report='category')))
 
 
 
@@ -307,7 +307,7 @@ rows('run.json', {'no such method': (dict(method='magic'), "unknown method 'magi
 # ---- complete runs that lack something
 
 def complete(p: Place, results: object) -> None:
-    reports.write_json(reports.asked_parameters('category', dict(category='brick'))[1], p.run / 'parameters.json')
+    data.write_json(runs.asked_parameters('category', dict(category='brick'))[1], p.run / 'parameters.json')
     sys.exit(cli.main(['category', '--category', 'brick', '--run-dir', str(p.json('metrics.json', results))]))
 
 
@@ -323,7 +323,7 @@ rows('complete run', {'image is a number': (dict(image=3), 'metrics.json is dama
 
 def summary(p: Place, change: tuple[str, object]) -> None:
     p.json('metrics.json', FINE)
-    reports.write_json(dict(device='cpu'), p.run / 'run.json')
+    data.write_json(dict(device='cpu'), p.run / 'run.json')
     runs, bad = read_runs(p.run.parent)
     assert len(runs) == 1 and not bad
     where, value = change
@@ -456,7 +456,7 @@ rows('disk', {'full': (OSError(errno.ENOSPC, 'No space left on device'), 'the di
 
 def runs_where(p: Place, error: OSError) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reports, '_lock_file', failing(error))
+        patch.setattr(runs, '_lock_file', failing(error))
         reports.run_report('category', dict(category='brick'), p.folder / 'run')
 
 
@@ -466,14 +466,14 @@ rows('run folder', {reason: (OSError(number, reason), f'cannot write to run fold
 
 @row('run folder: another command is at work in it', r'is in use by another command \(process \d+ on')
 def _(p: Place) -> None:
-    with reports.locked(p.folder), reports.locked(p.folder): pass
+    with runs.locked(p.folder), runs.locked(p.folder): pass
 
 
 @row('environment: no temporary folder with a short path', 'is too long for the sockets of a kernel; set TMPDIR to')
 def _(p: Place) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, 'access', lambda *of: False)
-        reports._socket_folder()
+        execution._socket_folder()
 
 
 @row('environment: DRAEM_NB_MAX_PIXELS is no number', 'DRAEM_NB_MAX_PIXELS')

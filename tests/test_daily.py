@@ -22,7 +22,7 @@ from draem_nb import drift, layouts, losses, methods, recipes, simulator, traini
 from draem_nb.corrections import read_corrections
 from draem_nb.data import demo_category, load_category
 from draem_nb.detector import STATISTICS, AnomalyDetector
-from draem_nb.reports import main
+from draem_nb.cli import main
 from draem_nb.textures import load_textures
 from draem_nb.watch import COLUMNS, watch
 

@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 pytest.importorskip('distributed')
-from draem_nb import fanout, recipes, reports
-from draem_nb.reports import locked, run_many, run_report
+from draem_nb import cli, fanout, recipes, reports, runs
+from draem_nb.reports import run_many, run_report
+from draem_nb.runs import locked
 
 # Ten steps, each noted in a file like a checkpoint; another file has a line for each beginning.
 STEPS = ("(Path(run_dir) / 'begun').open('a').write('x')\ncount = Path(run_dir) / 'checkpoint.pt'\n"
@@ -157,7 +158,7 @@ def test_ctrl_c_and_a_second_command(notebook, tmp_path):
     # Another command on the folder of the runs, or on the run, is refused while this one lives; nothing is written.
     with pytest.raises(ValueError, match=rf'runs is in use by another command \(process {process.pid} on'):
         run_many(sets, tmp_path / 'runs', notebook)
-    run_dir = reports.default_folder(notebook, sets[0], tmp_path / 'runs')
+    run_dir = runs.default_folder(notebook, sets[0], tmp_path / 'runs')
     with pytest.raises(ValueError, match='is in use by another command'): run_report(notebook, sets[0], run_dir)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=600)
@@ -246,7 +247,7 @@ def _tried(call: Callable) -> None:
 
 
 def test_the_lock_ends_with_its_process(tmp_path):
-    code = (f'import time; from draem_nb.reports import locked\nwith locked({str(tmp_path / "run")!r}): print("held", '
+    code = (f'import time; from draem_nb.runs import locked\nwith locked({str(tmp_path / "run")!r}): print("held", '
             'flush=True); time.sleep(600)')
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     process.stdout.readline()
@@ -302,34 +303,34 @@ def test_the_plan_names_what_is_missing(tmp_path, capsys, monkeypatch):
         run = tmp_path / f'brick-demo-seed{seed}'
         reports.finish(run, dict(image=dict(auroc=0.5)))
         shutil.copy(run / 'metrics.json', run / 'report.html')
-        _, asked = reports.asked_parameters('category', dict(category='brick', recipe='demo', seed=seed))
+        _, asked = runs.asked_parameters('category', dict(category='brick', recipe='demo', seed=seed))
         (run / 'parameters.json').write_text(json.dumps(asked))
         (run / 'timing.json').write_text(json.dumps(dict(seconds=600)))
     monkeypatch.setattr(fanout, 'local_size', lambda n: (2, 1, 0))
-    assert reports.main(['table', '--dry-run', '--categories', 'brick,grass', '--seeds', '0,1', '--runs-dir',
+    assert cli.main(['table', '--dry-run', '--categories', 'brick,grass', '--seeds', '0,1', '--runs-dir',
                          str(tmp_path)]) == 0
     assert '2 to run, 2 complete, 0 refused; about 10 min on 2 workers, by complete runs' in capsys.readouterr().out
-    assert reports.main(['table', '--dry-run', '--categories', 'brick', '--seeds', '5', '--methods', 'memory',
+    assert cli.main(['table', '--dry-run', '--categories', 'brick', '--seeds', '5', '--methods', 'memory',
                          '--runs-dir', str(tmp_path)]) == 0
     assert 'no estimate: for some there is no complete run of the same' in capsys.readouterr().out     # not 10 min
     # The recipe was changed in the library: the old run is named, not taken.
     recipe = dict(vars(recipes.demo()), lr=1.)
     (tmp_path / 'brick-demo-seed0' / 'run.json').write_text(json.dumps(dict(recipe=recipe)))
-    assert reports.main(['table', '--dry-run', '--categories', 'brick', '--runs-dir', str(tmp_path)]) == 1
+    assert cli.main(['table', '--dry-run', '--categories', 'brick', '--runs-dir', str(tmp_path)]) == 1
     assert 'another recipe (lr 1.0 there' in capsys.readouterr().out
-    assert (reports.main(['table', '--recipes', 'demmo', '--runs-dir', str(tmp_path)]) == 1
+    assert (cli.main(['table', '--recipes', 'demmo', '--runs-dir', str(tmp_path)]) == 1
             and "unknown recipe 'demmo'" in capsys.readouterr().err)
-    assert (reports.main(['table', '--methods', 'memory,magic', '--runs-dir', str(tmp_path)]) == 1
+    assert (cli.main(['table', '--methods', 'memory,magic', '--runs-dir', str(tmp_path)]) == 1
             and "unknown method 'magic'" in capsys.readouterr().err)
-    assert (reports.main(['table', '--methods', 'draem,memory', '--recipes', 'official', '--runs-dir', str(tmp_path)])
+    assert (cli.main(['table', '--methods', 'draem,memory', '--recipes', 'official', '--runs-dir', str(tmp_path)])
             == 1 and 'a memory has: demo' in capsys.readouterr().err)
-    assert reports.main(['table', '--dry-run', '--methods', 'draem,memory', '--categories', 'grass', '--seeds', '0,1',
+    assert cli.main(['table', '--dry-run', '--methods', 'draem,memory', '--categories', 'grass', '--seeds', '0,1',
                          '--runs-dir', str(tmp_path)]) == 0
     # each with its own demo recipe, in folders of its own
     out = capsys.readouterr().out
     assert '4 to run' in out and all(str(tmp_path / name) in out
                                      for name in ('grass-demo-seed0', 'memory-grass-demo-seed1'))
-    assert (reports.main(['table', '--categories', 'brik', '--runs-dir', str(tmp_path)]) == 1 and 'there is no class '
+    assert (cli.main(['table', '--categories', 'brik', '--runs-dir', str(tmp_path)]) == 1 and 'there is no class '
             'brik in the built-in ones; there are: brick, grass, gravel' in capsys.readouterr().err)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from draem_nb.gallery import SCRIPT, SCRIPT_HASH, count_in_words, gallery
-from draem_nb.reports import to_html
+from draem_nb.execution import to_html
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 SCORES = [0.1, 0.5, 0.3, 0.7, 0.9, 0.45]

@@ -15,7 +15,8 @@ from draem_nb.data import demo_category, load_category, write_json
 from draem_nb.drift import held_out_table
 from draem_nb.inspection import (folds_of, promised_rate, smallest_rate, threshold_for, threshold_interval,
                                  trained_on)
-from draem_nb.reports import _files_read, _file_notes, main
+from draem_nb.cli import main
+from draem_nb.runs import file_notes, input_files
 
 
 @pytest.fixture(scope='module')
@@ -180,7 +181,7 @@ def few(tmp_path_factory):
     data = load_category(root, 'cup', 64, groups=asked['groups'])
     methods.fit('padim', data, methods.recipe_of('padim', size=64, holdout=0), 'cpu', run_dir=folder)
     write_json(asked, folder / 'parameters.json')
-    write_json(_file_notes(_files_read(asked), {}), folder / 'inputs.json')
+    write_json(file_notes(input_files(asked), {}), folder / 'inputs.json')
     return folder, data
 
 

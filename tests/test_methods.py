@@ -18,7 +18,8 @@ from torch import nn
 
 from draem_nb import evaluation, feature_draem, features, fusion, gaussian_ad, memory, methods, padim, students
 from draem_nb.data import demo_category, load_category
-from draem_nb.reports import RunFailed, default_folder, main, run_report
+from draem_nb.cli import main
+from draem_nb.reports import RunFailed, default_folder, run_report
 from draem_nb.textures import load_textures
 from draem_nb.tiling import load_detector
 from draem_nb.training import load_checkpoint

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from draem_nb.cli import folder_rule, report_names, report_parameters
+from draem_nb.parameters import folder_rule, report_names, report_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -156,10 +156,10 @@ def installed(tmp_path_factory) -> Path:
 
 
 def test_installed_library_finds_its_reports_and_tables(installed, tmp_path):
-    code = ('import draem_nb, draem_nb.reports as r, draem_nb.evaluation as e; print(draem_nb.__file__); '
-            'assert {"category", "inspect", "summary"} <= set(r.report_names()); '
+    code = ('import draem_nb, draem_nb.parameters as p, draem_nb.reports, draem_nb.evaluation as e; '
+            'print(draem_nb.__file__); assert {"category", "inspect", "summary"} <= set(p.report_names()); '
             '[e.paper_table(t) for t in ("detection", "localization", "ablation", "cutpaste", "dagm")]; '
-            'print(r.report_notebook("category"))')
+            'print(p.report_notebook("category"))')
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env={'PYTHONPATH': str(installed), 'PATH': ''},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,10 @@ from PIL import Image
 
 from draem_nb import evaluation, fusion, methods, metrics
 from draem_nb.data import demo_category, load_category, write_json
-from draem_nb.reports import RunFailed, _files_read, main, report_names, report_parameters, run_report
+from draem_nb.cli import main
+from draem_nb.parameters import report_names, report_parameters
+from draem_nb.execution import RunFailed, run_report
+from draem_nb.runs import input_files
 
 TINY = dict(
     draem=dict(base_width=4, base_channels=4, steps=2), autoencoder=dict(steps=2), padim={}, gaussian_ad={},
@@ -98,7 +101,7 @@ def test_the_region_of_a_class_is_found_noted_and_counts_in_an_inspection(photos
     region = np.zeros((128, 128), np.uint8)
     region[24:104, 32:96] = 255
     Image.fromarray(region).save(tmp_path / 'brick' / 'region.png')
-    assert _files_read(dict(data_root=tmp_path, category='brick'))['region.png'].is_file()
+    assert input_files(dict(data_root=tmp_path, category='brick'))['region.png'].is_file()
     data = load_category(tmp_path, 'brick', 64)
     assert any('Only a region is looked at, 31%' in note for note in data.notes)
     recipe = methods.recipe_of('memory', size=64, pieces=200, candidates=5000)

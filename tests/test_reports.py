@@ -25,8 +25,11 @@ import pytest
 import zmq.backend
 from nbclient.exceptions import DeadKernelError
 
-from draem_nb import reports
-from draem_nb.reports import RunFailed, main, report_names, report_notebook, report_parameters, run_many, run_report
+from draem_nb import execution, reports
+from draem_nb.cli import main
+from draem_nb.parameters import report_names, report_notebook, report_parameters
+from draem_nb.execution import RunFailed, run_report
+from draem_nb.reports import run_many
 
 COMMAND = Path(sys.executable).parent / 'draem_nb'
 END = "reports.finish(run_dir, {'image': {'auroc': 0.5 + seed / 10, 'ap': None}}, complete)"
@@ -111,8 +114,9 @@ def test_what_ends_early_is_a_failure(notebook, tmp_path, work, says):
 
 def started(notebook: Path, run_dir: Path, **streams) -> tuple[subprocess.Popen, int]:
     "A report that sleeps, in a process of its own, and the id of its kernel."
-    code = ('import sys; from draem_nb import cli, reports; cli.report_notebook = reports.report_notebook = lambda '
-            f'name: reports.Path({str(notebook)!r}); sys.exit(reports.main(["category", "--run-dir", '
+    code = ('import sys; from draem_nb import cli, execution, parameters; '
+            'parameters.report_notebook = execution.report_notebook = lambda '
+            f'name: cli.Path({str(notebook)!r}); sys.exit(cli.main(["category", "--run-dir", '
             f'{str(run_dir)!r}]))')
     # A shell's background job ignores Ctrl-C and hands that on; the report is started as at a
     # terminal, wherever the tests run.
@@ -200,13 +204,13 @@ def test_a_long_temporary_folder_is_no_place_for_sockets(notebook, tmp_path, mon
 @pytest.mark.parametrize('command, says', [(['sleep', '600'], 'the kernel did not start within 1 s; run fewer at a'),
                                            (['false'], 'the kernel died at its start; `.*python.* may show why')])
 def test_a_kernel_that_does_not_start_is_one_sentence(notebook, tmp_path, monkeypatch, command, says):
-    monkeypatch.setattr(reports._Kernel, 'format_kernel_cmd', lambda self, extra_arguments=None: command)
-    monkeypatch.setattr(reports, '_START', 1)
+    monkeypatch.setattr(execution._Kernel, 'format_kernel_cmd', lambda self, extra_arguments=None: command)
+    monkeypatch.setattr(execution, '_START', 1)
     with pytest.raises(RunFailed, match=f'^{says}'): run_report(notebook(), {}, tmp_path / 'run')
 
 
 def test_the_end_of_a_kernel_waits_for_nothing():
-    manager = reports._Kernel()
+    manager = execution._Kernel()
     client = manager.client()
     client.start_channels(stdin=False)
     # The context of a client that waits for all of its sockets would wait for this one, which nobody closes.

@@ -131,7 +131,7 @@ from draem_nb.detector import Detector
 from draem_nb.metrics import evaluate_maps
 from draem_nb.networks import Draem, initialise
 from draem_nb.recipes import demo
-from draem_nb.reports import peak_memory_mib
+from draem_nb.runs import peak_memory_mib
 from draem_nb.tiling import TiledDetector
 from draem_nb.training import Trainer
 recipe = demo().replace(size=256, image_size=4096, base_width=2, base_channels=2, steps=4, batch=2,

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from draem_nb import cli, reports
+from draem_nb import cli, execution, reports, runs
 from draem_nb.layouts import as_markdown, find_files, list_files, shown
-from draem_nb.reports import main, run_report
+from draem_nb.cli import main
+from draem_nb.reports import run_report
 from test_gallery import CHROMIUM, Browser
 
 ATTACKS = ('<svg onload=window.ran=1>', '<img src=x onerror=window.ran=1>', '[a](javascript:window.ran=1)')
@@ -230,7 +231,7 @@ def test_latex_of_the_summary_holds_no_command(tmp_path):
 def run_of(folder: Path, **held: object) -> Path:
     "A made-up complete run of the class nut."
     folder.mkdir(parents=True)
-    asked = reports.asked_parameters('category', dict(category='nut', **held))[1]
+    asked = runs.asked_parameters('category', dict(category='nut', **held))[1]
     for name, value in dict(parameters=asked, metrics=dict(image=dict(auroc=.9)), timing=dict(seconds=125.),
                             run=dict(recipe={})).items():
         (folder / f'{name}.json').write_text(json.dumps(value))
@@ -253,8 +254,8 @@ def test_a_complete_run_says_so_and_refuses_other_images(nut, tmp_path, capsys):
     command = ['category', '--category', 'nut', '--data-root', str(nut.parent), '--run-dir',
                str(run := tmp_path / 'run')]
     run_of(run, data_root=str(nut.parent))
-    reports.write_json(reports._file_notes(reports._files_read(
-        reports.asked_parameters('category', dict(category='nut', data_root=str(nut.parent)))[1]), {}),
+    runs.write_json(runs.file_notes(runs.input_files(
+        runs.asked_parameters('category', dict(category='nut', data_root=str(nut.parent)))[1]), {}),
         run / 'inputs.json')
     for path in nut.rglob('*.png'): os.utime(path, (1e9, 1e9))           # copied: another time, the same content
     assert main(command) == 0
@@ -274,7 +275,7 @@ def test_a_complete_run_says_so_and_refuses_other_images(nut, tmp_path, capsys):
 def test_the_seconds_printed_are_those_of_the_user(tmp_path, monkeypatch, capsys):
     def slow(name, params, run_dir):
         time.sleep(1)
-        return reports.RunResult(tmp_path, tmp_path / 'report.html', {}, 0.1)       # by the clock of the notebook
+        return runs.RunResult(tmp_path, tmp_path / 'report.html', {}, 0.1)       # by the clock of the notebook
     monkeypatch.setattr(reports, 'run_report', slow)
     for name in ('metrics.json', 'report.html'): (tmp_path / name).write_text('{}')
     assert main(['category']) == 0 and re.search(r'^[1-9]\d* s; report', capsys.readouterr().out, re.MULTILINE)
@@ -283,7 +284,7 @@ def test_the_seconds_printed_are_those_of_the_user(tmp_path, monkeypatch, capsys
 def test_inspections_have_folders_of_their_own(tmp_path, monkeypatch, capsys):
     now = {'%Y%m%d': '20261127', '%H%M%S': '081500'}
     monkeypatch.setattr('time.strftime', lambda how, *at: now[how])
-    ask = lambda day: reports.default_folder('inspect',
+    ask = lambda day: runs.default_folder('inspect',
                                              dict(run_dir=str(tmp_path), images=str(tmp_path / day / 'photos')))
     first = ask('day1')
     assert first == tmp_path / 'inspect-photos-20261127-081500'
@@ -327,7 +328,7 @@ def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
     with replacing(tmp_path / 'other') as ours:                         # of a process that lives
         remove_leftovers(tmp_path)
         assert {p.name for p in tmp_path.iterdir()} == {'.mine.tmp', ours.name}
-        reports.begin_run(tmp_path, {})
+        runs.begin_run(tmp_path, {})
         assert ours.exists()
     with temporary_folder(tmp_path, 'sockets') as folder: remove_leftovers(tmp_path); assert folder.is_dir()
     assert not folder.exists()
@@ -356,7 +357,7 @@ def test_a_full_disk_says_so_and_where(tmp_path, monkeypatch):
         fails(RuntimeError('unexpected pos 3040896 vs 3040784'))     # as torch.save says it
     assert not list(tmp_path.iterdir())
     full = OSError(errno.ENOSPC, 'No space left on device', '/runs/a')
-    assert reports._reason_of(full) == 'the disk is full: /runs/a'
+    assert execution._reason_of(full) == 'the disk is full: /runs/a'
 
 
 def test_archives_and_addresses_that_are_not_what_they_should_be(tmp_path, monkeypatch):

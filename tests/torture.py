@@ -32,7 +32,7 @@ from PIL import Image
 
 from draem_nb import methods
 from draem_nb.data import demo_category, load_category
-from draem_nb.reports import default_folder
+from draem_nb.runs import default_folder
 
 TINY = dict(size=64, base_width=4, base_channels=4, steps=40, batch=4, checkpoint_every=5, precision='float32')
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -214,7 +214,7 @@ print(early, resident(), time.monotonic() - began)"""
 LARGE = """
 import sys, time
 from draem_nb.methods import load
-from draem_nb.reports import peak_memory_mib
+from draem_nb.runs import peak_memory_mib
 from draem_nb.tiling import TiledDetector
 run, file = sys.argv[1:]
 detector, before, began = TiledDetector(load(run, 'cpu'), (8992, 12000)), peak_memory_mib(), time.monotonic()
@@ -224,7 +224,7 @@ print(len(detector.places()), time.monotonic() - began, before, peak_memory_mib(
 CLASS = """
 import sys, time
 from draem_nb.data import check, load_category
-from draem_nb.reports import peak_memory_mib
+from draem_nb.runs import peak_memory_mib
 root, name = sys.argv[1:]
 began = time.monotonic()
 found = check(root, name)
