@@ -14,8 +14,100 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['ssim_map', 'ssim_loss', 'focal_loss', 'Losses', 'LossWeights', 'draem_loss', 'gradient_magnitude',
-           'reconstruction_error']
+__all__ = ['plain_ssim_map', 'focal_loss', 'plain_focal_loss', 'Losses', 'LossWeights', 'draem_loss', 'gradient_magnitude',
+           'reconstruction_error', 'ssim_map', 'ssim_loss']
+
+# %% ../nbs/05_losses.ipynb #a8464c13
+def plain_ssim_map(x: Tensor, y: Tensor) -> Tensor:
+    "SSIM at every pixel and channel as it is defined, (B, C, H, W) in 0..1 -> (B, C, H, W) in -1..1; slow."
+    taps = torch.exp(-torch.arange(-5., 6.)**2 / 4.5)                   # 2 sigma^2 = 4.5
+    window = (torch.outer(taps, taps) / taps.sum()**2).to(x).expand(x.shape[1], 1, 11, 11)
+    blur = lambda t: F.conv2d(t, window, padding=5, groups=x.shape[1])
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+    return (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+
+# %% ../nbs/05_losses.ipynb #bc7923d5
+_EPSILON = 1e-5
+
+# %% ../nbs/05_losses.ipynb #254cb864
+def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.) -> Tensor:
+    "Mean focal loss of logits (B, 2, H, W), before the softmax, for a mask (B, 1, H, W) of 0 and 1; a scalar."
+    if logits.shape[1] != 2 or logits[:, :1].shape != mask.shape:
+        raise ValueError('focal_loss wants logits (B, 2, H, W) and mask (B, 1, H, W), '
+                         f'got {tuple(logits.shape)} and {tuple(mask.shape)}')
+    p1 = torch.sigmoid(logits[:, 1:] - logits[:, :1])
+    target = mask.clamp(_EPSILON, 1 - _EPSILON)
+    pt = target * p1 + (1 - target) * (1 - p1) + _EPSILON
+    return -((1 - pt).clamp(min=0)**gamma * pt.log()).mean()
+
+# %% ../nbs/05_losses.ipynb #86a3ed63
+def plain_focal_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    "Mean focal loss with gamma = 2 as it is defined, by softmax and one-hot target; shapes as in `focal_loss`."
+    p = logits.softmax(1)
+    onehot = torch.cat([1 - mask, mask], 1).clamp(1e-5, 1 - 1e-5)
+    pt = (onehot * p).sum(1) + 1e-5
+    return (-(1 - pt)**2 * pt.log()).mean()
+
+# %% ../nbs/05_losses.ipynb #d2bbda3d
+class Losses(NamedTuple):
+    "The total and its three terms before weighting, all scalars."
+    total: Tensor
+    ssim: Tensor
+    l2: Tensor
+    focal: Tensor
+
+# %% ../nbs/05_losses.ipynb #43892dfc
+class LossWeights(Protocol):
+    "How much each term counts, and the exponent of the focal loss. A recipe of DRAEM is one."
+    @property
+    def ssim_weight(self) -> float:
+        "Of the SSIM loss."
+    @property
+    def l2_weight(self) -> float:
+        "Of the squared error."
+    @property
+    def focal_weight(self) -> float:
+        "Of the focal loss."
+    @property
+    def focal_gamma(self) -> float:
+        "How strongly easy pixels are left out of it."
+
+# %% ../nbs/05_losses.ipynb #30590d9e
+def draem_loss(
+    reconstruction: Tensor | None, logits: Tensor | None, target: Tensor, mask: Tensor, weights: LossWeights,
+) -> Losses:
+    """Weighted sum of the three losses in the target's type (float32), also under autocast.
+
+    The terms of an absent net (None) are zero."""
+    ssim = l2 = focal = target.new_zeros(())
+    with torch.autocast(target.device.type, enabled=False):
+        if reconstruction is not None:
+            reconstruction = reconstruction.to(target.dtype)
+            ssim, l2 = ssim_loss(target, reconstruction), F.mse_loss(reconstruction, target)
+        if logits is not None: focal = focal_loss(logits.to(target.dtype), mask, weights.focal_gamma)
+    return Losses(weights.ssim_weight * ssim + weights.l2_weight * l2 + weights.focal_weight * focal, ssim, l2, focal)
+
+# %% ../nbs/05_losses.ipynb #8341253e
+def gradient_magnitude(gray: Tensor) -> Tensor:
+    "Prewitt gradient magnitude of (B, 1, H, W), replicated border."
+    prewitt = torch.tensor([[-1., 0., 1.]] * 3, device=gray.device, dtype=gray.dtype) / 3
+    g = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode='replicate'), torch.stack([prewitt, prewitt.T])[:, None])
+    return g.square().sum(1, keepdim=True).add(1e-12).sqrt()
+
+# %% ../nbs/05_losses.ipynb #10acff00
+def reconstruction_error(image: Tensor, reconstruction: Tensor, kind: str = 'ssim') -> Tensor:
+    "Error map (B, 1, H, W), 0 where alike: (1 - SSIM) / 2, or 1 - MSGMS, of (B, 3, H, W) in 0..1."
+    if kind == 'ssim': return (1 - ssim_map(image, reconstruction).mean(1, keepdim=True)) / 2
+    if kind != 'msgms': raise ValueError(f"error map {kind!r} is unknown; choose 'ssim' or 'msgms'")
+    x, y = image.mean(1, keepdim=True), reconstruction.mean(1, keepdim=True)
+    total = torch.zeros_like(x)
+    for scale in range(4):
+        if scale: x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        gx, gy = gradient_magnitude(x), gradient_magnitude(y)
+        gms = (2 * gx * gy + 0.0026) / (gx**2 + gy**2 + 0.0026)
+        total = total + F.interpolate(gms, image.shape[-2:], mode='bilinear', align_corners=False)
+    return 1 - total / 4
 
 # %% ../nbs/05_losses.ipynb #0beca4e1
 @lru_cache(maxsize=32)
@@ -108,77 +200,3 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     It is cheap where only one of the two images needs a gradient."""
     if x.shape != y.shape or x.requires_grad and y.requires_grad: return 1 - ssim_map(x, y).mean()
     return 1 - (_MeanSSIM.apply(y, x) if x.requires_grad else _MeanSSIM.apply(x, y))
-
-# %% ../nbs/05_losses.ipynb #bc7923d5
-_EPSILON = 1e-5
-
-# %% ../nbs/05_losses.ipynb #254cb864
-def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.) -> Tensor:
-    "Mean focal loss of logits (B, 2, H, W), before the softmax, for a mask (B, 1, H, W) of 0 and 1; a scalar."
-    if logits.shape[1] != 2 or logits[:, :1].shape != mask.shape:
-        raise ValueError('focal_loss wants logits (B, 2, H, W) and mask (B, 1, H, W), '
-                         f'got {tuple(logits.shape)} and {tuple(mask.shape)}')
-    p1 = torch.sigmoid(logits[:, 1:] - logits[:, :1])
-    target = mask.clamp(_EPSILON, 1 - _EPSILON)
-    pt = target * p1 + (1 - target) * (1 - p1) + _EPSILON
-    return -((1 - pt).clamp(min=0)**gamma * pt.log()).mean()
-
-# %% ../nbs/05_losses.ipynb #d2bbda3d
-class Losses(NamedTuple):
-    "The total and its three terms before weighting, all scalars."
-    total: Tensor
-    ssim: Tensor
-    l2: Tensor
-    focal: Tensor
-
-# %% ../nbs/05_losses.ipynb #43892dfc
-class LossWeights(Protocol):
-    "How much each term counts, and the exponent of the focal loss. A recipe of DRAEM is one."
-    @property
-    def ssim_weight(self) -> float:
-        "Of the SSIM loss."
-    @property
-    def l2_weight(self) -> float:
-        "Of the squared error."
-    @property
-    def focal_weight(self) -> float:
-        "Of the focal loss."
-    @property
-    def focal_gamma(self) -> float:
-        "How strongly easy pixels are left out of it."
-
-# %% ../nbs/05_losses.ipynb #30590d9e
-def draem_loss(
-    reconstruction: Tensor | None, logits: Tensor | None, target: Tensor, mask: Tensor, weights: LossWeights,
-) -> Losses:
-    """Weighted sum of the three losses in the target's type (float32), also under autocast.
-
-    The terms of an absent net (None) are zero."""
-    ssim = l2 = focal = target.new_zeros(())
-    with torch.autocast(target.device.type, enabled=False):
-        if reconstruction is not None:
-            reconstruction = reconstruction.to(target.dtype)
-            ssim, l2 = ssim_loss(target, reconstruction), F.mse_loss(reconstruction, target)
-        if logits is not None: focal = focal_loss(logits.to(target.dtype), mask, weights.focal_gamma)
-    return Losses(weights.ssim_weight * ssim + weights.l2_weight * l2 + weights.focal_weight * focal, ssim, l2, focal)
-
-# %% ../nbs/05_losses.ipynb #8341253e
-def gradient_magnitude(gray: Tensor) -> Tensor:
-    "Prewitt gradient magnitude of (B, 1, H, W), replicated border."
-    prewitt = torch.tensor([[-1., 0., 1.]] * 3, device=gray.device, dtype=gray.dtype) / 3
-    g = F.conv2d(F.pad(gray, (1, 1, 1, 1), mode='replicate'), torch.stack([prewitt, prewitt.T])[:, None])
-    return g.square().sum(1, keepdim=True).add(1e-12).sqrt()
-
-# %% ../nbs/05_losses.ipynb #10acff00
-def reconstruction_error(image: Tensor, reconstruction: Tensor, kind: str = 'ssim') -> Tensor:
-    "Error map (B, 1, H, W), 0 where alike: (1 - SSIM) / 2, or 1 - MSGMS, of (B, 3, H, W) in 0..1."
-    if kind == 'ssim': return (1 - ssim_map(image, reconstruction).mean(1, keepdim=True)) / 2
-    if kind != 'msgms': raise ValueError(f"error map {kind!r} is unknown; choose 'ssim' or 'msgms'")
-    x, y = image.mean(1, keepdim=True), reconstruction.mean(1, keepdim=True)
-    total = torch.zeros_like(x)
-    for scale in range(4):
-        if scale: x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        gx, gy = gradient_magnitude(x), gradient_magnitude(y)
-        gms = (2 * gx * gy + 0.0026) / (gx**2 + gy**2 + 0.0026)
-        total = total + F.interpolate(gms, image.shape[-2:], mode='bilinear', align_corners=False)
-    return 1 - total / 4

@@ -8,11 +8,33 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['perlin_noise', 'random_angles']
+__all__ = ['lattice_noise', 'perlin_noise', 'random_angles']
+
+# %% ../nbs/01_perlin.ipynb #4ccce5b6
+def lattice_noise(angles: np.ndarray, cells: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Perlin noise of one image, as it is defined: slow, and what `perlin_noise` is checked against.
+
+    Args:
+        angles: (rows + 1, columns + 1) or more, the angle of the vector on each lattice point, in radians
+        cells: (rows, columns) of the lattice
+        size: (H, W) in pixels, any
+    Returns:
+        (H, W), about -1 .. 1
+    """
+    (rows, cols), (H, W) = cells, size
+    y, x = np.arange(H) * rows / H, np.arange(W) * cols / W        # pixel positions in cells
+    i, j = y.astype(int)[:, None], x.astype(int)[None, :]          # the cell that each lies in
+    u, v = y[:, None] - i, x[None, :] - j                          # and where in it
+    fade = lambda t: 6 * t**5 - 15 * t**4 + 10 * t**3
+    corner = lambda a, b: np.cos(angles[i + a, j + b]) * (u - a) + np.sin(angles[i + a, j + b]) * (v - b)
+    top    = (1 - fade(v)) * corner(0, 0) + fade(v) * corner(0, 1)
+    bottom = (1 - fade(v)) * corner(1, 0) + fade(v) * corner(1, 1)
+    return math.sqrt(2) * ((1 - fade(u)) * top + fade(u) * bottom)
 
 # %% ../nbs/01_perlin.ipynb #b11a031b
 @lru_cache(maxsize=64)

@@ -5,16 +5,17 @@
 # %% ../nbs/02_textures.ipynb #4a3e3a1a
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 # %% auto #0
-__all__ = ['OPERATIONS', 'load_textures', 'Augmentation', 'draw_augmentation']
+__all__ = ['OPERATIONS', 'PILLOW', 'load_textures', 'Augmentation', 'draw_augmentation']
 
 # %% ../nbs/02_textures.ipynb #f8eb18b9
 from skimage import data as photographs
@@ -75,6 +76,21 @@ _STRENGTHS: dict[str, dict[str, list[tuple]]] = {       # ranges; of whole numbe
                      invert=[], autocontrast=[(0, 20)], equalize=[], rotate=[(-45., 45.)]),
     'none': {}}
 OPERATIONS: dict[str, tuple[str, ...]] = {kind: tuple(ranges) for kind, ranges in _STRENGTHS.items()}
+
+# %% ../nbs/02_textures.ipynb #7915b367
+def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Callable[..., Image.Image]:
+    return lambda image, factor, *_: kind(image).enhance(factor)
+
+# name -> function of an RGB image and the operation's strengths; further numbers are ignored
+PILLOW: dict[str, Callable[..., Image.Image]] = dict(
+    posterize=lambda image, bits, *_: ImageOps.posterize(image, int(bits)),
+    solarize=lambda image, threshold, *_: ImageOps.solarize(image, threshold),
+    invert=lambda image, *_: ImageOps.invert(image),
+    autocontrast=lambda image, cutoff=0, *_: ImageOps.autocontrast(image, int(cutoff)),
+    equalize=lambda image, *_: ImageOps.equalize(image),
+    rotate=lambda image, degrees, *_: image.rotate(degrees, Image.Resampling.BILINEAR),
+    sharpness=_enhance(ImageEnhance.Sharpness), brightness=_enhance(ImageEnhance.Brightness),
+    color=_enhance(ImageEnhance.Color))
 
 # %% ../nbs/02_textures.ipynb #4dc0cec4
 @dataclass

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
 from draem_nb import textures as T
 from draem_nb.recipes import official
 from draem_nb.simulator import AnomalySimulator
-from draem_nb.textures import OPERATIONS, Augmentation, draw_augmentation, load_textures
+from draem_nb.textures import OPERATIONS, PILLOW, Augmentation, draw_augmentation, load_textures
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -45,17 +45,6 @@ def apply(x, *chain):
 def pillow(x, f):
     images = [f(Image.fromarray(np.ascontiguousarray(i.permute(1, 2, 0).numpy()))) for i in x]
     return torch.stack([torch.tensor(np.array(image)).permute(2, 0, 1) for image in images])
-
-
-def enhance(kind): return lambda image, factor: kind(image).enhance(factor)
-
-
-PILLOW = dict(
-    posterize=lambda image, bits: ImageOps.posterize(image, int(bits)), solarize=ImageOps.solarize,
-    invert=ImageOps.invert,
-    autocontrast=lambda image, cutoff=0: ImageOps.autocontrast(image, int(cutoff)),
-    sharpness=enhance(ImageEnhance.Sharpness), brightness=enhance(ImageEnhance.Brightness),
-    color=enhance(ImageEnhance.Color))
 
 
 def random_images(n, size, g):
