@@ -15,48 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # %% auto #0
-__all__ = ['Net', 'BatchNorm2d', 'ReconstructiveSubNetwork', 'DiscriminativeSubNetwork', 'Draem', 'initialise', 'fold_batchnorm',
+__all__ = ['Net', 'ReconstructiveSubNetwork', 'DiscriminativeSubNetwork', 'Draem', 'initialise', 'BatchNorm2d', 'fold_batchnorm',
            'WinogradConv2d', 'winograd']
-
-# %% ../nbs/04_networks.ipynb #8a158529
-class _Normalised(torch.autograd.Function):
-    "Batch normalisation of (B, C, H, W) with statistics of two passes; gives the mean and the variance (C,) as well."
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        mean = x.sum((0, 2, 3)) / (x.numel() / x.shape[1])
-        var = (x - mean[:, None, None]).square_().sum((0, 2, 3)) / (x.numel() / x.shape[1])
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, var)
-        return nn.functional.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse = ctx.saved_tensors
-        upstream = upstream.contiguous(memory_format=torch.channels_last)
-        gradients = torch.ops.aten.native_batch_norm_backward(
-            upstream, x, weight, None, None, mean, inverse, True, ctx.eps, [True] * 3)
-        return *gradients, None
-
-# %% ../nbs/04_networks.ipynb #1a55b030
-class BatchNorm2d(nn.BatchNorm2d):
-    "`torch.nn.BatchNorm2d`, also exact and fast in channels-last on a CPU; (B, C, H, W) -> the same, in its layout."
-    def forward(self, x: Tensor) -> Tensor:
-        "(B, C, H, W) -> the same shape, normalised."
-        if x.device.type != 'cpu' or x.is_contiguous(): return super().forward(x)
-        if x.shape[1] < 16: return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
-        n = x.numel() // x.shape[1]
-        tracked, momentum = self.num_batches_tracked, self.momentum
-        if not self.training or x.dtype != torch.float32 or n == 1: return super().forward(x)
-        if self.running_mean is None or self.running_var is None or tracked is None or momentum is None:
-            return super().forward(x)
-        y, mean, var = _Normalised.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            tracked.add_(1)
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(var * (n / (n - 1)), momentum)
-        return y
 
 # %% ../nbs/04_networks.ipynb #5a32d5e0
 def _double_conv(c_in: int, c_mid: int, c_out: int) -> nn.Sequential:
@@ -189,6 +149,46 @@ def initialise(net: Net, generator: torch.Generator, anomaly_prior: float | None
         last = net.discriminative.decoder_segment.fin_out.get_parameter('0.bias')
         last.copy_(torch.tensor([-log_odds / 2, log_odds / 2]))
     return net
+
+# %% ../nbs/04_networks.ipynb #8a158529
+class _Normalised(torch.autograd.Function):
+    "Batch normalisation of (B, C, H, W) with statistics of two passes; gives the mean and the variance (C,) as well."
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean = x.sum((0, 2, 3)) / (x.numel() / x.shape[1])
+        var = (x - mean[:, None, None]).square_().sum((0, 2, 3)) / (x.numel() / x.shape[1])
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return nn.functional.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        upstream = upstream.contiguous(memory_format=torch.channels_last)
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            upstream, x, weight, None, None, mean, inverse, True, ctx.eps, [True] * 3)
+        return *gradients, None
+
+# %% ../nbs/04_networks.ipynb #1a55b030
+class BatchNorm2d(nn.BatchNorm2d):
+    "`torch.nn.BatchNorm2d`, also exact and fast in channels-last on a CPU; (B, C, H, W) -> the same, in its layout."
+    def forward(self, x: Tensor) -> Tensor:
+        "(B, C, H, W) -> the same shape, normalised."
+        if x.device.type != 'cpu' or x.is_contiguous(): return super().forward(x)
+        if x.shape[1] < 16: return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        n = x.numel() // x.shape[1]
+        tracked, momentum = self.num_batches_tracked, self.momentum
+        if not self.training or x.dtype != torch.float32 or n == 1: return super().forward(x)
+        if self.running_mean is None or self.running_var is None or tracked is None or momentum is None:
+            return super().forward(x)
+        y, mean, var = _Normalised.apply(x, self.weight, self.bias, self.eps)
+        with torch.no_grad():
+            tracked.add_(1)
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var * (n / (n - 1)), momentum)
+        return y
 
 # %% ../nbs/04_networks.ipynb #ce595d33
 def fold_batchnorm(net: Net) -> Net:
