@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import cast
 
 # %% auto #0
-__all__ = ['PUBLISHED_AS', 'wilson_interval', 'intervals', 'evaluate', 'method_conditions', 'with_interval', 'headline',
+__all__ = ['PUBLISHED_AS', 'COSTS', 'wilson_interval', 'intervals', 'evaluate', 'method_conditions', 'with_interval', 'headline',
            'results_in_words', 'results_table', 'evaluate_simulated', 'compare', 'paper_table', 'method_of',
            'beside_paper', 'differing_conditions', 'ablation_table', 'read_runs', 'conditions_name', 'runs_table',
            'summary_table', 'mark_best', 'differences']
@@ -612,11 +612,24 @@ def _checked(model: type[BaseModel], value: dict, path: Path) -> None:
         where, what = '.'.join(map(str, first['loc'])), first['msg']
         raise ValueError(f'{shown(path)} is damaged: {where}: {what}; remove that folder, and run anew') from None
 
+# %% ../nbs/10_evaluation.ipynb #1b7e60c4
+# column of a table: key in timing.json
+COSTS = {'training, processor s': 'training_processor_seconds', 'ms per image': 'prediction_processor_ms',
+         'peak memory, MiB': 'peak_memory_mib'}
+
+# %% ../nbs/10_evaluation.ipynb #97aa3d10
+def _cost_of(run: Path) -> dict[str, float]:
+    "What timing.json tells of a run; nothing where it is missing or damaged, since no metric depends on it."
+    try: found = read_json(run / 'timing.json')
+    except (OSError, ValueError): return {}
+    return {key: float(found[key]) for key in COSTS.values() if isinstance(found.get(key), int | float)}
+
 # %% ../nbs/10_evaluation.ipynb #6b15072e
 def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
     """The metrics of all complete runs below a folder, by path, and the names of the runs that are not complete.
 
-    The conditions get `textures`, the start of the anomaly source's fingerprint, and `device` from run.json."""
+    The conditions get `textures`, the start of the anomaly source's fingerprint, and `device` from run.json;
+    `cost` is what timing.json tells."""
     runs_dir = Path(runs_dir)
     if not runs_dir.is_dir():
         raise FileNotFoundError(f'there is no folder of runs {runs_dir}; make a run first, or name another folder')
@@ -631,7 +644,7 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
         except ValueError as error: incomplete.append(str(error)); continue
         if 'textures_fingerprint' in about: results['conditions']['textures'] = about['textures_fingerprint'][:8]
         if 'device' in about: results['conditions']['device'] = about['device']
-        runs.append(results)
+        runs.append(results | dict(cost=_cost_of(run)))
     return runs, incomplete
 
 # %% ../nbs/10_evaluation.ipynb #8ddaa652
@@ -657,7 +670,7 @@ def _as_percent(value: float | None) -> float: return np.nan if value is None el
 
 # %% ../nbs/10_evaluation.ipynb #edfde416
 def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
-    """A row a run: class, conditions, seed, device, and in percent every metric and the limits of its interval.
+    """A row a run: class, conditions, seed, device, cost, and in percent every metric with its interval.
 
     One row a seed: a run that was copied or repeated is not another one."""
     about = lambda r: dict(category=r['conditions']['category'], conditions=conditions_name(r),
@@ -668,22 +681,33 @@ def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
                                                   or (None, None))))
     rows = pd.DataFrame([about(r) | {m: _as_percent(r[part].get(key)) for m, (part, key) in _OURS.items()}
                          | {k: v for m, (part, key) in _METRICS.items() for k, v in limits(r, m, part, key).items()}
-                         for r in runs])
+                         | {name: r.get('cost', {}).get(key) for name, key in COSTS.items()} for r in runs],
+                        ).astype(dict.fromkeys(COSTS, float))
     # classes of one name, but not of one content
     several = rows.groupby(['category', 'conditions']).data.transform('nunique') > 1
     rows.loc[several, 'conditions'] += ', data ' + rows.data[several].str[:8]
     return rows.drop_duplicates(['category', 'conditions', 'seed'])
 
+# %% ../nbs/10_evaluation.ipynb #d3f8e251
+def _together(results: dict) -> dict:
+    "The kinds of defect that were evaluated together, as the results of a class of their own."
+    some, c = results['together'], results['conditions']
+    return results | dict(image=some['image'], pixel=some['pixel'], intervals={}, conditions=c | dict(
+        category=f'{c["category"]}: {", ".join(some["kinds"])}'))
+
 # %% ../nbs/10_evaluation.ipynb #a6a871a1
 def runs_table(runs: Sequence[dict]) -> pd.DataFrame:
     """A row for each class and set of conditions: mean and standard deviation over seeds, percent, and the mean limits
-    of the seeds' intervals; how many seeds, on which devices."""
+    of the seeds' intervals; how many seeds, on which devices; what they cost, see `COSTS`.
+
+    Kinds of defect that were evaluated together as well have a row of their own, '<class>: <kind>, <kind>'."""
     if not runs: return pd.DataFrame()
-    groups = _run_rows(runs).groupby(['category', 'conditions'])
+    parts = [_together(r) for r in runs if r.get('together')]
+    groups = _run_rows([*runs, *parts]).groupby(['category', 'conditions'])
     limits = [f'{metric} {end}' for metric in _METRICS for end in ('low', 'high')]
     devices = groups.devices.agg(lambda names: ', '.join(sorted(set(names) - {''})))
     return pd.concat([groups[[*_OURS]].mean(), groups[[*_OURS]].std().add_suffix(' sd'), groups[limits].mean(),
-                      groups.size().rename('seeds'), devices], axis=1).reset_index()
+                      groups.size().rename('seeds'), devices, groups[[*COSTS]].mean()], axis=1).reset_index()
 
 # %% ../nbs/10_evaluation.ipynb #08f43a3f
 def _published_values(metric: str) -> pd.DataFrame:

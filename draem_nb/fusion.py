@@ -12,10 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['wants_textures', 'examples', 'load', 'FusionRecipe', 'memory_recipe', 'painted_recipe', 'draem_recipe', 'demo',
-           'by_name', 'Surprise', 'shrink', 'shrunken', 'Witnesses', 'WitnessesOnOneScale', 'FusionDetector',
+__all__ = ['wants_textures', 'load', 'FusionRecipe', 'memory_recipe', 'painted_recipe', 'draem_recipe', 'demo', 'by_name',
+           'examples', 'Surprise', 'shrink', 'shrunken', 'Witnesses', 'WitnessesOnOneScale', 'FusionDetector',
            'fit_parts', 'fit']
 
 # %% ../nbs/45b_fusion.ipynb #96655f23
@@ -39,15 +40,23 @@ from .training import load_checkpoint, pick_device, split_held_out, train
 @as_recipe
 class FusionRecipe(FeatureDraemRecipe):
     "All choices of one run: those of `feature_draem`, of the memory and of DRAEM. `ValueError` for impossible values."
+    size: Size = 384                        # what the memory looks at, and the size of the score map
+    score_window: Count = 17                # side of the mean filter before the maximum, odd, in pixels of the map
     pieces: Count = 3000                    # features of normal images that are remembered
     candidates: Count = 100_000             # from which they are chosen
-    draem_size: Size = 96                   # what DRAEM looks at, S or (H, W) in pixels; multiples of 32
+    painted_size: Size = 192                # what `feature_draem` looks at, S or (H, W) in pixels; multiples of 32
+    draem_size: Size = 96                   # what DRAEM looks at
     draem_steps: Count = 1000               # of DRAEM's training
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_size(self.draem_size)
+        for size in (self.painted_size, self.draem_size): check_size(size)
         memory_recipe(self)                 # which looks at its own fields
+
+    @property
+    def texture_size(self) -> int | tuple[int, int]:
+        "At which textures are wanted: nobody paints on larger images."
+        return self.painted_size
 
 # %% ../nbs/45b_fusion.ipynb #08c9196d
 def memory_recipe(recipe: FusionRecipe) -> MemoryRecipe:
@@ -57,9 +66,9 @@ def memory_recipe(recipe: FusionRecipe) -> MemoryRecipe:
 
 # %% ../nbs/45b_fusion.ipynb #c277af32
 def painted_recipe(recipe: FusionRecipe) -> FeatureDraemRecipe:
-    "What `feature_draem` is told."
-    return FeatureDraemRecipe(**{field.name: getattr(recipe, field.name)
-                                 for field in dataclasses.fields(FeatureDraemRecipe)})
+    "What `feature_draem` is told: its own size and window, all else as the fusion has it."
+    shared = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(FeatureDraemRecipe)}
+    return FeatureDraemRecipe(**shared | dict(size=recipe.painted_size, score_window=FeatureDraemRecipe().score_window))
 
 # %% ../nbs/45b_fusion.ipynb #4e424b92
 def draem_recipe(recipe: FusionRecipe) -> Recipe:
@@ -69,7 +78,7 @@ def draem_recipe(recipe: FusionRecipe) -> Recipe:
 
 # %% ../nbs/45b_fusion.ipynb #5b1f7e20
 def demo() -> FusionRecipe:
-    "For a CPU, the only one: 192 px, 500 steps of 4 images, 3,000 pieces; DRAEM with 96 px, 1,000 steps of 8."
+    "For a CPU: a memory at 384 px, `feature_draem` at 192 px (500 steps of 4), DRAEM at 96 px (1,000 steps of 8)."
     return FusionRecipe()
 
 def by_name(name: str) -> FusionRecipe:
@@ -79,7 +88,10 @@ def by_name(name: str) -> FusionRecipe:
 
 # %% ../nbs/45b_fusion.ipynb #5d09dd29
 wants_textures = True               # of `fit`: the report loads them
-examples = feature_draem.examples   # what is painted, for the report
+
+def examples(images: Tensor, recipe: FusionRecipe, textures: Tensor) -> Figure:
+    "What is painted, for the report: `feature_draem`'s images."
+    return feature_draem.examples(shrink(images[:64], recipe.painted_size), painted_recipe(recipe), textures)
 
 # %% ../nbs/45b_fusion.ipynb #c77d10ab
 _RAREST = 6.9       # nats: about one normal pixel in a thousand; rarer values are extrapolated
@@ -145,7 +157,8 @@ class Witnesses(KeptDetector):
     def log_odds(self, batch: Tensor) -> Tensor:
         "(B, 3, H, W) uint8 on the device -> (B, 3, H, W): log odds of DRAEM, of `feature_draem` and of `memory`."
         maps = [of.maps_and_scores(images)[1].clamp(_EDGE, 1 - _EDGE).logit() for of, images in (
-            (self.draem, shrink(batch, self.recipe.draem_size)), (self.features, batch), (self.memory, batch))]
+            (self.draem, shrink(batch, self.recipe.draem_size)),
+            (self.features, shrink(batch, self.recipe.painted_size)), (self.memory, batch))]
         return torch.cat([F.interpolate(of, self.size, mode='bilinear') for of in maps], 1)
 
 # %% ../nbs/45b_fusion.ipynb #ce32ae83
@@ -193,7 +206,8 @@ def fit_parts(category: CategoryData, recipe: FusionRecipe, device: torch.device
               folder: Path) -> FusionDetector:
     "The three witnesses, each fitted in a folder of its own, from which it goes on; without scales."
     detector = FusionDetector(recipe, device)
-    detector.features = feature_draem.fit(category, painted_recipe(recipe), device, textures, folder / 'feature_draem')
+    medium, painted = shrunken(category, recipe.painted_size), painted_recipe(recipe)
+    detector.features = feature_draem.fit(medium, painted, device, textures, folder / 'feature_draem')
     detector.memory = memory.fit(category, memory_recipe(recipe), device, run_dir=folder / 'memory')
     small = shrunken(category, recipe.draem_size)
     kept = train(small, shrink(textures, recipe.draem_size), draem_recipe(recipe), folder / 'draem', device)
@@ -216,13 +230,13 @@ def fit(category: CategoryData, recipe: FusionRecipe | None = None, device: str 
         category: its normal training images are used, nothing else
         recipe: None: `demo()`
         device: None: a GPU where there is one
-        textures: (N, 3, H, W) uint8; None: the built-in photographs
+        textures: (N, 3, H, W) uint8, of `recipe.texture_size`; None: the built-in photographs
         run_dir: keeps the run, and goes on from it; None: nothing is kept
     Returns:
         with thresholds, unless recipe.holdout is 0
     """
     recipe, device, images = recipe or demo(), pick_device(device), category.train
-    textures = load_textures(None, recipe.size) if textures is None else textures
+    textures = load_textures(None, recipe.texture_size) if textures is None else textures
     about = describe_run('fusion', category, recipe, device, textures)
     if run_dir and is_there(Path(run_dir), about): return load(run_dir, device)
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:

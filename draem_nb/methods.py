@@ -124,10 +124,10 @@ def textures_of(name: str, recipe: MethodChoices, root: str | Path | None = None
         recipe: of that method
         root: folder of images; None: the built-in photographs
     Returns:
-        (N, 3, H, W) uint8, of the recipe's size
+        (N, 3, H, W) uint8, of the recipe's `texture_size` where it has one, else of its size
     """
     if not getattr(method(name), 'wants_textures', False): return None
-    return load_textures(root, recipe.size, getattr(recipe, 'antialias', True))
+    return load_textures(root, getattr(recipe, 'texture_size', recipe.size), getattr(recipe, 'antialias', True))
 
 # %% ../nbs/40_methods.ipynb #f5cb2afc
 def examples(name: str, images: Tensor, recipe: MethodChoices, textures: Tensor | None = None) -> Figure | None:

@@ -125,17 +125,18 @@ def timing() -> dict[str, float]:
     return found
 
 # %% ../nbs/12c_runs.ipynb #40d49842
-def finish(run_dir: str | Path, results: dict, complete: bool = True) -> None:
+def finish(run_dir: str | Path, results: dict, complete: bool = True, cost: dict[str, float] | None = None) -> None:
     """Write `timing.json` and `results.json`; where `complete`, `results.json` becomes `metrics.json`.
 
     Args:
         run_dir: the report's folder
         results: plain JSON; the same to the byte whenever the run is the same: no times, no paths
         complete: False: `run_report` is in charge and makes the run complete itself
+        cost: more for timing.json, such as seconds of the processor
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(timing(), run_dir / 'timing.json')
+    write_json(timing() | (cost or {}), run_dir / 'timing.json')
     try: write_json(results, run_dir / 'results.json')
     except (TypeError, ValueError) as e:
         raise ValueError(f"the results of a report must be plain JSON without nan: {e}") from None

@@ -324,6 +324,16 @@ def test_mean_and_deviation_over_seeds():
     assert runs_table([]).empty and np.isnan(runs_table([run('screw', auroc=None)])['image AUROC'][0])
 
 
+def test_kinds_evaluated_together_are_a_row_and_costs_are_means():
+    some = dict(kinds=['crack', 'hole'], image=dict(auroc=0.7), pixel=dict(auroc=0.6, ap=0.5))
+    runs = [run('screw', seed) | dict(together=some, cost=dict(training_processor_seconds=seconds))
+            for seed, seconds in enumerate((10., 20.))]
+    table = runs_table([*runs, run('nuts')]).set_index('category')
+    assert table.loc['screw: crack, hole', ['image AUROC', 'pixel AP']].tolist() == [70, 50]
+    assert np.isnan(table.loc['screw: crack, hole', 'image AUROC low']) and table.loc['screw', 'image AUROC'] == 90
+    assert table.loc['screw', 'training, processor s'] == 15 and np.isnan(table.loc['nuts', 'ms per image'])
+
+
 def test_an_average_needs_all_fifteen():
     complete, notes = summary_table([run(c, auroc=0.97) for c in MVTEC])
     assert np.isclose(complete.iloc[:, -1]['average'], 97) and notes == []
@@ -381,14 +391,15 @@ def test_complete_runs_are_read_and_others_named(tmp_path):
         for file, content in files.items(): (tmp_path / name / f'{file}.json').write_text(json.dumps(content))
 
     write('b/screw', run=dict(textures_fingerprint='0123456789abcdef'), metrics=run('screw'))
-    write('a', run={}, metrics=run('pill'))
+    write('a', run={}, metrics=run('pill'), timing=dict(peak_memory_mib=700, seconds='many'))
     write('c', run={})                                                              # stopped before its end
     write('summary', metrics=dict(runs=2))                                          # a report on runs is not a run
     write('d', run={}, metrics=dict(runs=2))
     runs, incomplete = read_runs(tmp_path)
     assert [r['conditions']['category'] for r in runs] == ['pill', 'screw'] and incomplete == ['c']
     assert runs[1]['conditions']['textures'] == '01234567' and 'textures 01234567' in conditions_name(runs[1])
-    assert runs[0] == json.loads(json.dumps(run('pill')))
+    assert runs[0] == json.loads(json.dumps(run('pill'))) | dict(cost=dict(peak_memory_mib=700))
+    assert runs[1]['cost'] == {}
     with pytest.raises(FileNotFoundError, match='nowhere'): read_runs(tmp_path / 'nowhere')
 
 
