@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, check_size, replacing
+from .data import CategoryData, check_size
 from .detector import AnomalyDetector
+from .files import replacing
 from .fitting import check_loaded_size, write_losses
 from .losses import reconstruction_error, ssim_loss
 from .recipes import BaseRecipe, BelowOne, Count, Positive, Seed, Share, Size, Weight, as_recipe

@@ -19,11 +19,12 @@ __all__ = ['read_corrections', 'corrected', 'remember', 'recalibrate', 'recall_i
 # %% ../nbs/14f_corrections.ipynb #3501e088
 import numpy as np
 
-from .data import content_hash, read_image, read_json, replacing
+from .data import read_image
 from .detector import AnomalyDetector
 from .evaluation import wilson_interval
+from .files import content_hash, read_json, replacing, shown
 from .inspection import promised_rate, save_beside, threshold_for
-from .layouts import find_images, shown
+from .layouts import find_images
 from .runs import locked
 
 # %% ../nbs/14f_corrections.ipynb #216d27a2

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import CategoryData, check_size, replacing
+from .data import CategoryData, check_size
 from .detector import AnomalyDetector
+from .files import replacing
 
 # %% ../nbs/22_cutpaste.ipynb #2634f16f
 from .fitting import check_loaded_size, describe_run, is_there, keep_run, write_losses

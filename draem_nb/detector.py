@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .data import (CategoryData, check_size, find_images, large_part, load_images, read_image, replacing,
-                           write_json)
+from .data import CategoryData, check_size, large_part, load_images, read_image
+from .files import replacing, write_json
+from .layouts import find_images
 
 # %% ../nbs/08_detector.ipynb #2f4d4c86
 from .losses import reconstruction_error

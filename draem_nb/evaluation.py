@@ -28,10 +28,10 @@ from scipy import ndimage
 
 # %% ../nbs/10_evaluation.ipynb #6b6caf85
 import draem_nb
-from .data import CategoryData, check_kinds, large_part, read_json
+from .data import CategoryData, check_kinds, large_part
 from .detector import AnomalyDetector, Detections, DetectorLike, TrainedDraem
+from .files import as_markdown, read_json, shown
 from .inspection import promised_rate
-from .layouts import as_markdown, shown
 from .metrics import evaluate_maps, evaluate_scores
 from .recipes import MethodChoices, Recipe, by_name, official
 from .simulator import AnomalySimulator

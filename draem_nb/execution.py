@@ -36,8 +36,9 @@ from jupyter_client.manager import AsyncKernelManager
 
 # %% ../nbs/12d_execution.ipynb #b91fcd5e
 from . import gallery
-from .data import DEMO_CATEGORIES, check_size, demo_category, replacing, temporary_folder, write_json
-from .layouts import as_markdown, shown
+from .data import check_size
+from .demo import DEMO_CATEGORIES, demo_category
+from .files import as_markdown, replacing, shown, temporary_folder, write_json
 from .parameters import folder_parameter, report_notebook
 from .runs import (RunResult, asked_parameters, begin_run, file_notes, finished_run, input_files, is_complete,
                            locked)

@@ -22,8 +22,8 @@ from torch import Tensor
 from . import plots, recipes
 from .data import CategoryData
 from .detector import AnomalyDetector
+from .files import shown
 from .gallery import count_in_words
-from .layouts import shown
 
 # %% ../nbs/14e_explore.ipynb #558d2adb
 from .recipes import Recipe

@@ -31,8 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/15_export.ipynb #d38cb8d2
-from .data import read_image, replacing
+from .data import read_image
 from .detector import Detector
+from .files import replacing
 from .training import versions
 
 if TYPE_CHECKING:

@@ -42,8 +42,10 @@ from typing import TYPE_CHECKING, TextIO, cast
 import pandas as pd
 
 import draem_nb
-from .data import DEMO_CATEGORIES, find_categories, read_json, temporary_folder
+from .data import find_categories
+from .demo import DEMO_CATEGORIES
 from .execution import RunFailed, run_report
+from .files import read_json, temporary_folder
 from .parameters import report_notebook, value_of
 from .runs import (asked_parameters, begin_run, default_folder, finished_run, is_complete, locked,
                            result_row)

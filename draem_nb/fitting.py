@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% ../nbs/40b_fitting.ipynb #bac0d757
-from .data import CategoryData, check_size, large_part, read_json, replacing, write_json
+from .data import CategoryData, check_size, large_part
 from .detector import AnomalyDetector
+from .files import read_json, replacing, write_json
 from .recipes import (BaseRecipe, BelowOne, Count, HoldsOut, MethodChoices, Positive, Seed, Share, Size,
                               as_recipe)
 from .training import (damage_named, fingerprint, interrupt_noted, load_checkpoint, move, pick_device,

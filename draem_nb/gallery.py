@@ -19,7 +19,7 @@ __all__ = ['SCRIPT', 'SCRIPT_HASH', 'HEAD', 'count_in_words', 'gallery']
 import numpy as np
 from PIL import Image
 
-from .layouts import shown
+from .files import shown
 
 # %% ../nbs/11b_gallery.ipynb #562e268c
 def count_in_words(scores: Sequence[float] | np.ndarray, good: Sequence[bool] | None, threshold: float) -> str:

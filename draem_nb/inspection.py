@@ -30,9 +30,10 @@ from torch.nn import functional as F
 from . import plots
 
 # %% ../nbs/14_inspection.ipynb #0825c7cc
-from .data import CategoryData, large_part, read_image, read_json, replacing
+from .data import CategoryData, large_part, read_image
 from .detector import AnomalyDetector, Detections, set_thresholds
-from .layouts import UnreadableImage, list_files, shown
+from .files import read_json, replacing, shown
+from .layouts import UnreadableImage, list_files
 from .regions import inside
 
 # %% ../nbs/14_inspection.ipynb #ba6b57e2

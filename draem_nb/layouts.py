@@ -14,9 +14,8 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 
 # %% auto #0
-__all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'LAYOUTS', 'shown', 'as_markdown', 'Found', 'find_files', 'find_images',
-           'skipped_in_words', 'UnreadableImage', 'open_image', 'ClassFiles', 'groups_of', 'Layout', 'detect_layout',
-           'find_classes', 'list_files']
+__all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'LAYOUTS', 'Found', 'find_files', 'find_images', 'skipped_in_words', 'UnreadableImage',
+           'open_image', 'ClassFiles', 'groups_of', 'Layout', 'detect_layout', 'find_classes', 'list_files']
 
 # %% ../nbs/00b_layouts.ipynb #478c281d
 from contextlib import contextmanager
@@ -26,21 +25,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-# %% ../nbs/00b_layouts.ipynb #3ad10c41
-# Control characters, line separators, signs that turn the direction of writing, and bytes that are not UTF-8.
-_UNSHOWN = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
-
-def shown(name: str | Path) -> str:
-    "A name as one line that can be printed and stored as UTF-8: what cannot be shown becomes \\n, \\xff and the like."
-    def code(found: re.Match) -> str:
-        byte = ord(found[0]) - 0xdc00       # how Python holds a byte of a name that is not UTF-8
-        return f'\\x{byte:02x}' if 0x80 <= byte <= 0xff else found[0].encode('unicode_escape').decode()
-    return _UNSHOWN.sub(code, str(name))
-
-# %% ../nbs/00b_layouts.ipynb #2e9c82b1
-def as_markdown(text: str | Path) -> str:
-    "Text for a sentence of Markdown, in which it is nothing but text."
-    return re.sub(r'[^\w ,.%()-]|_', lambda found: f'&#{ord(found[0])};', shown(text))
+from .files import shown
 
 # %% ../nbs/00b_layouts.ipynb #b1b7fb96
 _READ = ('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.tif', '.tiff', '.webp', '.avif')

@@ -22,8 +22,9 @@ from torch import Tensor
 from . import (autoencoder, cutpaste, dagan, detector, feature_draem, fusion, ganomaly, gaussian_ad, memory,
                       padim, plots, recipes, riad, students, tiling)
 from .autoencoder import AutoencoderDetector, AutoencoderRecipe
-from .data import CategoryData, read_json
+from .data import CategoryData
 from .detector import AnomalyDetector
+from .files import read_json
 from .fitting import describe_run, is_there, keep_run
 from .recipes import MethodChoices
 

@@ -19,7 +19,8 @@ __all__ = ['OUTSIDE', 'inside', 'read_region']
 # %% ../nbs/14d_regions.ipynb #08606af8
 from torch import Tensor
 
-from .layouts import open_image, shown
+from .files import shown
+from .layouts import open_image
 
 # %% ../nbs/14d_regions.ipynb #319b0e50
 OUTSIDE = 128       # the gray of what is not looked at, of 255

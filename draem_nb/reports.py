@@ -19,12 +19,14 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from .data import DEMO_CATEGORIES, replacing
+from .demo import DEMO_CATEGORIES
+from .files import replacing
 
 # %% ../nbs/12_reports.ipynb #f21ff5eb
 from .execution import RunFailed, execute_own as execute_own, run_report
 from .fanout import fan_out
-from .layouts import find_classes, shown
+from .files import shown
+from .layouts import find_classes
 from .parameters import folder_parameter
 from .runs import RunResult, default_folder, locked, read_metrics, result_row
 # a report notebook finds all that it needs here

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import TextIO
 
 # %% ../nbs/12c_runs.ipynb #356d677d
-from .data import content_hash, read_json, remove_leftovers, write_json
-from .layouts import find_images, list_files, shown
+from .files import content_hash, read_json, remove_leftovers, shown, write_json
+from .layouts import find_images, list_files
 from .parameters import folder_parameter, folder_rule, report_parameters
 
 # %% ../nbs/12c_runs.ipynb #ae478176

@@ -21,7 +21,8 @@ __all__ = ['OPERATIONS', 'PILLOW', 'load_textures', 'Augmentation', 'draw_augmen
 from skimage import data as photographs
 from torch import Tensor
 
-from .data import check_size, find_images, load_images
+from .data import check_size, load_images
+from .layouts import find_images
 
 # %% ../nbs/02_textures.ipynb #9796c986
 _PHOTOGRAPHS = ('coffee', 'chelsea', 'retina', 'astronaut', 'rocket', 'hubble_deep_field')

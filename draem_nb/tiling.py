@@ -17,9 +17,11 @@ from tqdm import tqdm
 __all__ = ['tile_starts', 'blend_weights', 'OnTiles', 'TiledDetector', 'load_detector']
 
 # %% ../nbs/08b_tiling.ipynb #5b8e8fb2
-from .data import check_size, find_images, large_zeros, load_images, read_json
+from .data import check_size, large_zeros, load_images
 from .detector import (AnomalyDetector, Detections, Detector, Images, above, as_bytes, as_images, check_batch,
                                check_finite, image_score)
+from .files import read_json
+from .layouts import find_images
 from .regions import inside
 
 # %% ../nbs/08b_tiling.ipynb #fd69f1b0

@@ -35,7 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import draem_nb
-from .data import CategoryData, check_size, read_json, replacing, write_json
+from .data import CategoryData, check_size
+from .files import read_json, replacing, write_json
 from .losses import draem_loss
 
 # %% ../nbs/07_training.ipynb #568068b9

@@ -38,10 +38,10 @@ from PIL import Image
 
 # %% ../nbs/14c_watch.ipynb #c3b69c68
 from . import gallery
-from .data import replacing
 from .detector import AnomalyDetector
+from .files import replacing, shown
 from .inspection import choose_threshold, look, save_pictures, verdict
-from .layouts import find_files, shown
+from .layouts import find_files
 from .runs import locked
 from .tiling import load_detector
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from draem_nb import cli, data, execution, fanout, fitting, inspection, methods, recipes, reports, runs, training
+from draem_nb import cli, data, execution, fanout, files, fitting, inspection, methods, recipes, reports, runs, training
 from draem_nb.evaluation import read_runs
 from draem_nb.layouts import LAYOUTS, find_images, list_files
 from draem_nb.textures import load_textures
@@ -307,7 +307,7 @@ rows('run.json', {'no such method': (dict(method='magic'), "unknown method 'magi
 # ---- complete runs that lack something
 
 def complete(p: Place, results: object) -> None:
-    data.write_json(runs.asked_parameters('category', dict(category='brick'))[1], p.run / 'parameters.json')
+    files.write_json(runs.asked_parameters('category', dict(category='brick'))[1], p.run / 'parameters.json')
     sys.exit(cli.main(['category', '--category', 'brick', '--run-dir', str(p.json('metrics.json', results))]))
 
 
@@ -323,7 +323,7 @@ rows('complete run', {'image is a number': (dict(image=3), 'metrics.json is dama
 
 def summary(p: Place, change: tuple[str, object]) -> None:
     p.json('metrics.json', FINE)
-    data.write_json(dict(device='cpu'), p.run / 'run.json')
+    files.write_json(dict(device='cpu'), p.run / 'run.json')
     runs, bad = read_runs(p.run.parent)
     assert len(runs) == 1 and not bad
     where, value = change
@@ -445,8 +445,8 @@ def failing(error: OSError) -> Callable:
 
 def writes(p: Place, error: OSError) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.os, 'replace', failing(error))
-        data.write_json({}, p.folder / 'a.json')
+        patch.setattr(files.os, 'replace', failing(error))
+        files.write_json({}, p.folder / 'a.json')
 
 
 rows('disk', {'full': (OSError(errno.ENOSPC, 'No space left on device'), 'the disk is full at .*; make room there'),
@@ -580,7 +580,7 @@ def test_any_field_of_a_recipe(fields): tried(lambda: recipes.demo().replace(**f
 @given(st.binary(max_size=300), st.sampled_from([b'', PNG, b'\xff\xd8\xff\xe0', b'BM', b'II*\0', b'RIFF']))
 def test_any_mask(made, tmp_path, content, head):
     (bad := tmp_path / 'm.png').write_bytes(head + content)
-    tried(lambda: data._read_mask(bad, made.image()))
+    tried(lambda: data.read_mask(bad, made.image()))
 
 
 def test_a_checkpoint_cut_anywhere(made, tmp_path):

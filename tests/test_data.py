@@ -15,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from draem_nb import data
-from draem_nb.data import (DEMO_CATEGORIES, check_size, demo_category, download_dtd, download_mvtec, find_categories,
-                           find_images, load_category, load_images, read_image)
+from draem_nb import data, demo, download
+from draem_nb.data import (check_size, download_dtd, download_mvtec, find_categories, load_category, load_images,
+                           read_image)
+from draem_nb.demo import DEMO_CATEGORIES, demo_category
+from draem_nb.layouts import find_images
 
 
 @pytest.fixture(autouse=True)
@@ -523,7 +525,7 @@ DTD = {'dtd/images/banded/banded_0002.png': png(), 'dtd/labels/x.txt': b'1'}
 @pytest.fixture
 def site(monkeypatch):
     for name in ('http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'): monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(data, '_PAUSE', 0.01)
+    monkeypatch.setattr(download, '_PAUSE', 0.01)
     handler = type('Handler', (Site,), dict(asked=[], over=threading.Event()))
     server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
@@ -562,8 +564,8 @@ def test_download_dtd(site, tmp_path, capsys):
 
 
 def test_published_checksums():
-    assert data._MVTEC_SHA256.startswith('cf4313b1') and data._DTD_SHA256.startswith('e42855a5')
-    assert len(data._MVTEC_SHA256) == len(data._DTD_SHA256) == 64
+    assert download._MVTEC_SHA256.startswith('cf4313b1') and download._DTD_SHA256.startswith('e42855a5')
+    assert len(download._MVTEC_SHA256) == len(download._DTD_SHA256) == 64
 
 
 @pytest.mark.parametrize('ranges', [True, False])
@@ -588,7 +590,7 @@ def test_download_that_had_all_but_the_unpacking(site, tmp_path):
 
 
 def test_server_that_falls_silent(site, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, '_STALL', 0.2)
+    monkeypatch.setattr(download, '_STALL', 0.2)
     handler = site(cut=1000, cuts=2, stalls=True)
     assert (find_categories(download_mvtec(tmp_path, handler.url)) == ['bottle']
             and handler.asked == [None, 'bytes=1000-', 'bytes=2000-'])
@@ -620,16 +622,16 @@ def test_redirects_are_followed(site, tmp_path):
 def test_licence_is_shown_before_anything_is_asked_for(site, tmp_path, monkeypatch, capsys):
     shown = []
     def fetch(*_): shown.append(capsys.readouterr().out); raise ConnectionError('stop')
-    monkeypatch.setattr(data, '_download_file', fetch)
-    for download in (download_mvtec, download_dtd):
-        with pytest.raises(ConnectionError, match='stop'): download(tmp_path)
+    monkeypatch.setattr(download, '_download_file', fetch)
+    for fetch_all in (download_mvtec, download_dtd):
+        with pytest.raises(ConnectionError, match='stop'): fetch_all(tmp_path)
     assert 'CC BY-NC-SA 4.0' in shown[0] and 'for research use' in shown[1]
 
 
 def test_proxy_that_is_down(site, tmp_path, monkeypatch):
     for name in ('http_proxy', 'HTTP_PROXY'): monkeypatch.setenv(name, 'http://127.0.0.1:9')
     for name in ('no_proxy', 'NO_PROXY'): monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(data.urllib.request, '_opener', None)      # it asks for the proxies once a process
+    monkeypatch.setattr(download.urllib.request, '_opener', None)      # it asks for the proxies once a process
     with pytest.raises(ConnectionError, match='Connection refused.*check the network, the proxy or the address.*put it '
                        'at .*mvtec_anomaly_detection.tar.xz'):
         download_mvtec(tmp_path, 'http://nowhere.invalid/mvtec.tar.xz')
@@ -712,8 +714,8 @@ def test_demo_classes(tmp_path, name):
 def test_train_and_test_crops_share_no_pixel(tmp_path, monkeypatch):
     "In a photograph whose left part is black and whose right part is white, so are the crops."
     photo = np.zeros((512, 512), np.uint8)
-    photo[:, slice(*data._TEST)] = 200
-    monkeypatch.setattr(data.skimage.data, 'brick', lambda: photo)
+    photo[:, slice(*demo._TEST)] = 200
+    monkeypatch.setattr(demo.skimage.data, 'brick', lambda: photo)
     part = load_category(demo_category('brick', tmp_path).parent, 'brick', 128)
     good = [i for i, kind in enumerate(part.kinds) if kind == 'good']
     assert part.train.max() == 0 and part.test[good].min() >= 180
@@ -721,7 +723,7 @@ def test_train_and_test_crops_share_no_pixel(tmp_path, monkeypatch):
 
 def test_demo_defects_change_the_picture_where_the_mask_says():
     photo = np.full((128, 128), 110.)
-    for defect in data._DEFECTS.values():
+    for defect in demo._DEFECTS.values():
         for seed in range(20):
             paint, cover = defect(photo.copy(), np.random.default_rng(seed))
             assert cover.shape == photo.shape and cover.min() >= 0 and cover.max() <= 1 and (cover >= 0.5).sum() > 50
@@ -754,7 +756,7 @@ def test_demo_never_touches_a_folder_of_others(root):
 
 def test_interrupted_demo_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_): raise KeyboardInterrupt
-    monkeypatch.setitem(data._DEFECTS, 'stain', stop)
+    monkeypatch.setitem(demo._DEFECTS, 'stain', stop)
     with pytest.raises(KeyboardInterrupt): demo_category('brick', tmp_path)
     assert names(tmp_path) == []
 

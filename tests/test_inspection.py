@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from draem_nb import methods
-from draem_nb.data import demo_category, load_category, write_json
+from draem_nb.cli import main
+from draem_nb.data import demo_category, load_category
 from draem_nb.drift import held_out_table
+from draem_nb.files import write_json
 from draem_nb.inspection import (folds_of, promised_rate, smallest_rate, threshold_for, threshold_interval,
                                  trained_on)
-from draem_nb.cli import main
 from draem_nb.runs import file_notes, input_files
 
 

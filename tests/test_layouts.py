@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from draem_nb.data import check, find_categories, load_category
+from draem_nb.check import check
+from draem_nb.cli import main
+from draem_nb.data import find_categories, load_category
 from draem_nb.evaluation import evaluate
 from draem_nb.layouts import LAYOUTS, _names_by_tile, detect_layout, find_classes, list_files
 from draem_nb.recipes import demo
-from draem_nb.cli import main
 from draem_nb.training import split_held_out
 
 BOX = (8, 8, 24, 24)    # where the defects are: a quarter of 32 x 32

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from draem_nb import evaluation, fusion, methods, metrics
-from draem_nb.data import demo_category, load_category, write_json
 from draem_nb.cli import main
-from draem_nb.parameters import report_names, report_parameters
+from draem_nb.data import demo_category, load_category
 from draem_nb.execution import RunFailed, run_report
+from draem_nb.files import write_json
+from draem_nb.parameters import report_names, report_parameters
 from draem_nb.runs import input_files
 
 TINY = dict(

@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 
 from draem_nb import cli, execution, reports, runs
-from draem_nb.layouts import as_markdown, find_files, list_files, shown
 from draem_nb.cli import main
+from draem_nb.files import as_markdown, shown
+from draem_nb.layouts import find_files, list_files
 from draem_nb.reports import run_report
 from test_gallery import CHROMIUM, Browser
 
@@ -203,7 +204,8 @@ def test_only_a_few_formats_are_opened_and_no_huge_image(tmp_path, monkeypatch):
 
 
 def test_files_that_are_not_looked_at_are_named_in_training_and_check(tmp_path):
-    from draem_nb.data import check, demo_category
+    from draem_nb.check import check
+    from draem_nb.data import demo_category
     shutil.copytree(demo_category('brick'), tmp_path / 'nut')
     for i in range(4): (tmp_path / 'nut' / 'train' / 'good' / f'IMG_{i}.HEIC').touch()
     said = '4 files not looked at: IMG_0.HEIC, IMG_1.HEIC, IMG_2.HEIC, ...; save pictures as png or jpg.'
@@ -318,8 +320,8 @@ def test_damaged_files_of_a_run_are_named(tmp_path, capsys, name, content, says)
 
 
 def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
-    from draem_nb.data import remove_leftovers, replacing, temporary_folder
-    code = (f"import os, signal; from draem_nb.data import replacing, temporary_folder\n"
+    from draem_nb.files import remove_leftovers, replacing, temporary_folder
+    code = (f"import os, signal; from draem_nb.files import replacing, temporary_folder\n"
             f"with temporary_folder({str(tmp_path)!r}, 'sockets'), replacing({str(tmp_path / 'checkpoint.pt')!r}) as "
             "to: to.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)")
     assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
@@ -335,25 +337,25 @@ def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
 
 
 def test_a_folder_swept_away_at_its_making_is_made_again(tmp_path, monkeypatch):
-    from draem_nb import data
+    from draem_nb import files
     lock, swept = fcntl.flock, []
     def late(file: int, how: int) -> None:      # as if another process had swept between making and locking
         if not swept: swept.extend(shutil.rmtree(path) or path for path in tmp_path.iterdir())
         lock(file, how)
     monkeypatch.setattr(fcntl, 'flock', late)
-    with data.temporary_folder(tmp_path, 'sockets') as folder: assert swept and folder.is_dir()
+    with files.temporary_folder(tmp_path, 'sockets') as folder: assert swept and folder.is_dir()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_says_so_and_where(tmp_path, monkeypatch):
-    from draem_nb import data
+    from draem_nb import files
     def fails(error: Exception) -> None:
-        with data.replacing(tmp_path / 'checkpoint.pt'): raise error
+        with files.replacing(tmp_path / 'checkpoint.pt'): raise error
     with pytest.raises(OSError, match=f'^the disk is full at {tmp_path}; make room there'):
         fails(OSError(errno.ENOSPC, 'No space left on device'))
     with pytest.raises(RuntimeError, match='^something else$'): fails(RuntimeError('something else'))
     monkeypatch.setattr(shutil, 'disk_usage', lambda folder: shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(data.DiskFull):
+    with pytest.raises(files.DiskFull):
         fails(RuntimeError('unexpected pos 3040896 vs 3040784'))     # as torch.save says it
     assert not list(tmp_path.iterdir())
     full = OSError(errno.ENOSPC, 'No space left on device', '/runs/a')
@@ -361,7 +363,7 @@ def test_a_full_disk_says_so_and_where(tmp_path, monkeypatch):
 
 
 def test_archives_and_addresses_that_are_not_what_they_should_be(tmp_path, monkeypatch):
-    from draem_nb import data
+    from draem_nb import download
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w:gz') as tar:
         for i in range(3):
@@ -370,18 +372,18 @@ def test_archives_and_addresses_that_are_not_what_they_should_be(tmp_path, monke
     whole = buffer.getvalue()
     def unpack(content: bytes) -> Path:
         (tmp_path / 'dtd-r1.0.1.tar.gz').write_bytes(content)
-        monkeypatch.setattr(data, '_DTD_SHA256', hashlib.sha256(content).hexdigest())
-        return data.download_dtd(tmp_path)
+        monkeypatch.setattr(download, '_DTD_SHA256', hashlib.sha256(content).hexdigest())
+        return download.download_dtd(tmp_path)
     for cut in (whole[:len(whole) // 2], b'', b'no archive'):
         with pytest.raises(ValueError, match='dtd-r1.0.1.tar.gz cannot be unpacked, it is cut short or no archive'):
             unpack(cut)
-    monkeypatch.setattr(data, '_UNPACKED', 1 << 17)
+    monkeypatch.setattr(download, '_UNPACKED', 1 << 17)
     with pytest.raises(ValueError, match='is not safe to unpack: it holds more than'): unpack(whole)
     assert [p.name for p in tmp_path.iterdir()] == ['dtd-r1.0.1.tar.gz']
     (tmp_path / 'dtd-r1.0.1.tar.gz').unlink()
     for url in ('file:///etc/passwd', 'ftp://example.org/x', 'dtd.tar.gz'):
         with pytest.raises(ValueError, match='is no address of a server; it must begin with https'):
-            data.download_dtd(tmp_path, url)
+            download.download_dtd(tmp_path, url)
 
 
 def test_the_list_names_classes_and_runs_and_what_is_damaged(nut, tmp_path, capsys):
@@ -401,7 +403,7 @@ def test_a_server_that_sends_nonsense(tmp_path):
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
-    from draem_nb import data
+    from draem_nb import download
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(416 if self.path == '/416' else 200)
@@ -413,10 +415,10 @@ def test_a_server_that_sends_nonsense(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f'http://127.0.0.1:{server.server_port}'
     try:
-        data._download_file(f'{address}/abc', tmp_path / 'part', tmp_path / 'archive')
+        download._download_file(f'{address}/abc', tmp_path / 'part', tmp_path / 'archive')
         assert (tmp_path / 'part').read_bytes() == b'content'
         with pytest.raises(ConnectionError, match='cannot download .*416'):
-            data._download_file(f'{address}/416', tmp_path / 'none', tmp_path / 'archive')
+            download._download_file(f'{address}/416', tmp_path / 'none', tmp_path / 'archive')
     finally: server.shutdown()
 
 

@@ -223,7 +223,8 @@ print(len(detector.places()), time.monotonic() - began, before, peak_memory_mib(
 
 CLASS = """
 import sys, time
-from draem_nb.data import check, load_category
+from draem_nb.check import check
+from draem_nb.data import load_category
 from draem_nb.runs import peak_memory_mib
 root, name = sys.argv[1:]
 began = time.monotonic()
