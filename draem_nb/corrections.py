@@ -28,7 +28,7 @@ from .layouts import find_images
 from .runs import locked
 
 # %% ../nbs/14f_corrections.ipynb #216d27a2
-from .tiling import load_detector
+from .methods import load
 
 # %% ../nbs/14f_corrections.ipynb #4383cbbc
 _WORDS = dict(good='good', ok='good', normal='good', bad='bad', nok='bad', ng='bad', defect='bad', anomalous='bad')
@@ -132,7 +132,7 @@ def correct(run_dir: Path, corrections: dict[Path, str], device: str | None = No
     "Remember the corrections (image -> 'good' or 'bad') and set the threshold again; what happened, in sentences."
     if not run_dir.is_dir(): raise FileNotFoundError(f'there is no run {shown(run_dir)}; train first')
     with locked(run_dir):
-        detector, n = load_detector(run_dir, device), Counter(corrections.values())
+        detector, n = load(run_dir, device), Counter(corrections.values())
         before, known = detector.threshold, {path.name for path in corrected(run_dir)['good']}
         if before is None:
             raise ValueError('this run has no threshold, so there are no verdicts; draem_nb calibrate sets one')

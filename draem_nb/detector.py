@@ -533,7 +533,7 @@ def fit(category: CategoryData, recipe: Recipe | None = None, device: str | torc
     recipe = recipe or demo()
     if recipe.image_size is not None:
         raise ValueError('fit makes detectors of one size; for a recipe with an image_size call train and '
-                         'tiling.load_detector')
+                         'tiling.load_draem')
     textures = load_textures(None, recipe.size, recipe.antialias) if textures is None else textures
     with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
         detector = Detector.load(train(category, textures, recipe, folder, device), device)

@@ -49,7 +49,7 @@ class Method(Protocol):
 # %% ../nbs/40_methods.ipynb #93207c4b
 class _Draem:
     wants_textures, train_with_snapshots, ablations = True, staticmethod(train), staticmethod(recipes.ablations)
-    by_name, load = staticmethod(recipes.by_name), staticmethod(tiling.load_detector)
+    by_name, load = staticmethod(recipes.by_name), staticmethod(tiling.load_draem)
 
     def fit(self, category: CategoryData, recipe: recipes.Recipe | None = None,
             device: str | torch.device | None = None,
@@ -162,10 +162,16 @@ def fit(name: str, category: CategoryData, recipe: MethodChoices | None = None,
     return detector
 
 # %% ../nbs/40_methods.ipynb #7cf7fcf6
-def load(run_dir: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
-    "The detector of a run, by the method that run.json names; without a word there it was DRAEM."
-    about = Path(run_dir) / 'run.json'
+def load(run: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
+    """The detector of a run, by the method that run.json names, with its thresholds; without a word there it was DRAEM.
+
+    Args:
+        run: its folder or, of DRAEM, a checkpoint in that folder
+        device: None: a GPU where there is one
+    """
+    folder = path.parent if (path := Path(run)).is_file() else path
+    about = folder / 'run.json'
     name = read_json(about).get('method', 'draem') if about.exists() else 'draem'
     if not isinstance(name, str):
         raise ValueError(f'{about} is damaged: method is {name!r}, which is no name; run anew')
-    return method(name.lower()).load(run_dir, device)
+    return method(name.lower()).load(path if name.lower() == 'draem' else folder, device)

@@ -14,13 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['tile_starts', 'blend_weights', 'OnTiles', 'TiledDetector', 'load_detector']
+__all__ = ['tile_starts', 'blend_weights', 'OnTiles', 'TiledDetector', 'load_draem']
 
 # %% ../nbs/08b_tiling.ipynb #5b8e8fb2
 from .data import check_size, large_zeros, load_images
 from .detector import (AnomalyDetector, Detections, Detector, Images, above, as_bytes, as_images, check_batch,
                                check_finite, image_score)
-from .files import read_json
 from .layouts import find_images
 from .regions import inside
 
@@ -130,16 +129,11 @@ class TiledDetector(OnTiles):
         return Detections(maps, scores, masks, above(scores, self.threshold), reconstructed, paths)
 
 # %% ../nbs/08b_tiling.ipynb #6c5eaa69
-def load_detector(path: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
-    """The detector of a run, by the method that its run.json names, with the thresholds if the run has been calibrated.
+def load_draem(path: str | Path, device: str | torch.device | None = None) -> AnomalyDetector:
+    """DRAEM's detector of a run, calibrated if the run is; on tiles where its recipe has an `image_size`.
 
     Args:
         path: a run folder or its checkpoint.pt
     """
-    folder = path if (path := Path(path)).is_dir() else path.parent
-    run = folder / 'run.json'
-    if run.exists() and (name := str(read_json(run).get('method', 'draem')).lower()) != 'draem':
-        from draem_nb.methods import method     # here, not at the start: that module needs this one
-        return method(name).load(folder, device)
     detector = Detector.load(path, device)
     return detector if detector.recipe.image_size is None else TiledDetector(detector, detector.recipe.image_size)

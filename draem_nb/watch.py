@@ -42,8 +42,8 @@ from .detector import AnomalyDetector
 from .files import replacing, shown
 from .inspection import choose_threshold, look, save_pictures, verdict
 from .layouts import find_files
+from .methods import load
 from .runs import locked
-from .tiling import load_detector
 
 # %% ../nbs/14c_watch.ipynb #7d9511de
 PATIENCE = 10       # looks at an unchanged file that does not decode, before it is called unreadable
@@ -320,7 +320,7 @@ def main(argv: list[str]) -> int:
         if not (math.isfinite(asked.every) and asked.every > 0):
             raise ValueError(f'every is {asked.every}; it must be a number of seconds above 0')
         if asked.post: tell = Listener(asked.post)
-        detector = load_detector(asked.run_dir, asked.device)
+        detector = load(asked.run_dir, asked.device)
         choose_threshold(detector, asked.threshold, asked.false_alarms)
         if detector.threshold is None:
             raise ValueError('this run has no threshold, so there are no verdicts; draem_nb calibrate sets one')

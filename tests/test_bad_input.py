@@ -24,7 +24,6 @@ from draem_nb import cli, data, execution, fanout, files, fitting, inspection, m
 from draem_nb.evaluation import read_runs
 from draem_nb.layouts import LAYOUTS, find_images, list_files
 from draem_nb.textures import load_textures
-from draem_nb.tiling import load_detector
 
 ROWS: dict[str, tuple[Callable, str]] = {}
 TINY = recipes.demo().replace(size=32, base_width=2, base_channels=2, steps=1, batch=2, score_window=3,
@@ -219,7 +218,7 @@ def checkpoint(p: Place, change: Callable) -> None:
     path = p.run / 'checkpoint.pt'
     state = torch.load(path, weights_only=True)
     if (new := change(state)) is not None: torch.save(new, path)
-    load_detector(p.run, 'cpu')
+    methods.load(p.run, 'cpu')
 
 
 class Payload:
@@ -252,7 +251,7 @@ rows('checkpoint', {
 def damaged_file(p: Place, change: Callable) -> None:
     path = p.run / 'checkpoint.pt'
     change(path, path.read_bytes())
-    load_detector(p.run, 'cpu')
+    methods.load(p.run, 'cpu')
 
 
 rows('checkpoint file', {
@@ -269,7 +268,7 @@ NOT_JSON = {'empty': b'', 'a list': b'[1]', 'null': b'null', 'text': b'x', 'no U
 for name in ('run.json', 'threshold.json', 'held_out.json'):
     says = 'run.json is damaged' if name == 'run.json' else f'{name} is damaged or not ours: it must hold'
     rows(name, {kind: (content, says) for kind, content in NOT_JSON.items()},
-         lambda p, content, name=name: load_detector(p.json(name, content), 'cpu'))
+         lambda p, content, name=name: methods.load(p.json(name, content), 'cpu'))
 for name in ('parameters.json', 'metrics.json'):
     rows(name, {kind: (content, f'{name} is damaged: ') for kind, content in NOT_JSON.items()},
          lambda p, content, name=name: runs.is_complete(p.json(name, content), dict(report='category')))
@@ -298,7 +297,7 @@ rows('threshold.json', {
     'text for a number': (GOOD_THRESHOLD | dict(threshold='0.5'), 'threshold.json is damaged'),
     'true for a number': (GOOD_THRESHOLD | dict(threshold=True), 'threshold.json is damaged'),
     'a missing key': ({'threshold': 0.5}, 'it must hold threshold')},
-    lambda p, content: load_detector(p.json('threshold.json', content), 'cpu'))
+    lambda p, content: methods.load(p.json('threshold.json', content), 'cpu'))
 rows('run.json', {'no such method': (dict(method='magic'), "unknown method 'magic'"),
                   'a number as method': (dict(method=3), "run.json is damaged: method is 3|unknown method '3'")},
      lambda p, content: methods.load(p.json('run.json', content), 'cpu'))
@@ -410,12 +409,12 @@ rows('images to predict', {
     'a number': (3, 'images must be paths'), 'of complex numbers': (np.zeros((4, 4, 3), complex), 'images must be'),
     'of letters': (np.array([['a']]), 'images must be'),
     'without pixels': (np.zeros((0, 0, 3), np.uint8), 'images must')},
-    lambda p, images: load_detector(p.run, 'cpu').predict(images))
+    lambda p, images: methods.load(p.run, 'cpu').predict(images))
 rows('batch', {repr(batch): (batch, f'batch is {re.escape(repr(batch))}; it must be a whole number')
                for batch in (0, -1, 2.5, None, True)},
-     lambda p, batch: load_detector(p.run, 'cpu').predict(p.image(), batch=batch))
+     lambda p, batch: methods.load(p.run, 'cpu').predict(p.image(), batch=batch))
 rows('quantile', {repr(q): (q, 'quantile is .*; it must be between 0 and 1') for q in (5., -1., float('nan'), 'x')},
-     lambda p, q: load_detector(p.run, 'cpu').calibrate([p.image()], quantile=q))
+     lambda p, q: methods.load(p.run, 'cpu').calibrate([p.image()], quantile=q))
 rows('false alarms', {
     'none': (0., 'false_alarms is 0.0; it must be a share'), 'percent': (5., 'false_alarms is 5.0; it must be a share'),
     'fewer than can be promised': (0.001, 'cannot promise'), 'NaN': (float('nan'), 'false_alarms is nan')},
@@ -423,7 +422,7 @@ rows('false alarms', {
 
 
 @row('threshold: infinite', 'threshold is inf; it must be a finite number')
-def _(p: Place) -> None: inspection.choose_threshold(load_detector(p.run, 'cpu'), threshold=float('inf'))
+def _(p: Place) -> None: inspection.choose_threshold(methods.load(p.run, 'cpu'), threshold=float('inf'))
 
 
 # ---- archives and addresses
@@ -498,7 +497,7 @@ def made(tmp_path_factory) -> Place:
     (mask := place.nut / 'ground_truth' / 'dent' / '0_mask.png').parent.mkdir(parents=True)
     Image.fromarray(np.uint8(np.arange(1600).reshape(40, 40) < 200) * 255).save(mask)
     trained(place)
-    load_detector(place.run, 'cpu').calibrate([place.image()]).save_calibration(place.run)
+    methods.load(place.run, 'cpu').calibrate([place.image()]).save_calibration(place.run)
     for name in ('metrics', 'parameters'): (place.run / f'{name}.json').write_text('{}')
     return place
 
@@ -567,7 +566,7 @@ def test_any_json_of_a_run(made, name, value):
     kept = (made.run / name).read_bytes()
     try:
         (made.run / name).write_text(json.dumps(value))
-        tried(lambda: load_detector(made.run, 'cpu'))
+        tried(lambda: methods.load(made.run, 'cpu'))
     finally: (made.run / name).write_bytes(kept)
 
 
@@ -587,7 +586,7 @@ def test_a_checkpoint_cut_anywhere(made, tmp_path):
     whole = (made.run / 'checkpoint.pt').read_bytes()
     for n in range(0, len(whole), max(1024, len(whole) // 60)):
         (tmp_path / 'checkpoint.pt').write_bytes(whole[:n])
-        with pytest.raises(ValueError, match='checkpoint.pt is '): load_detector(tmp_path / 'checkpoint.pt', 'cpu')
+        with pytest.raises(ValueError, match='checkpoint.pt is '): methods.load(tmp_path / 'checkpoint.pt', 'cpu')
 
 
 def test_every_layout_on_an_empty_folder(tmp_path):

@@ -14,7 +14,7 @@ from draem_nb.detector import AnomalyDetector, Detector, as_images, fit, image_s
 from draem_nb.networks import Draem, initialise
 from draem_nb.recipes import demo
 from draem_nb.textures import load_textures
-from draem_nb.tiling import TiledDetector, load_detector
+from draem_nb.tiling import TiledDetector, load_draem
 from draem_nb.training import load_checkpoint, train
 
 TINY = dict(size=32, base_width=4, base_channels=2, steps=3, batch=2, score_window=5, precision='float32',
@@ -31,7 +31,7 @@ def test_trained_without_antialiasing_it_looks_without(root, tmp_path, fields):
     recipe = demo().replace(**TINY, antialias=False, **fields)
     size = recipe.image_size or recipe.size
     category, textures = load_category(root, 'brick', size, antialias=False), load_textures(size=32, antialias=False)
-    detector = load_detector(train(category, textures, recipe, tmp_path, 'cpu'), 'cpu')
+    detector = load_draem(train(category, textures, recipe, tmp_path, 'cpu'), 'cpu')
     assert not detector.antialias and torch.equal(detector.predict(category.paths[:3]).maps,
                                                   detector.predict(category.test[:3]).maps)
     smooth = load_category(root, 'brick', size)

@@ -21,7 +21,6 @@ from draem_nb.data import demo_category, load_category
 from draem_nb.cli import main
 from draem_nb.reports import RunFailed, default_folder, run_report
 from draem_nb.textures import load_textures
-from draem_nb.tiling import load_detector
 from draem_nb.training import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +135,7 @@ def test_a_report_and_an_inspection_by_another_method(demo, tmp_path, capsys, me
     assert main(['category', '--method', method, '--category', 'gravel', '--data-root', str(demo), '--kinds',
                  '["hole"]', '--seed', '2',
                  '--overrides', json.dumps(overrides), '--run-dir', str(tmp_path / 'run')]) == 0
-    found, results = load_detector(tmp_path / 'run', 'cpu'), json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    found, results = methods.load(tmp_path / 'run', 'cpu'), json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     assert (type(found) is detector and found.recipe.seed == 2
             and found.threshold == results['operating_point']['threshold'])
     category = load_category(demo, 'gravel', overrides['size'])
@@ -165,7 +164,7 @@ def test_a_method_that_learns_in_steps_shows_its_examples_and_losses(demo, tmp_p
     run, category = json.loads((folder / 'run.json').read_text()), load_category(demo, 'gravel', 64)
     assert run['recipe']['seed'] == 1 and run['method'] == 'cutpaste' and run['fingerprint'] == category.fingerprint
     # what was kept is what the numbers are of
-    again = evaluation.evaluate(load_detector(folder, 'cpu'), category, together=['hole'])
+    again = evaluation.evaluate(methods.load(folder, 'cpu'), category, together=['hole'])
     for part in ('image', 'operating_point', 'together'):
         assert json.loads(json.dumps(again[part])) == result.metrics[part]
     (found,), incomplete = evaluation.read_runs(tmp_path)          # the summary tells it from a run of DRAEM
@@ -187,7 +186,7 @@ def test_the_autoencoder_has_a_report(demo, tmp_path):
     result = run_report('category', ask, tmp_path / 'run').metrics
     assert (result['conditions']['recipe'] == 'autoencoder demo' and result['conditions']['changes']
             == dict(bottleneck=4))
-    found, category = load_detector(tmp_path / 'run', 'cpu'), load_category(demo, 'gravel', 64)
+    found, category = methods.load(tmp_path / 'run', 'cpu'), load_category(demo, 'gravel', 64)
     assert json.loads(json.dumps(evaluation.evaluate(found, category)['image'])) == result['image']
 
 

@@ -18,7 +18,7 @@ from draem_nb.networks import Draem, initialise
 from draem_nb.recipes import demo
 from draem_nb.reports import run_report
 from draem_nb.textures import load_textures
-from draem_nb.tiling import TiledDetector, load_detector
+from draem_nb.tiling import TiledDetector, load_draem
 from draem_nb.training import RandomCrops, Trainer, train
 
 
@@ -118,7 +118,7 @@ def test_report_of_a_tiled_run(root, tmp_path):
     results = run_report('category', dict(category='gravel', data_root=str(root), overrides=TINY),
                          tmp_path / 'run').metrics
     assert results['conditions']['size'] == [96, 96] and results['conditions']['changes']['image_size'] == 96
-    tiled = load_detector(tmp_path / 'run', 'cpu')
+    tiled = load_draem(tmp_path / 'run', 'cpu')
     assert isinstance(tiled, TiledDetector) and tiled.threshold == results['operating_point']['threshold']
 
 

@@ -307,8 +307,8 @@ def test_damaged_files_of_a_run_are_named(tmp_path, capsys, name, content, says)
     run = run_of(tmp_path / 'nut-demo-seed0')
     (run / f'{name}.json').write_bytes(content)
     if name == 'run':
-        from draem_nb.tiling import load_detector
-        with pytest.raises(ValueError, match=f'run.json is damaged: it {says}'): load_detector(run)
+        from draem_nb.methods import load
+        with pytest.raises(ValueError, match=f'run.json is damaged: it {says}'): load(run)
         planned, = plan([dict(category='nut', recipe='demo')], tmp_path).to_dict('records')
         assert planned['todo'] == 'refused' and 'run.json is damaged' in planned['why']
     else:
