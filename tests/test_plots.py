@@ -1,4 +1,4 @@
-"draem_nb.plots: every figure on ordinary and on odd input, its words, and that nothing overlaps or is left behind."
+"draem_nb.plots and draem_nb.charts: every figure on ordinary and on odd input, its words, and that nothing overlaps or is left behind."
 import itertools
 import os
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from draem_nb import plots
+from draem_nb import charts, plots
 from draem_nb.detector import Detections
 
 SIZES = [(64, 64), (32, 160), (160, 32), (256, 320)]
@@ -107,13 +107,13 @@ def test_pictures_of_any_shape(name, size):
 
 
 CHARTS = {
-    'training': lambda: plots.training_curves(LOSSES),
-    'scores': lambda: plots.score_histogram(np.linspace(0, 1, 5), a_category().kinds, .5, [.1, .2], .995),
-    'scores, many kinds': lambda: plots.score_histogram(np.linspace(0, 1, 9), LONG, .5),
-    'curves': lambda: plots.detection_curves(CURVES, CURVES, METRICS, METRICS),
-    'kinds': lambda: plots.kind_bars(results(crack=(.8, .4), hole=(1., None))
+    'training': lambda: charts.training_curves(LOSSES),
+    'scores': lambda: charts.score_histogram(np.linspace(0, 1, 5), a_category().kinds, .5, [.1, .2], .995),
+    'scores, many kinds': lambda: charts.score_histogram(np.linspace(0, 1, 9), LONG, .5),
+    'curves': lambda: charts.detection_curves(CURVES, CURVES, METRICS, METRICS),
+    'kinds': lambda: charts.kind_bars(results(crack=(.8, .4), hole=(1., None))
                                      | dict(together=results() | dict(kinds=['crack', 'hole']))),
-    'paper': lambda: plots.against_paper(pd.DataFrame(dict(ours=np.linspace(80, 100, 15),
+    'paper': lambda: charts.against_paper(pd.DataFrame(dict(ours=np.linspace(80, 100, 15),
                                                            published=np.linspace(90, 100, 15)),
                                                       index=[f'class {i}' for i in range(15)])),
 }
@@ -139,7 +139,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
     for chart in CHARTS.values(): chart()
     for picture in FIGURES.values(): picture((64, 64))
     with pytest.raises(KeyError):
-        plots.training_curves(pd.DataFrame(dict(ssim=[1.])))   # fails when its figure is open already
+        charts.training_curves(pd.DataFrame(dict(ssim=[1.])))   # fails when its figure is open already
     assert plt.get_fignums() == [mine.number] and dict(matplotlib.rcParams) == settings and not os.listdir(tmp_path)
     assert (np.random.get_state()[1] == state).all()
     plt.close(mine)
@@ -161,7 +161,7 @@ def test_only_train_images():
 def test_no_normal_test_images():
     category = a_category(kinds=('hole',))
     assert 'no normal test images' in words(plots.data_overview(category))
-    assert 'no good test images' in words(plots.score_histogram([.3], ['hole'], .5))
+    assert 'no good test images' in words(charts.score_histogram([.3], ['hole'], .5))
 
 
 def test_empty_is_a_sentence():
@@ -169,27 +169,27 @@ def test_empty_is_a_sentence():
     none = SimpleNamespace(target=category.test[:0], augmented=category.test[:0], mask=category.masks[:0],
                            is_anomalous=category.labels[:0])
     assert 'No simulated samples' in words(plots.simulated_gallery(none))
-    assert 'No losses' in words(plots.training_curves(LOSSES[:0]))
-    assert 'No test images' in words(plots.score_histogram([], []))
+    assert 'No losses' in words(charts.training_curves(LOSSES[:0]))
+    assert 'No test images' in words(charts.score_histogram([], []))
     assert 'such case' in words(plots.detection_gallery(category.test, found(category), category.masks,
                                                         category.kinds, []))
     assert words(plots.detection_gallery(category.test, found(category), None, None, [],
                                          empty='No miss.')) == 'No miss.'
-    assert 'No metric' in words(plots.kind_bars(dict(image=dict(auroc=None, n_anomalous=0),
+    assert 'No metric' in words(charts.kind_bars(dict(image=dict(auroc=None, n_anomalous=0),
                                                      pixel=dict(ap=None), kinds={})))
-    assert 'No class' in words(plots.against_paper(pd.DataFrame(dict(ours=[np.nan], published=[99.]), index=['screw'])))
+    assert 'No class' in words(charts.against_paper(pd.DataFrame(dict(ours=[np.nan], published=[99.]), index=['screw'])))
 
 
 @pytest.mark.parametrize('curves', [None, dict.fromkeys(CURVES)])
 def test_undefined_curves(curves):
-    assert (words(plots.detection_curves(curves, CURVES, None, METRICS | dict(aupro=None))).count('images: not defined')
+    assert (words(charts.detection_curves(curves, CURVES, None, METRICS | dict(aupro=None))).count('images: not defined')
             == 2)
 
 
 def test_losses_that_a_recipe_lacks():
-    fig = plots.training_curves(LOSSES.assign(ssim=0., l2=np.nan))
+    fig = charts.training_curves(LOSSES.assign(ssim=0., l2=np.nan))
     assert words(fig).count('not part of this recipe') == 2 and words(fig).count('lr 1e-4') == 1
-    assert [ax.get_yscale() for ax in plots.training_curves(LOSSES).axes] == ['linear', 'log', 'linear']
+    assert [ax.get_yscale() for ax in charts.training_curves(LOSSES).axes] == ['linear', 'log', 'linear']
 
 
 def test_one_of_everything():
@@ -197,10 +197,10 @@ def test_one_of_everything():
     figures = {
         '1 image to learn from, 1 to test on (no defect test images)': plots.data_overview(category),
         'clean': plots.simulated_gallery(simulated(category)),
-        'ends at 0.9': plots.training_curves(LOSSES[:1]),
-        'no defect test images, 1 good image |': plots.score_histogram([.2], ['good'], held_out_scores=[.1]),
+        'ends at 0.9': charts.training_curves(LOSSES[:1]),
+        'no defect test images, 1 good image |': charts.score_histogram([.2], ['good'], held_out_scores=[.1]),
         '✓ passed': plots.detection_gallery(category.test, found(category), category.masks, category.kinds, [0]),
-        '1 of 1 reach the published value': plots.against_paper(
+        '1 of 1 reach the published value': charts.against_paper(
             pd.DataFrame(dict(ours=[99.], published=[98.]), index=['screw']))}
     for said, fig in figures.items(): assert said in words(fig)
 
@@ -208,13 +208,13 @@ def test_one_of_everything():
 # The words are true.
 
 def test_scores_in_words():
-    fig = plots.score_histogram(torch.tensor([.1, .6, .5, .7, .9]), ['good', 'good', 'crack', 'crack', 'hole'], .5,
+    fig = charts.score_histogram(torch.tensor([.1, .6, .5, .7, .9]), ['good', 'good', 'crack', 'crack', 'hole'], .5,
                                 [.1, .2, .5], .995)
     for sentence in ('2 of 3 defects found, 1 of 2 good images called a defect', '1 of 2 found', '1 of 1 found',
                      '1 false alarm in 2',
                      'the 99.5 % quantile of 3 held-out normal images'):
         assert sentence in words(fig)   # the crack of score .5 is at the threshold, not above it
-    assert 'not calibrated' in words(plots.score_histogram([.1, .6], ['good', 'crack']))
+    assert 'not calibrated' in words(charts.score_histogram([.1, .6], ['good', 'crack']))
 
 
 def test_verdicts_in_words():
