@@ -1,4 +1,4 @@
-"draem_nb.plots and draem_nb.charts: every figure on ordinary and on odd input, its words, and that nothing overlaps or is left behind."
+"draem_nb.plots, draem_nb.charts: figures on ordinary and odd input, their words; nothing overlaps or is left behind."
 import itertools
 import os
 from types import SimpleNamespace
@@ -177,13 +177,14 @@ def test_empty_is_a_sentence():
                                          empty='No miss.')) == 'No miss.'
     assert 'No metric' in words(charts.kind_bars(dict(image=dict(auroc=None, n_anomalous=0),
                                                      pixel=dict(ap=None), kinds={})))
-    assert 'No class' in words(charts.against_paper(pd.DataFrame(dict(ours=[np.nan], published=[99.]), index=['screw'])))
+    nothing = pd.DataFrame(dict(ours=[np.nan], published=[99.]), index=['screw'])
+    assert 'No class' in words(charts.against_paper(nothing))
 
 
 @pytest.mark.parametrize('curves', [None, dict.fromkeys(CURVES)])
 def test_undefined_curves(curves):
-    assert (words(charts.detection_curves(curves, CURVES, None, METRICS | dict(aupro=None))).count('images: not defined')
-            == 2)
+    fig = charts.detection_curves(curves, CURVES, None, METRICS | dict(aupro=None))
+    assert words(fig).count('images: not defined') == 2
 
 
 def test_losses_that_a_recipe_lacks():

@@ -11,6 +11,7 @@ import sys
 import tokenize
 import zipfile
 from configparser import ConfigParser
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,36 @@ def test_no_module_takes_a_private_name_of_another():
         taken += re.findall(r'(?<![\w.])(\w+)\.(_[a-z]\w*)', text)
         taken = [f'{module}.{name}' for module, name in taken if module in others and name != '_replace']
         assert not taken, f'{path.name} takes {taken}; make that public, or move it'
+
+
+def floors() -> list[list[str]]:
+    "The modules of each floor of the library, from the ground up, as CONTRIBUTING.md shows them."
+    rows = re.findall(r'(?m)^\| \*\*\w+\*\* \| (.*?) \|', (ROOT / 'CONTRIBUTING.md').read_text())
+    return [re.findall(r'`(\w+)`', modules) for modules in reversed(rows)]
+
+
+def arrows() -> dict[str, set[str]]:
+    "What each module of the library imports of the library, at its head or inside its functions."
+    found = {path.stem: ast.walk(ast.parse(path.read_text())) for path in (ROOT / 'draem_nb').glob('[a-z]*.py')}
+    def imported(node: ast.AST) -> set[str]:
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('draem_nb')):
+            return set()
+        module = (node.module or '').removeprefix('draem_nb').lstrip('.')
+        return {module} if module else {alias.name for alias in node.names} & set(found)
+    return {name: set().union(*map(imported, nodes)) for name, nodes in found.items()}
+
+
+def test_a_module_looks_at_its_own_floor_and_those_below():
+    floor_of = {module: i for i, modules in enumerate(floors()) for module in modules}
+    assert len(floors()) == 7 and sorted(sum(floors(), [])) == sorted(arrows())         # each on one floor
+    upward = [f'{name} imports {other}' for name, others in arrows().items() for other in others
+              if floor_of[other] > floor_of[name]]
+    assert not upward, f'{upward}: move what is shared to the lower floor'
+
+
+def test_modules_form_no_circle():
+    assert sum(map(len, arrows().values())) > 200           # the search finds them
+    list(TopologicalSorter(arrows()).static_order())        # CycleError names the circle
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
