@@ -36,7 +36,7 @@ class SideHeads(nn.Module):
         super().__init__()
         heads = [_make_head(width * base_width, side, generator) for width, side in _LAYERS.values()]
         self.heads = nn.ModuleList(heads)
-        self.outputs: dict[int, Tensor] = {}        # of the layer that head i reads, of the last images
+        self.outputs = [torch.empty(0)] * len(_LAYERS)      # of the layer that head i reads, of the last images
         for i, name in enumerate(_LAYERS): net.get_submodule(name).register_forward_hook(self._make_listener(i))
 
     def _make_listener(self, i: int) -> Callable[[nn.Module, tuple, Tensor], None]:

@@ -14,9 +14,10 @@ import os
 import platform
 
 # %% auto #0
-__all__ = ['OnStep', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'threads_for', 'RandomCrops',
-           'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun', 'recent_losses', 'Trainer',
-           'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint', 'damage_named']
+__all__ = ['OnStep', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'threads_for',
+           'compiled_forward', 'RandomCrops', 'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun',
+           'recent_losses', 'Trainer', 'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint',
+           'damage_named']
 
 # %% ../nbs/07_training.ipynb #b52a43ab
 import signal
@@ -112,6 +113,11 @@ def threads_for(recipe: Recipe, device: torch.device) -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../nbs/07_training.ipynb #0c0d1e02
+def compiled_forward(net: Draem, device: torch.device) -> Callable[[Tensor], tuple[Tensor | None, Tensor | None]]:
+    "The forward pass of both networks, compiled at the first call; on a GPU recorded as CUDA graphs."
+    return torch.compile(net, mode='reduce-overhead' if device.type == 'cuda' else 'default')
+
 # %% ../nbs/07_training.ipynb #8004a3c3
 class RandomCrops:
     "Normal images (N, 3, H, W) uint8 of which each step sees crops of the recipe's `size`."
@@ -203,7 +209,7 @@ class LearningNetworks(SimulatedBatches):
         generator = torch.Generator().manual_seed(recipe.seed)
         net = initialise(net, generator, recipe.anomaly_prior, recipe.init_std)
         self.net = move(net, device, self.memory_format)
-        self.forward = torch.compile(self.net) if recipe.compile else self.net
+        self.forward = compiled_forward(self.net, device) if recipe.compile else self.net
         listened = self.net.reconstructive if recipe.deep_supervision else None
         self.heads = None if listened is None else self.side_heads(listened)
         self.optimizers = make_optimizers(self.net, recipe, self.heads.parameters() if self.heads else ())
@@ -264,13 +270,14 @@ class Trainer(ResumableRun):
     def step(self) -> None:
         "One optimiser step on one simulated batch; no device-to-host copy."
         batch = self.batch = self.ahead(self.done) if self.ahead else self.host_batch(self.done, self.batch)
+        if self.recipe.compile: torch.compiler.cudagraph_mark_step_begin()
+        for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             reconstruction, logits = self.forward(batch.augmented.contiguous(memory_format=self.memory_format))
         losses = draem_loss(reconstruction, logits, batch.target, batch.mask, self.recipe)
         weight, total = supervision_weight(self.recipe.deep_supervision, self.done / self.total), losses.total
         if weight and self.heads: total = total + weight * self.heads.loss(batch.target)
         self.rates[self.done] = self.optimizers[0].param_groups[0]['lr']
-        for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
         for optimizer in self.optimizers: self.scaler.step(optimizer)
         self.scaler.update()

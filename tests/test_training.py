@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -117,6 +118,18 @@ def test_same_seed_same_bits_in_the_processors_fast_precision(category, textures
     assert not torch.equal(weights(tmp_path / 'a'), weights(tmp_path / 'c'))
 
 
+def test_a_clock_that_goes_back_changes_nothing(category, textures, tmp_path, monkeypatch):
+    recipe = demo().replace(**{**TINY, 'steps': 6})
+    train(category, textures, recipe, tmp_path / 'a', 'cpu')
+    now = itertools.count(2e9, -3600.)
+    monkeypatch.setattr(time, 'time', lambda: next(now))
+    with pytest.raises(KeyboardInterrupt):          # stopped and resumed, each file older than the one before it
+        train(category, textures, recipe, tmp_path / 'b', 'cpu', on_step=lambda *_: signal.raise_signal(signal.SIGINT))
+    for age, path in enumerate((tmp_path / 'b').iterdir()): os.utime(path, (4e9 - age, 4e9 - age))
+    train(category, textures, recipe, tmp_path / 'b', 'cpu')
+    assert torch.equal(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
+
+
 def test_bgr_is_rgb_with_every_channel_turned_round(category, textures, tmp_path):
     "Images come in as RGB everywhere; a BGR run trains and predicts as an RGB run does on turned images and textures."
     tint = torch.tensor([1., .8, .5])[:, None, None]
@@ -132,17 +145,43 @@ def test_bgr_is_rgb_with_every_channel_turned_round(category, textures, tmp_path
     assert torch.equal(a.maps, b.maps) and torch.equal(a.reconstructions, b.reconstructions.flip(1))
 
 
-def test_a_compiled_step_is_one_graph_and_the_same_step(category, textures, monkeypatch):
-    """Without a code generator, which would take minutes: what is captured and differentiated is the whole net, and
-    gives what it gives uncompiled."""
+def test_compiled_steps_are_one_graph_and_the_same_steps(category, textures, monkeypatch):
+    """Without a code generator, which would take minutes: what is captured and differentiated is the whole net, once,
+    and ten steps, each from the same weights, give the losses that they give uncompiled."""
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager', fullgraph=True))
     plain, compiled = (Trainer(category.train, textures, demo().replace(**TINY, compile=compile), torch.device('cpu'))
                        for compile in (False, True))
-    for trainer in (plain, compiled): trainer.step()
-    assert compiled.forward is not compiled.net and torch.allclose(compiled.history[0], plain.history[0], rtol=1e-5)
+    assert compiled.forward is not compiled.net
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(10):
+            compiled.load_state_dict(plain.state_dict())
+            for trainer in (plain, compiled): trainer.step()
+    assert torch.allclose(compiled.history[:10], plain.history[:10], rtol=1e-4, atol=0)
     gradients = [torch.cat([p.grad.flatten() for p in trainer.net.parameters()]) for trainer in (plain, compiled)]
     # rounding; another step is off by as much as itself
     assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
+
+
+def test_a_gpu_records_compiled_passes_and_every_step_says_where_it_begins(category, textures, monkeypatch):
+    """What CUDA graphs need and a CPU can show: the mode that records; a mark before each pass, when the gradients of
+    the last one, whose memory the next overwrites, are gone; losses that are no output of the recording."""
+    happened = []
+
+    def compile(net, mode):
+        def forward(x):
+            happened.append('pass' if all(p.grad is None for p in net.parameters()) else 'pass over old gradients')
+            return net(x)
+        happened.append(mode)
+        return forward
+
+    monkeypatch.setattr(torch, 'compile', compile)
+    monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin', lambda: happened.append('step begins'))
+    training.compiled_forward(Draem(2, 2), torch.device('cuda'))
+    for recipe in (demo().replace(**TINY), demo().replace(**TINY, compile=True)):
+        trainer = Trainer(category.train, textures, recipe, torch.device('cpu'))
+        for _ in range(2): trainer.step()
+    assert happened == ['reduce-overhead', 'default', *['step begins', 'pass'] * 2]
+    assert not trainer.history.requires_grad
 
 
 def test_initial_weights_are_the_recipes(category, textures):

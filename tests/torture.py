@@ -1,12 +1,13 @@
-"""Kills, load, and the same bits: `make torture`, or `python tests/torture.py [kills] [load] [same] [--seed N]`.
+"""Kills, load, and the same bits: `make torture`, or
+`python tests/torture.py [kills] [load] [same] [workers] [--seed N]`.
 
 - kills: `category`, `inspect`, `calibrate` and `table` are ended at random moments by SIGKILL, SIGTERM or SIGINT, now
   and then one of their processes alone, and started again until they are complete. metrics.json must be that of an
   undisturbed run, to the byte; after ten seconds no process may be left; at the end no temporary file and no lock.
 - load: 3,000 files inspected, 2,000 single predictions, 2,000 planned runs, a class of 5,000 images, one image of
   12,000 x 9,000 pixels in tiles; seconds and memory.
-- same: one class, trained with other threads, locales, time zones, folders, and stopped and resumed; a table with
-  other numbers of workers.
+- same: one class, trained with other threads, locales, time zones, folders, and stopped and resumed.
+- workers: a table with one and with two workers.
 
 Not part of `make test`, which has a few of the kills. Linux only: processes are found by a word in their environment.
 """
@@ -333,12 +334,6 @@ def same(maker: Maker) -> list[str]:
         print(f'{name}: {now["threads"]} threads; '
               + ', '.join(f'{what} {"the same" if yes else "OTHER"}' for what, yes in alike.items()), flush=True)
         if not all(alike.values()): faults.append(f'{name}: other bits')
-    tables = [maker.table(maker.folder('table'), workers) for workers in (1, 2)]
-    for job in tables:
-        if (process := job.start()).wait(): return [*faults, process.stderr.read()[-500:]]
-    alike = tables[0].results() == tables[1].results()
-    print(f'a table with one and with two workers: metrics {"the same" if alike else "OTHER"}', flush=True)
-    if not alike: faults.append('the number of workers changes bits')
     one, two = found['as it is'], found['two threads']
     if one['threads'] == two['threads']: faults.append('run.json does not tell the number of threads')
     print(f'one and two threads: {"the same" if one["weights"] == two["weights"] else "other"} weights, '
@@ -346,9 +341,24 @@ def same(maker: Maker) -> list[str]:
     return faults
 
 
+def same_with_workers(maker: Maker) -> list[str]:
+    "Two runs and their summary, one after the other and side by side: metrics as bytes, and all weights."
+    tables = [maker.table(maker.folder('table'), workers) for workers in (1, 2)]
+    for job in tables:
+        if (process := job.start()).wait(): return [process.stderr.read()[-500:]]
+    weights = [[list(torch.load(path.with_name('checkpoint.pt'), weights_only=True)['net'].values())
+                for path in job.metrics[:-1]] for job in tables]
+    alike = dict(metrics=tables[0].results() == tables[1].results(),
+                 weights=all(torch.equal(a, b) for one, two in zip(*weights) for a, b in zip(one, two)))
+    print('a table with one and with two workers: '
+          + ', '.join(f'{what} {"the same" if yes else "OTHER"}' for what, yes in alike.items()), flush=True)
+    return [] if all(alike.values()) else ['the number of workers changes bits']
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('parts', nargs='*', default=['kills', 'load', 'same'], help='kills, load, same (default: all)')
+    parser.add_argument('parts', nargs='*', default=['kills', 'load', 'same', 'workers'],
+                        help='kills, load, same, workers (default: all)')
     parser.add_argument('--kills', type=int, default=200, help='how many (default: 200)')
     parser.add_argument('--commands', default='category,inspect,calibrate,table', help='which are killed')
     parser.add_argument('--seed', type=int, default=random.SystemRandom().randrange(10**6))
@@ -360,6 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         if 'kills' in options.parts: faults += kills(maker, options.commands.split(','), options.kills, options.seed)
         if 'load' in options.parts: faults += load(maker) + large(maker)
         if 'same' in options.parts: faults += same(maker)
+        if 'workers' in options.parts: faults += same_with_workers(maker)
     print('all of it held' if not faults else '\n  '.join([f'{len(faults)} faults:', *faults]))
     return int(bool(faults))
 
