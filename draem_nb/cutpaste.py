@@ -31,10 +31,10 @@ from .detector import AnomalyDetector
 from .files import replacing
 
 # %% ../nbs/22_cutpaste.ipynb #2634f16f
-from .fitting import check_loaded_size, describe_run, is_there, keep_run, write_losses
+from .fitting import check_loaded_size, is_there, keep_run, write_losses
 from .recipes import BaseRecipe, BelowOne, Count, Degrees, Positive, Seed, Share, Size, Weight, as_recipe
 from .simulator import generator_of, uniform
-from .training import damage_named, load_checkpoint, move, pick_device, split_held_out
+from .training import damage_named, describe_run, load_checkpoint, move, pick_device, split_held_out
 
 # %% ../nbs/22_cutpaste.ipynb #0900ca95
 _Range = tuple[Positive, Positive]      # (low, high)

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import CategoryData
-from .fitting import KeptDetector, MethodRecipe, check_loaded_size, describe_run, is_there, keep_run
+from .fitting import KeptDetector, MethodRecipe, check_loaded_size, is_there, keep_run
+from .training import describe_run
 
 # %% ../nbs/42_features.ipynb #fd06f9f6
 from .networks import fold_batchnorm

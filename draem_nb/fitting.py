@@ -11,12 +11,11 @@ import dataclasses
 import functools
 import json
 import math
-import platform
 
 # %% auto #0
-__all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'check_loaded_size', 'describe_run', 'refuse_another', 'is_there',
-           'write_losses', 'Saved', 'keep_run', 'load_state', 'Stateful', 'Training', 'train_in_steps', 'descend',
-           'summed', 'MethodDetector', 'KeptDetector', 'NetworkMethod', 'NetworkDetector', 'fit_networks']
+__all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'check_loaded_size', 'refuse_another', 'is_there', 'write_losses', 'Saved',
+           'keep_run', 'load_state', 'Stateful', 'Training', 'train_in_steps', 'descend', 'summed', 'MethodDetector',
+           'KeptDetector', 'NetworkMethod', 'NetworkDetector', 'fit_networks']
 
 # %% ../nbs/40b_fitting.ipynb #b057c162
 import tempfile
@@ -33,10 +32,9 @@ from tqdm import tqdm
 from .data import CategoryData, check_size, large_part
 from .detector import AnomalyDetector
 from .files import read_json, replacing, write_json
-from .recipes import (BaseRecipe, BelowOne, Count, HoldsOut, MethodChoices, Positive, Seed, Share, Size,
-                              as_recipe)
-from .training import (damage_named, fingerprint, interrupt_noted, load_checkpoint, move, pick_device,
-                               recent_losses, split_held_out, versions)
+from .recipes import (BaseRecipe, BelowOne, Count, MethodChoices, Positive, Seed, Share, Size, as_recipe)
+from .training import (damage_named, describe_run, interrupt_noted, load_checkpoint, move, pick_device,
+                               recent_losses, split_held_out)
 
 # %% ../nbs/40b_fitting.ipynb #a12b6beb
 @as_recipe
@@ -70,19 +68,6 @@ def check_loaded_size(category: CategoryData, recipe: MethodChoices) -> None:
     if category.size != check_size(recipe.size):
         raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
                          f'{recipe.size}; load it with size={recipe.size}')
-
-# %% ../nbs/40b_fitting.ipynb #210e25a0
-def describe_run(method: str, category: CategoryData, recipe: HoldsOut, device: torch.device,
-                 textures: Tensor | None = None) -> dict:
-    """What run.json says of a run; the recipe is a dataclass with seed and holdout;
-    `textures` where it learns from some."""
-    held_out = split_held_out(len(category.train), recipe, category.groups)[1].tolist()
-    names = [category.train_paths[i].name for i in held_out]
-    of = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    source = {} if textures is None else dict(textures_fingerprint=fingerprint(textures), n_textures=len(textures))
-    return dict(method=method, category=category.name, recipe=dataclasses.asdict(recipe), seed=recipe.seed,
-                fingerprint=category.fingerprint, **source, n_train=len(category.train) - len(names), held_out=names,
-                device=f'{device.type}: {of}', threads=torch.get_num_threads(), versions=versions())
 
 # %% ../nbs/40b_fitting.ipynb #d2b79b90
 _IDENTITY = ('method', 'category', 'fingerprint', 'textures_fingerprint', 'recipe', 'held_out')

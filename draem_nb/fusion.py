@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from . import feature_draem, memory
 from .data import CategoryData, check_size, large_part
 from .detector import Detector, networks_with
-from .features import BACKBONES
 from .feature_draem import FeatureDraemDetector, FeatureDraemRecipe
-from .fitting import KeptDetector, describe_run, is_there, keep_run
+from .features import BACKBONES
+from .fitting import KeptDetector, is_there, keep_run
+from .training import describe_run
 
 # %% ../nbs/45b_fusion.ipynb #a9fd1ce9
 from .memory import MemoryDetector, MemoryRecipe

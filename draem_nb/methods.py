@@ -25,8 +25,9 @@ from .autoencoder import AutoencoderDetector, AutoencoderRecipe
 from .data import CategoryData
 from .detector import AnomalyDetector
 from .files import read_json
-from .fitting import describe_run, is_there, keep_run
+from .fitting import is_there, keep_run
 from .recipes import MethodChoices
+from .training import describe_run
 
 # %% ../nbs/40_methods.ipynb #f9dba1db
 from .simulator import AnomalySimulator

@@ -17,7 +17,7 @@ import platform
 __all__ = ['OnStep', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'threads_for',
            'compiled_forward', 'RandomCrops', 'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun',
            'recent_losses', 'Trainer', 'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint',
-           'damage_named']
+           'damage_named', 'describe_run']
 
 # %% ../nbs/07_training.ipynb #b52a43ab
 import signal
@@ -432,11 +432,11 @@ def train(category: CategoryData, textures: Tensor, recipe: Recipe, run_dir: str
         on_step: gets the step and recent mean losses, every 25 steps and when saving
     """
     device, run_dir, checkpoint = pick_device(device), Path(run_dir), Path(run_dir) / 'checkpoint.pt'
-    fit, held_out = split_held_out(len(category.train), recipe, category.groups)
+    fit, _ = split_held_out(len(category.train), recipe, category.groups)
     _check_fits(category, recipe)
     trainer = Trainer(category.train, textures, recipe, device, fit)
     with threads_for(recipe, device):
-        _claim_folder(run_dir, _describe_run(category, textures, trainer, held_out), resume)
+        _claim_folder(run_dir, _describe_training(category, textures, trainer), resume)
         if checkpoint.exists(): _go_on_from(checkpoint, trainer, device)
         _check_snapshots(trainer, snapshots, run_dir)
         stopped = _train_on(trainer, run_dir, category.name, snapshots, on_step)
@@ -480,15 +480,32 @@ def damage_named(path: str | Path) -> Iterator[None]:
         raise ValueError(f'{path} is damaged; delete it and fit again ({what})') from None
 
 # %% ../nbs/07_training.ipynb #51c3dd25
-def _describe_run(category: CategoryData, textures: Tensor, trainer: Trainer, held_out: Tensor) -> dict:
-    "What run.json says."
-    on_gpu = trainer.device.type == 'cuda'
-    device = torch.cuda.get_device_name(trainer.device) if on_gpu else platform.processor() or platform.machine()
-    return dict(category=category.name, recipe=dataclasses.asdict(trainer.recipe), seed=trainer.recipe.seed,
-                steps=trainer.total,
-                fingerprint=category.fingerprint, textures_fingerprint=fingerprint(textures),
-                n_textures=len(trainer.simulator.textures),
-                n_train=trainer.n_images, held_out=[category.train_paths[i].name for i in held_out.tolist()],
-                device=f'{trainer.device.type}: {device}', threads=torch.get_num_threads(),
-                precision=str(trainer.dtype).removeprefix('torch.'),
-                memory_format=str(trainer.memory_format).removeprefix('torch.'), versions=versions())
+_RUN_JSON = ('method', 'category', 'recipe', 'seed', 'steps', 'fingerprint', 'textures_fingerprint', 'n_textures',
+             'n_train', 'held_out', 'device', 'threads', 'precision', 'memory_format', 'versions')     # in this order
+
+def describe_run(method: str | None, category: CategoryData, recipe: HoldsOut, device: torch.device,
+                 textures: Tensor | None = None, **more: object) -> dict:
+    """What run.json says of a run.
+
+    Args:
+        method: None: DRAEM
+        recipe: a dataclass with seed and holdout
+        textures: where it learns from some
+        more: what only some methods can say, under its name in run.json
+    """
+    held_out = split_held_out(len(category.train), recipe, category.groups)[1].tolist()
+    of = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
+    source = {} if textures is None else dict(textures_fingerprint=fingerprint(textures), n_textures=len(textures))
+    about = dict(method=method, category=category.name, recipe=dataclasses.asdict(recipe), seed=recipe.seed,
+                 fingerprint=category.fingerprint, **source, n_train=len(category.train) - len(held_out),
+                 held_out=[category.train_paths[i].name for i in held_out], device=f'{device.type}: {of}',
+                 threads=torch.get_num_threads(), versions=versions()) | more
+    return {key: about[key] for key in _RUN_JSON if about.get(key) is not None}
+
+# %% ../nbs/07_training.ipynb #92c8556c
+def _describe_training(category: CategoryData, textures: Tensor, trainer: Trainer) -> dict:
+    "What run.json says of DRAEM's training."
+    plain = lambda of: str(of).removeprefix('torch.')
+    return describe_run(None, category, trainer.recipe, trainer.device, textures, steps=trainer.total,
+                        n_textures=len(trainer.simulator.textures), precision=plain(trainer.dtype),
+                        memory_format=plain(trainer.memory_format))
