@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,10 @@ def test_links_of_notebooks_lead_somewhere(notebook):
         if cell['cell_type'] != 'markdown': continue
         text = re.sub(r'```.*?```|`[^`\n]+`', '', ''.join(cell['source']), flags=re.DOTALL)
         for link in re.findall(r'\]\((?!https?:|#)([^)#\s]+)', text): assert (notebook.parent / link).exists(), link
+
+
+def test_every_notebook_has_its_place_on_the_site():
+    assert '12c_runs' in runpy.run_path(str(ROOT / 'site' / 'build.py'))['toctrees']()     # SystemExit names one without
 
 
 def test_readme_names_what_is_there():
