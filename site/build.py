@@ -18,7 +18,8 @@ REPOSITORY = 'https://github.com/draem_nb/draem_nb/blob/main'
 
 # caption: the notebooks that stand under it, by how their names begin
 PARTS = {
-    'Begin here': ('000',), 'Data and simulated anomalies': ('00_', '00a', '00b', '00c', '00d', '00e', '01', '02', '03'),
+    'Begin here': ('000',),
+    'Data and simulated anomalies': ('00_', '00a', '00b', '00c', '00d', '00e', '01', '02', '03'),
     'Networks and training': ('04', '05', '06', '07'),
     'Detection and measurement': ('08', '09', '10', '11'), 'Reports and daily use': ('12', '13', '14', '15'),
     'Where methods fail, and why': ('20', '21', '22', '23', '24'), 'Speed': ('3',), 'Other methods': ('4', '5'),

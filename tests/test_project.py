@@ -58,7 +58,7 @@ def test_links_of_notebooks_lead_somewhere(notebook):
 
 
 def test_every_notebook_has_its_place_on_the_site():
-    assert '12c_runs' in runpy.run_path(str(ROOT / 'site' / 'build.py'))['toctrees']()     # SystemExit names one without
+    assert '12c_runs' in runpy.run_path(str(ROOT / 'site' / 'build.py'))['toctrees']()   # SystemExit names one without
 
 
 def test_readme_names_what_is_there():
