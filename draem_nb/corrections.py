@@ -22,7 +22,7 @@ import numpy as np
 from .data import read_image
 from .detector import AnomalyDetector
 from .evaluation import wilson_interval
-from .files import content_hash, read_json, replacing, shown
+from .files import content_hash, read_json, regular_file, replacing, shown
 from .inspection import promised_rate, save_beside, threshold_for
 from .layouts import find_images
 from .runs import locked
@@ -36,7 +36,7 @@ _WORDS = dict(good='good', ok='good', normal='good', bad='bad', nok='bad', ng='b
 # %% ../nbs/14f_corrections.ipynb #fb368220
 def read_corrections(table: str | Path) -> dict[Path, str]:
     "Image -> 'good' or 'bad', from the columns `file` and `correction` of a verdicts.csv; empty cells are left out."
-    try: lines = Path(table).read_text(encoding='utf-8-sig').splitlines()
+    try: lines = regular_file(table).read_text(encoding='utf-8-sig').splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(f'there is no table {shown(table)}; draem_nb inspect writes one') from None
     except UnicodeDecodeError: raise ValueError(f'{shown(table)} is not UTF-8 text; save it as CSV UTF-8') from None

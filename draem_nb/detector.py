@@ -5,10 +5,8 @@
 # %% ../nbs/08_detector.ipynb #d3eb7f0d
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .data import CategoryData, check_size, large_part, load_images, read_image
-from .files import replacing, write_json
+from .files import kept_or_scratch, regular_file, replacing, write_json
 from .layouts import find_images
 
 # %% ../nbs/08_detector.ipynb #2f4d4c86
@@ -168,7 +166,7 @@ def _belongs_to_calibration(n: int, held_out_groups: object, n_corrected: object
 # %% ../nbs/08_detector.ipynb #1f985eca
 def _read_calibration(path: Path) -> dict[str, object]:
     "The content of a threshold.json; `ValueError` where it is not what `save_calibration` writes."
-    try: values = json.loads(path.read_text())
+    try: values = json.loads(regular_file(path).read_text())
     except (ValueError, RecursionError): values = None
     more = {name: values.pop(name) for name in _MORE if name in values} if isinstance(values, dict) else {}
     known = isinstance(values, dict) and set(values) == set(_CALIBRATION)
@@ -184,7 +182,7 @@ def _read_calibration(path: Path) -> dict[str, object]:
 # %% ../nbs/08_detector.ipynb #05f8c847
 def _read_statistics(path: Path, n: int) -> np.ndarray:
     "The content of a held_out.json of n images, (n, 4); `ValueError` where it is not what `save_calibration` writes."
-    try: values = np.array([json.loads(path.read_text())[name] for name in STATISTICS], float).T
+    try: values = np.array([json.loads(regular_file(path).read_text())[name] for name in STATISTICS], float).T
     except (ValueError, KeyError, TypeError, RecursionError): values = np.zeros(0)
     if values.shape != (n, len(STATISTICS)) or not np.isfinite(values).all():
         raise ValueError(f'{path} is damaged or not ours: it must hold {", ".join(STATISTICS)}, each with {n} finite '
@@ -535,7 +533,7 @@ def fit(category: CategoryData, recipe: Recipe | None = None, device: str | torc
         raise ValueError('fit makes detectors of one size; for a recipe with an image_size call train and '
                          'tiling.load_draem')
     textures = load_textures(None, recipe.size, recipe.antialias) if textures is None else textures
-    with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
+    with kept_or_scratch(run_dir) as folder:
         detector = Detector.load(train(category, textures, recipe, folder, device), device)
         _, held_out = split_held_out(len(category.train), recipe, category.groups)
         detector.region = category.region

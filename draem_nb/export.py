@@ -33,7 +33,7 @@ from tqdm import tqdm
 # %% ../nbs/15_export.ipynb #d38cb8d2
 from .data import read_image
 from .detector import Detector
-from .files import replacing
+from .files import replacing, temporary_folder
 from .training import versions
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def export_onnx(detector: Detector, path: str | Path) -> Path:
     try: import onnx
     except ImportError:
         raise ValueError("export needs the package onnx; install it with: pip install 'draem_nb[export]'") from None
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder(tempfile.gettempdir(), 'draem_nb-export') as folder:
         net = onnx.load(detector.export_onnx(Path(folder) / 'net.onnx'))
     net = onnx.version_converter.convert_version(net, _OPSET)
     net.ir_version = 9
@@ -178,7 +178,7 @@ def export_openvino(detector: Detector, path: str | Path, int8: Tensor | None = 
     except ImportError as e:
         remedy = "install it with: pip install 'draem_nb[export]'"
         raise ValueError(f'export needs the package {e.name}; {remedy}') from None
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with temporary_folder(path.parent, 'export') as folder:
         model = _read_openvino(detector, export_onnx(detector, Path(folder) / 'whole.onnx'))
         if int8 is not None: model = _in_int8(model, detector, int8)
         openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)

@@ -231,8 +231,8 @@ def _on_worker(job: dict) -> dict:
              f"it has draem_nb {_library_version()} instead of {job['version']}")
     if lacks: return dict(status='lacking', reason=lacks, where=worker.address)
     tell(_BEGINS)
-    with tempfile.TemporaryDirectory() as scratch:
-        notebook = Path(scratch) / job['notebook']
+    with temporary_folder(worker.local_directory, 'task') as scratch:        # gone with the worker's own files
+        notebook = scratch / job['notebook']
         notebook.write_bytes(gzip.decompress(job['content']))
         spec = dict(notebook=str(notebook), params=params, run_dir=str(folder))
         outcome = _in_process(spec, _threads_of(job), job['time_limit'], wanted, tell)

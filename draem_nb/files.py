@@ -12,14 +12,15 @@ import json
 import os
 import re
 import shutil
+import tempfile
 
 # %% auto #0
-__all__ = ['shown', 'as_markdown', 'DiskFull', 'disk_is_full', 'replacing', 'write_json', 'read_json', 'remove_leftovers',
-           'temporary_folder', 'content_hash']
+__all__ = ['shown', 'as_markdown', 'DiskFull', 'disk_is_full', 'replacing', 'write_json', 'regular_file', 'read_json',
+           'remove_leftovers', 'temporary_folder', 'kept_or_scratch', 'content_hash']
 
 # %% ../nbs/00a_files.ipynb #55710c9c
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 # %% ../nbs/00a_files.ipynb #3ad10c41
@@ -75,10 +76,16 @@ def write_json(value: object, path: str | Path) -> None:
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + '\n'
     with replacing(path) as temporary: temporary.write_text(text, encoding='utf-8')
 
+# %% ../nbs/00a_files.ipynb #0c0d1e05
+def regular_file(path: str | Path) -> Path:
+    "The path itself, which may be missing; `ValueError` where it is a pipe, a device or a folder."
+    if os.path.exists(path) and not os.path.isfile(path): raise ValueError(f'{shown(path)} is not a regular file')
+    return Path(path)
+
 # %% ../nbs/00a_files.ipynb #d76d4330
 def read_json(path: str | Path) -> dict:
     "The object that a JSON file holds; `FileNotFoundError` or `ValueError` that names the file."
-    try: value = json.loads(Path(path).read_text(encoding='utf-8'))
+    try: value = json.loads(regular_file(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise FileNotFoundError(f'{shown(path)} is missing') from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f'{shown(path)} is damaged: it is no JSON ({error})') from None
@@ -128,6 +135,11 @@ def temporary_folder(parent: str | Path, name: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         os.close(file)
+
+# %% ../nbs/00a_files.ipynb #0c0d1e06
+def kept_or_scratch(folder: str | Path | None) -> AbstractContextManager[str | Path]:
+    "The folder itself, which stays; for None a temporary one, which is gone at the end."
+    return nullcontext(folder) if folder else temporary_folder(tempfile.gettempdir(), 'draem_nb-scratch')
 
 # %% ../nbs/00a_files.ipynb #09af87b4
 def content_hash(path: str | Path) -> str:

@@ -18,7 +18,6 @@ __all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'check_loaded_size', 'ref
            'KeptDetector', 'NetworkMethod', 'NetworkDetector', 'fit_networks']
 
 # %% ../nbs/40b_fitting.ipynb #b057c162
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -31,7 +30,7 @@ from tqdm import tqdm
 # %% ../nbs/40b_fitting.ipynb #bac0d757
 from .data import CategoryData, check_size, large_part
 from .detector import AnomalyDetector
-from .files import read_json, replacing, write_json
+from .files import kept_or_scratch, read_json, replacing, write_json
 from .recipes import (BaseRecipe, BelowOne, Count, MethodChoices, Positive, Seed, Share, Size, as_recipe)
 from .training import (damage_named, describe_run, interrupt_noted, load_checkpoint, move, pick_device,
                                recent_losses, split_held_out)
@@ -335,7 +334,7 @@ def fit_networks(detector: Trained, category: CategoryData, run_dir: str | Path 
     kept, held_out = split_held_out(len(images), recipe, category.groups)
     about = describe_run(detector.method, category, recipe, detector.device, textures)
     if run_dir: refuse_another(Path(run_dir), about)            # a finished run takes no step below
-    with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as place:
+    with kept_or_scratch(run_dir) as place:
         _begin(folder := Path(place), about)
         training = detector.training(large_part(images, kept).to(detector.device), textures)
         detector.nets.train()

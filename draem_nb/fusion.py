@@ -5,10 +5,8 @@
 # %% ../nbs/45b_fusion.ipynb #17da0a3c
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -28,6 +26,7 @@ from .data import CategoryData, check_size, large_part
 from .detector import Detector, networks_with
 from .feature_draem import FeatureDraemDetector, FeatureDraemRecipe
 from .features import BACKBONES
+from .files import kept_or_scratch
 from .fitting import KeptDetector, is_there, keep_run
 from .training import describe_run
 
@@ -240,7 +239,7 @@ def fit(category: CategoryData, recipe: FusionRecipe | None = None, device: str 
     textures = load_textures(None, recipe.texture_size) if textures is None else textures
     about = describe_run('fusion', category, recipe, device, textures)
     if run_dir and is_there(Path(run_dir), about): return load(run_dir, device)
-    with contextlib.nullcontext(run_dir) if run_dir else tempfile.TemporaryDirectory() as folder:
+    with kept_or_scratch(run_dir) as folder:
         detector = fit_parts(category, recipe, device, textures, parts := Path(folder) / 'parts')
         kept, held_out = split_held_out(len(images), recipe, category.groups)
         detector.region = category.region

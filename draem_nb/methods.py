@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +23,7 @@ from . import (autoencoder, cutpaste, dagan, detector, feature_draem, fusion, ga
 from .autoencoder import AutoencoderDetector, AutoencoderRecipe
 from .data import CategoryData
 from .detector import AnomalyDetector
-from .files import read_json
+from .files import kept_or_scratch, read_json
 from .fitting import is_there, keep_run
 from .recipes import MethodChoices
 from .training import describe_run
@@ -58,8 +57,8 @@ class _Draem:
         recipe = recipe or recipes.demo()
         if textures is None: textures = load_textures(None, recipe.size, recipe.antialias)
         if recipe.image_size is None: return detector.fit(category, recipe, device, textures, run_dir)
-        with tempfile.TemporaryDirectory() as scratch:
-            train(category, textures, recipe, folder := Path(run_dir or scratch), device)
+        with kept_or_scratch(run_dir) as folder:
+            train(category, textures, recipe, folder, device)
             found = self.load(folder, device)
             held_out = split_held_out(len(category.train), recipe, category.groups)[1]
             found.region = category.region

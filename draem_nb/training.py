@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import draem_nb
 from .data import CategoryData, check_size
-from .files import read_json, replacing, write_json
+from .files import read_json, regular_file, replacing, write_json
 from .losses import draem_loss
 
 # %% ../nbs/07_training.ipynb #568068b9
@@ -455,6 +455,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = 'cpu',
                     remedy: str = 'delete it to train again') -> dict:
     """The content of a checkpoint.pt (weights only, nothing in it is executed); `ValueError` names a file that is none
     or damaged and says the `remedy`."""
+    path = regular_file(path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         # PyTorch writes checksums and does not look at them

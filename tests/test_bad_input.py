@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from draem_nb import cli, data, execution, fanout, files, fitting, inspection, methods, recipes, reports, runs, training
+from draem_nb import (cli, corrections, data, execution, fanout, files, fitting, inspection, methods, recipes, reports,
+                      runs, training)
 from draem_nb.evaluation import read_runs
 from draem_nb.layouts import LAYOUTS, find_images, list_files
 from draem_nb.textures import load_textures
@@ -301,6 +303,37 @@ rows('threshold.json', {
 rows('run.json', {'no such method': (dict(method='magic'), "unknown method 'magic'"),
                   'a number as method': (dict(method=3), "run.json is damaged: method is 3|unknown method '3'")},
      lambda p, content: methods.load(p.json('run.json', content), 'cpu'))
+
+
+# ---- what would be read for ever
+
+def through_pipe(p: Place, name: str) -> None:
+    (path := p.run / name).unlink(missing_ok=True)
+    os.mkfifo(path)
+    def too_late(*_: object) -> None: raise TimeoutError(f'{name} is read for ever')
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.setitimer(signal.ITIMER_REAL, 10)
+    try:
+        if name == 'verdicts.csv': corrections.read_corrections(path)
+        elif name in ('metrics.json', 'parameters.json'): runs.is_complete(p.run, dict(report='category'))
+        else: methods.load(p.run, 'cpu')
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+rows('a pipe in the place of', {
+    **{name: (name, f'{name} is not a regular file') for name in ('checkpoint.pt', 'verdicts.csv')},
+    **{name: (name, f'{name} is damaged: .*not a regular file') for name in ('run.json', 'metrics.json',
+                                                                            'parameters.json')},
+    **{name: (name, f'{name} is damaged or not ours') for name in ('threshold.json', 'held_out.json')}}, through_pipe)
+
+
+@row('a device in the place of: checkpoint.pt', 'checkpoint.pt is not a regular file')
+def _(p: Place) -> None:
+    (p.run / 'checkpoint.pt').unlink()
+    os.symlink('/dev/null', p.run / 'checkpoint.pt')
+    methods.load(p.run, 'cpu')
 
 
 # ---- complete runs that lack something

@@ -137,8 +137,10 @@ def test_failures_hangs_and_a_full_disk_do_not_hold_up_the_rest(notebook, tmp_pa
     assert list(again.status) == ['complete'] * 2 and Path(found.run_dir[0], 'begun').read_text() == 'x'
 
 
-def test_a_killed_worker_costs_nothing_that_was_saved(notebook, tmp_path):
+def test_a_killed_worker_costs_nothing_that_was_saved(notebook, tmp_path, monkeypatch):
     sets = [dict(seed=s, steps=12) for s in (0, 1)]
+    (temporary := tmp_path / 't').mkdir()
+    monkeypatch.setenv('TMPDIR', str(temporary))
     process = command(sets, tmp_path / 'runs', notebook, workers=2, threads=1)
     until(lambda: len(list((tmp_path / 'runs').glob('*/checkpoint.pt'))) == 2)
     victim = workers_of(process.pid)[0]
@@ -149,6 +151,7 @@ def test_a_killed_worker_costs_nothing_that_was_saved(notebook, tmp_path):
     assert begun == [1, 2]                # one run went on from where it was
     assert sorted(json.loads(m)['image']['auroc'] for m in metrics(tmp_path / 'runs').values()) == [0.5, 0.6]
     assert 'its worker is gone; it goes on at tcp://' in out
+    assert not list(temporary.iterdir())        # nor is anything left of it
 
 
 def test_ctrl_c_and_a_second_command(notebook, tmp_path):
@@ -221,13 +224,16 @@ def test_a_worker_of_another_version_is_refused(notebook, tmp_path, cluster, cod
     assert not list((tmp_path / 'runs').rglob('parameters.json'))
 
 
-def test_each_local_worker_gets_a_gpu_of_its_own(monkeypatch):
+def test_local_workers_listen_on_loopback_alone_and_each_gets_a_gpu_of_its_own(monkeypatch):
     for given, seen in ((None, {'0', '1'}), ('3,5', {'3', '5'})):
         monkeypatch.delenv('CUDA_VISIBLE_DEVICES',
                            raising=False) if given is None else monkeypatch.setenv('CUDA_VISIBLE_DEVICES', given)
         with fanout._cluster_client('local', 2, 2, 60.) as client:
             client.wait_for_workers(2)
             assert set(client.run(os.getenv, 'CUDA_VISIBLE_DEVICES').values()) == seen
+            about = client.scheduler_info()
+            addresses = [about['address'], *about['workers'], *(w['nanny'] for w in about['workers'].values())]
+            assert len(addresses) == 5 and all(a.startswith('tcp://127.0.0.1:') for a in addresses)
 
 
 def test_no_scheduler_and_no_worker_are_sentences(notebook, tmp_path, cluster):

@@ -229,6 +229,13 @@ def test_arguments_are_explained_where_help_shows_them():
             assert not beside, f'{path.stem}.{node.name}: {beside}'
 
 
+def test_every_temporary_folder_is_one_that_the_next_run_sweeps():
+    "A folder of `tempfile` stays for ever where its process is killed; `files.temporary_folder` knows its own again."
+    made = {p.stem: re.findall(r'TemporaryDirectory|mkdtemp|mkstemp', p.read_text())
+            for p in (ROOT / 'draem_nb').glob('*.py')}
+    assert not any(made.values()), made
+
+
 def test_no_module_takes_a_private_name_of_another():
     modules = {path.stem for path in (ROOT / 'draem_nb').glob('[a-z]*.py')}
     for path in [*(ROOT / 'draem_nb').glob('[a-z]*.py'), *NOTEBOOKS]:
