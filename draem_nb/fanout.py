@@ -570,12 +570,13 @@ def main(argv: list[str] | None = None) -> int:
         sets = _param_sets(options)
         planned = plan(sets, options.runs_dir)
         if options.dry_run: _show_plan(planned, options); return int((planned.todo == 'refused').any())
+        summary = Path(options.runs_dir) / 'summary'
+        (summary / 'metrics.json').unlink(missing_ok=True)          # of earlier runs: complete again at the end
         found = fan_out(sets, options.runs_dir, scheduler=options.scheduler, workers=options.workers,
                         threads=options.threads, time_limit=options.time_limit)
         failed = found[found.status != 'complete']
         if len(failed) < len(found):
-            print('the summary:', run_report('summary', dict(runs_dir=options.runs_dir),
-                                             Path(options.runs_dir) / 'summary').report)
+            print('the summary:', run_report('summary', dict(runs_dir=options.runs_dir), summary).report)
         print(found[[c for c in _SHOWN if c in found]].to_string(index=False, float_format='{:.3f}'.format, na_rep='-'))
         print(f'{len(found) - len(failed)} of {len(found)} runs complete'
               + (f", failed: {', '.join(Path(d).name for d in failed.run_dir)}" if len(failed) else ''))

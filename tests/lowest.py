@@ -19,8 +19,8 @@ def lowest() -> list[str]:
     "'name==version' for each requirement of settings.ini."
     parser = ConfigParser(delimiters=['='])
     parser.read(ROOT / 'settings.ini')
-    needed = [r for key in ('requirements', 'dev_requirements', 'pretrained_requirements')
-              for r in parser['DEFAULT'][key].split()]
+    keys = [f'{part}requirements' for part in ('', 'dev_', 'pretrained_', 'cluster_', 'export_', 'explore_')]
+    needed = [r for key in keys for r in parser['DEFAULT'][key].split()]
     return ['{}=={}'.format(*re.match(r'([\w-]+)>=([\d.]+)', r).groups()) for r in needed]
 
 

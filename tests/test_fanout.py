@@ -304,6 +304,17 @@ def test_a_table_with_a_killed_worker_is_the_table_of_an_undisturbed_run(tmp_pat
     assert tables[0] == tables[1] and tables[0]
 
 
+def test_a_table_that_is_killed_leaves_no_complete_summary_of_fewer_runs(tmp_path, monkeypatch):
+    reports.finish(tmp_path / 'summary', dict(runs=1))
+    def killed(*_: object, **__: object) -> None:
+        assert not (tmp_path / 'summary' / 'metrics.json').exists()
+        raise KeyboardInterrupt
+    monkeypatch.setattr(fanout, 'fan_out', killed)
+    arguments = ['table', '--categories', 'brick', '--runs-dir', str(tmp_path)]
+    assert cli.main([*arguments, '--dry-run']) == 0 and (tmp_path / 'summary' / 'metrics.json').exists()
+    assert cli.main(arguments) == 130
+
+
 def test_the_plan_names_what_is_missing(tmp_path, capsys, monkeypatch):
     for seed in (0, 1):
         run = tmp_path / f'brick-demo-seed{seed}'
