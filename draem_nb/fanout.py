@@ -45,7 +45,7 @@ import draem_nb
 from .data import find_categories
 from .demo import DEMO_CATEGORIES
 from .execution import RunFailed, run_report
-from .files import read_json, temporary_folder
+from .files import read_json, remove_leftovers, temporary_folder
 from .parameters import report_notebook, value_of
 from .runs import (asked_parameters, begin_run, default_folder, finished_run, is_complete, locked,
                            result_row)
@@ -259,6 +259,7 @@ def local_size(n_runs: int) -> tuple[int, int, int]:
 # %% ../nbs/13_fanout.ipynb #121e67ca
 # In every worker: a terminal sends Ctrl-C to all, and the command ends its workers itself.
 _PRELOAD = 'import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)'
+_WORKERS = 'draem_nb-workers'       # the temporary folder of their files
 
 # %% ../nbs/13_fanout.ipynb #64b80a7b
 def _local_cluster(stack: ExitStack, workers: int, gpus: int) -> str:
@@ -266,7 +267,7 @@ def _local_cluster(stack: ExitStack, workers: int, gpus: int) -> str:
     import dask
     from distributed import Nanny, Scheduler, SpecCluster
     # dask's own files lie here; what a killed command left is swept by the next one
-    scratch = stack.enter_context(temporary_folder(tempfile.gettempdir(), 'draem_nb-workers'))
+    scratch = stack.enter_context(temporary_folder(tempfile.gettempdir(), _WORKERS))
     stack.enter_context(dask.config.set({'temporary-directory': str(scratch)}))
     visible = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(gpus)))).split(',')
     nannies = {i: dict(cls=Nanny, options=dict(nthreads=1, host='127.0.0.1', memory_limit=0, dashboard=False,
@@ -468,6 +469,7 @@ def _share_cores(jobs: dict[int, dict], scheduler: str, workers: int | None, thr
 def _run_jobs(jobs: dict[int, dict], rows: dict[int, dict], scheduler: str, workers: int, gpus: int, patience: float,
               board: _Board) -> None:
     "Have all jobs done, each of which becomes a row; a scheduler that goes away is waited for."
+    remove_leftovers(tempfile.gettempdir(), _WORKERS)           # where there is nothing to run, no cluster does it
     until = None
     while jobs:
         try:

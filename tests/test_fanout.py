@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -302,6 +303,13 @@ def test_a_table_with_a_killed_worker_is_the_table_of_an_undisturbed_run(tmp_pat
     assert metrics(tmp_path / 'a') == metrics(tmp_path / 'b') and len(metrics(tmp_path / 'a')) == 3
     tables = [{p.name: p.read_bytes() for p in (tmp_path / runs / 'summary').glob('*.csv')} for runs in 'ab']
     assert tables[0] == tables[1] and tables[0]
+
+
+def test_what_killed_workers_left_goes_also_where_nothing_is_to_run(tmp_path, monkeypatch):
+    (tmp_path / f'.{fanout._WORKERS}.0123abcd.tmp').mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    fanout._run_jobs({}, {}, 'local', 1, 0, 1., fanout._Board(0))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_that_is_killed_leaves_no_complete_summary_of_fewer_runs(tmp_path, monkeypatch):
