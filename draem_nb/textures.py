@@ -135,5 +135,6 @@ def draw_augmentation(kind: str, n: int, generator: torch.Generator, n_operation
     drawn = low + u[..., :4] * (high - low + whole)
     strengths = torch.where(whole, drawn.floor().minimum(high), drawn)
     if kind == 'official': # it solarizes only every second texture that it wants to solarize
-        strengths[(operations == OPERATIONS[kind].index('solarize')) & (u[..., 4] < .5), 0] = 256
+        as_it_is = (operations == OPERATIONS[kind].index('solarize')) & (u[..., 4] < .5)
+        strengths[..., 0].masked_fill_(as_it_is, 256)           # a mask and a number as one index: not in PyTorch 2.4
     return Augmentation(kind, operations, strengths)
