@@ -40,35 +40,35 @@ from .training import load_checkpoint, pick_device, split_held_out, train
 @as_recipe
 class FusionRecipe(FeatureDraemRecipe):
     "All choices of one run: those of `feature_draem`, of the memory and of DRAEM. `ValueError` for impossible values."
-    size: Size = 384                        # what the memory looks at, and the size of the score map
+    size: Size = 384                        # what the memory looks at for fine defects; the size of the score map
     score_window: Count = 17                # side of the mean filter before the maximum, odd, in pixels of the map
-    pieces: Count = 3000                    # features of normal images that are remembered
+    pieces: Count = 3000                    # features of normal images that are remembered, at either size
     candidates: Count = 100_000             # from which they are chosen
-    painted_size: Size = 192                # what `feature_draem` looks at, S or (H, W) in pixels; multiples of 32
-    draem_size: Size = 96                   # what DRAEM looks at
+    half_size: Size = 192                   # what `feature_draem` looks at, and the memory for large defects
+    draem_size: Size = 96                   # what DRAEM looks at; sizes are S or (H, W), multiples of 32
     draem_steps: Count = 1000               # of DRAEM's training
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for size in (self.painted_size, self.draem_size): check_size(size)
-        memory_recipe(self)                 # which looks at its own fields
+        for size in (self.half_size, self.draem_size): check_size(size)
+        memory_recipe(self, self.size)      # which looks at its own fields
 
     @property
     def texture_size(self) -> int | tuple[int, int]:
         "At which textures are wanted: nobody paints on larger images."
-        return self.painted_size
+        return self.half_size
 
 # %% ../nbs/45b_fusion.ipynb #08c9196d
-def memory_recipe(recipe: FusionRecipe) -> MemoryRecipe:
-    "What the memory is told."
-    shared = {name: getattr(recipe, name) for name in ('name', 'size', 'seed', 'holdout', 'quantile', 'backbone')}
-    return MemoryRecipe(**shared, pieces=recipe.pieces, candidates=recipe.candidates)
+def memory_recipe(recipe: FusionRecipe, size: int | tuple[int, int]) -> MemoryRecipe:
+    "What the memory that looks at this size is told."
+    shared = {name: getattr(recipe, name) for name in ('name', 'seed', 'holdout', 'quantile', 'backbone')}
+    return MemoryRecipe(**shared, size=size, pieces=recipe.pieces, candidates=recipe.candidates)
 
 # %% ../nbs/45b_fusion.ipynb #c277af32
 def painted_recipe(recipe: FusionRecipe) -> FeatureDraemRecipe:
     "What `feature_draem` is told: its own size and window, all else as the fusion has it."
     shared = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(FeatureDraemRecipe)}
-    return FeatureDraemRecipe(**shared | dict(size=recipe.painted_size, score_window=FeatureDraemRecipe().score_window))
+    return FeatureDraemRecipe(**shared | dict(size=recipe.half_size, score_window=FeatureDraemRecipe().score_window))
 
 # %% ../nbs/45b_fusion.ipynb #4e424b92
 def draem_recipe(recipe: FusionRecipe) -> Recipe:
@@ -78,7 +78,7 @@ def draem_recipe(recipe: FusionRecipe) -> Recipe:
 
 # %% ../nbs/45b_fusion.ipynb #5b1f7e20
 def demo() -> FusionRecipe:
-    "For a CPU: a memory at 384 px, `feature_draem` at 192 px (500 steps of 4), DRAEM at 96 px (1,000 steps of 8)."
+    "For a CPU: the memory at 384 and 192 px, `feature_draem` at 192 px, 500 steps of 4; DRAEM at 96 px, 1,000 of 8."
     return FusionRecipe()
 
 def by_name(name: str) -> FusionRecipe:
@@ -91,7 +91,7 @@ wants_textures = True               # of `fit`: the report loads them
 
 def examples(images: Tensor, recipe: FusionRecipe, textures: Tensor) -> Figure:
     "What is painted, for the report: `feature_draem`'s images."
-    return feature_draem.examples(shrink(images[:64], recipe.painted_size), painted_recipe(recipe), textures)
+    return feature_draem.examples(shrink(images[:64], recipe.half_size), painted_recipe(recipe), textures)
 
 # %% ../nbs/45b_fusion.ipynb #c77d10ab
 _RAREST = 6.9       # nats: about one normal pixel in a thousand; rarer values are extrapolated
@@ -147,7 +147,8 @@ class Witnesses(KeptDetector):
         super().__init__(recipe, device)
         self.backbone = BACKBONES[recipe.backbone].title        # what tables call the network that two look through
         self.features = FeatureDraemDetector(painted_recipe(recipe), self.device)
-        self.memory = MemoryDetector(memory_recipe(recipe), self.device)
+        self.memories = [MemoryDetector(memory_recipe(recipe, size), self.device)
+                         for size in (recipe.half_size, recipe.size)]
 
     def take_draem(self, weights: dict[str, Tensor]) -> None:
         "Make DRAEM of these weights, a detector of its own, at its own size."
@@ -155,10 +156,11 @@ class Witnesses(KeptDetector):
         self.weights, self.draem = weights, Detector(networks_with(recipe, weights), recipe, self.device)
 
     def log_odds(self, batch: Tensor) -> Tensor:
-        "(B, 3, H, W) uint8 on the device -> (B, 3, H, W): log odds of DRAEM, of `feature_draem` and of `memory`."
-        maps = [of.maps_and_scores(images)[1].clamp(_EDGE, 1 - _EDGE).logit() for of, images in (
-            (self.draem, shrink(batch, self.recipe.draem_size)),
-            (self.features, shrink(batch, self.recipe.painted_size)), (self.memory, batch))]
+        "(B, 3, H, W) uint8 on the device -> (B, 4, H, W): log odds of DRAEM, `feature_draem`, the memory at two sizes."
+        half = shrink(batch, self.recipe.half_size)
+        pairs = zip((self.draem, self.features, *self.memories),
+                    (shrink(batch, self.recipe.draem_size), half, half, batch))
+        maps = [of.maps_and_scores(images)[1].clamp(_EDGE, 1 - _EDGE).logit() for of, images in pairs]
         return torch.cat([F.interpolate(of, self.size, mode='bilinear') for of in maps], 1)
 
 # %% ../nbs/45b_fusion.ipynb #ce32ae83
@@ -166,11 +168,12 @@ class WitnessesOnOneScale(Witnesses):
     "Their surprise, and its sum. `measure` takes the scales, from normal images."
     def __init__(self, recipe: FusionRecipe, device: str | torch.device | None = None):
         super().__init__(recipe, device)
-        self.scales, self.highest = 3 * [Surprise(torch.zeros(_LEVELS), 1.)], 1.      # of normal pixels
+        self.scales, self.highest = 4 * [Surprise(torch.zeros(_LEVELS), 1.)], 1.      # of normal pixels
 
     def surprise(self, log_odds: Tensor) -> Tensor:
-        "(B, 3, H, W) log odds -> (B, 3, H, W): the surprise of each witness, in nats."
-        return torch.stack([scale(of) for scale, of in zip(self.scales, log_odds.unbind(1))], 1)
+        "(B, 4, H, W) log odds -> (B, 3, H, W): the surprise of each witness, in nats; the memory's is its mean."
+        draem, features, half, whole = (scale(of) for scale, of in zip(self.scales, log_odds.unbind(1)))
+        return torch.stack([draem, features, (half + whole) / 2], 1)
 
     def maps_and_scores(self, batch: Tensor) -> tuple[None, Tensor, Tensor]:
         "No reconstruction; maps in 0..1, 0.5 at the most surprising normal pixel; scores in nats."
@@ -179,7 +182,7 @@ class WitnessesOnOneScale(Witnesses):
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> None:
-        "Take the scale of each witness from (N, 3, H, W) uint8 normal images."
+        "Take the scale of each map from (N, 3, H, W) uint8 normal images."
         odds = torch.cat([self.log_odds(part.to(self.device)).cpu() for part in images.split(16)])
         self.scales = [Surprise.of(self.pixels(of)) for of in odds.unbind(1)]         # of the region alone
         self.highest = float(max(self.pixels(self.surprise(part).sum(1)).max() for part in odds.split(16)))
@@ -190,14 +193,14 @@ class FusionDetector(WitnessesOnOneScale):
     def state(self) -> dict:
         "What all three learned, and the scales."
         scales = [dict(levels=scale.levels, excess=scale.excess) for scale in self.scales]
-        return dict(draem=self.weights, feature_draem=self.features.state(), memory=self.memory.state(),
-                    scales=scales, highest=self.highest)
+        return dict(draem=self.weights, feature_draem=self.features.state(), scales=scales, highest=self.highest,
+                    memories=[of.state() for of in self.memories])
 
     def take(self, state: dict, path: Path) -> None:
         "Be what `state` gave."
         self.take_draem(state['draem'])
         self.features.take(state['feature_draem'], path)
-        self.memory.take(state['memory'], path)
+        for of, kept in zip(self.memories, state['memories'], strict=True): of.take(kept, path)
         self.scales = [Surprise(scale['levels'].cpu(), float(scale['excess'])) for scale in state['scales']]
         self.highest = float(state['highest'])
 
@@ -206,9 +209,10 @@ def fit_parts(category: CategoryData, recipe: FusionRecipe, device: torch.device
               folder: Path) -> FusionDetector:
     "The three witnesses, each fitted in a folder of its own, from which it goes on; without scales."
     detector = FusionDetector(recipe, device)
-    medium, painted = shrunken(category, recipe.painted_size), painted_recipe(recipe)
-    detector.features = feature_draem.fit(medium, painted, device, textures, folder / 'feature_draem')
-    detector.memory = memory.fit(category, memory_recipe(recipe), device, run_dir=folder / 'memory')
+    half, painted = shrunken(category, recipe.half_size), painted_recipe(recipe)
+    detector.features = feature_draem.fit(half, painted, device, textures, folder / 'feature_draem')
+    detector.memories = [memory.fit(of, memory_recipe(recipe, of.size), device, run_dir=folder / f'memory-{i}')
+                         for i, of in enumerate((half, category))]
     small = shrunken(category, recipe.draem_size)
     kept = train(small, shrink(textures, recipe.draem_size), draem_recipe(recipe), folder / 'draem', device)
     detector.take_draem(load_checkpoint(kept)['net'])

@@ -129,7 +129,7 @@ def demo(tmp_path_factory) -> Path:
     ('padim', dict(size=[64, 96], channels=10), padim.PadimDetector),
     ('gaussian_ad', dict(size=64), gaussian_ad.GaussianDetector),
     ('feature_draem', dict(size=64, steps=3, width=8), feature_draem.FeatureDraemDetector),
-    ('fusion', dict(size=64, steps=3, width=8, pieces=50, candidates=2000, painted_size=64, draem_size=32,
+    ('fusion', dict(size=64, steps=3, width=8, pieces=50, candidates=2000, half_size=64, draem_size=32,
                     draem_steps=3), fusion.FusionDetector)])
 def test_a_report_and_an_inspection_by_another_method(demo, tmp_path, capsys, method, overrides, detector):
     assert main(['category', '--method', method, '--category', 'gravel', '--data-root', str(demo), '--kinds',

@@ -19,7 +19,7 @@ TINY = dict(
     draem=dict(base_width=4, base_channels=4, steps=2), autoencoder=dict(steps=2), padim={}, gaussian_ad={},
     cutpaste=dict(width=8, steps=2, patch=32, stride=16), memory=dict(pieces=20, candidates=500),
     feature_draem=dict(steps=2), riad=dict(width=4, steps=2),
-    fusion=dict(steps=2, pieces=20, candidates=500, painted_size=64, draem_size=32, draem_steps=2),
+    fusion=dict(steps=2, pieces=20, candidates=500, half_size=64, draem_size=32, draem_steps=2),
     ganomaly=dict(steps=2), dagan=dict(steps=2),
     students=dict(width=4, descriptor=4, patches=32, teacher_steps=2, steps=2, crop=32))
 MIDDLE = '32,24,64,80'          # left, top, width, height of photos of 128 x 128
