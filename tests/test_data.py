@@ -533,7 +533,7 @@ def site(monkeypatch):
     def serve(members=MVTEC, body=None, checksum=None, **how):
         handler.body = archive(members) if body is None else body
         for name in ('_MVTEC_SHA256', '_DTD_SHA256'):
-            monkeypatch.setattr(data, name, checksum or hashlib.sha256(handler.body).hexdigest())
+            monkeypatch.setattr(download, name, checksum or hashlib.sha256(handler.body).hexdigest())
         for key, value in how.items(): setattr(handler, key, value)
         return handler
     yield serve

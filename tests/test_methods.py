@@ -258,12 +258,13 @@ def test_feature_draem_stopped_and_resumed_ends_with_the_same_bits(demo, tmp_pat
 
 
 def small_fusion(**fields) -> fusion.FusionRecipe:
-    small = dict(size=64, steps=6, width=8, batch=2, checkpoint_every=4, pieces=50, draem_size=32, draem_steps=3)
+    small = dict(size=64, half_size=32, draem_size=32, steps=6, draem_steps=3, width=8, batch=2, checkpoint_every=4,
+                 pieces=50)
     return fusion.demo().replace(**small | fields)
 
 
 def test_three_witnesses_stopped_and_resumed_end_with_the_same_bits(demo, tmp_path, monkeypatch):
-    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
+    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 32)[:6]
     fit = lambda run_dir: fusion.fit(category, small_fusion(), 'cpu', textures, tmp_path / run_dir)
     whole = fit('whole')
     stop_at_step_5(fit, 'stopped', monkeypatch)
@@ -274,8 +275,8 @@ def test_three_witnesses_stopped_and_resumed_end_with_the_same_bits(demo, tmp_pa
     with torch.no_grad(): odds = whole.log_odds(category.test[:4])
     # each says the same alone
     small = fusion.shrink(category.test[:4], 32)
-    parts = (whole.draem, small), (whole.features, category.test[:4]), (whole.memory, category.test[:4])
-    for said, (part, images) in zip(odds.unbind(1), parts):
+    looks = (small, small, small, category.test[:4])            # the memory looks at both sizes
+    for said, part, images in zip(odds.unbind(1), (whole.draem, whole.features, *whole.memories), looks, strict=True):
         alone = part.predict(images).maps[:, None].clamp(1e-6, 1 - 1e-6).logit()
         assert torch.allclose(F.interpolate(alone, (64, 64), mode='bilinear')[:, 0], said, atol=1e-4)
 
@@ -289,7 +290,7 @@ def test_surprise_is_the_share_of_normal_values_above():
 
 
 def test_three_witnesses_without_held_out_images_have_scores_and_no_verdicts(demo):
-    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
+    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 32)[:6]
     found = fusion.fit(category, small_fusion(steps=2, holdout=0.), 'cpu', textures)
     seen = found.predict(category.test)
     assert seen.is_anomalous is None and seen.scores.isfinite().all()

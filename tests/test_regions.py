@@ -161,7 +161,7 @@ def test_scales_of_fusion_come_from_the_region_alone():
     detector, g = Given(), torch.Generator().manual_seed(0)
     detector.region = torch.zeros(8, 8, dtype=torch.bool)
     detector.region[2:6, 2:6] = True
-    inside, odds = torch.rand(20, 3, 4, 4, generator=g), torch.full((20, 3, 8, 8), 9.)   # gray around surprises
+    inside, odds = torch.rand(20, 4, 4, 4, generator=g), torch.full((20, 4, 8, 8), 9.)   # gray around surprises
     odds[:, :, 2:6, 2:6] = inside
     detector.measure(odds)
     scales, highest = detector.scales, detector.highest
