@@ -153,7 +153,7 @@ def score_histogram(scores: torch.Tensor, kinds: Sequence[str], threshold: float
         scores: (M,) anomaly scores of the test images
         kinds: M kinds, 'good' for normal images
         threshold: scores above it are called a defect
-        held_out_scores, quantile: of the normal images that the threshold is the quantile of; 0..1
+        held_out_scores, quantile: of held-out normal images; which of them is the threshold, 0..1
     """
     values, of = np.asarray(scores, dtype=float), np.array(list(kinds), dtype=str)
     held_out = np.asarray(() if held_out_scores is None else held_out_scores, dtype=float)

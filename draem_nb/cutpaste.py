@@ -408,7 +408,8 @@ def fit(category: CategoryData, recipe: CutPasteRecipe | None = None, device: st
     """Train both networks, fit both Gaussians and set the thresholds (Li et al., 2021). Same seed, same bits on a CPU.
 
     Args:
-        category, recipe: its normal training images are used, nothing else; None: `demo()`
+        category: its normal training images are used, nothing else
+        recipe: None: `demo()`
         device: None: a GPU where there is one
         textures: not used: the pasted pieces are the class's own
         run_dir: keeps the run; None: nothing is kept
@@ -420,9 +421,8 @@ def fit(category: CategoryData, recipe: CutPasteRecipe | None = None, device: st
     if run_dir and is_there(Path(run_dir), about): return load(run_dir, device)
     kept, held_out = split_held_out(len(category.train), recipe, category.groups)
     images = category.train[kept].to(device)
-    trained = {name: train_network(images, recipe, window, name)
-               for name, window in dict(images=category.size, patches=(recipe.patch,) * 2).items()}
-    nets, losses = {name: net for name, (net, _) in trained.items()}, {name: of for name, (_, of) in trained.items()}
+    nets, losses, windows = {}, {}, dict(images=category.size, patches=(recipe.patch,) * 2)
+    for name, window in windows.items(): nets[name], losses[name] = train_network(images, recipe, window, name)
     detector = CutPasteDetector(recipe, nets, *_describe_normal(nets, images, recipe), losses)
     detector.region = category.region
     detector.calibrate_on(category, held_out)

@@ -320,15 +320,17 @@ def _subset_of(c: CategoryData, kinds: Sequence[str]) -> CategoryData:
                    weak_masks=None if c.weak_masks is None else large_part(c.weak_masks, keep))
 
 # %% ../nbs/00_data.ipynb #8073b30e
-def _cut_to_region(region: torch.Tensor, images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> str:
-    "Take away, in place, what lies outside an (H, W) region; a sentence says what that means."
+def _cut_to_region(region: torch.Tensor | None, images: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]
+                   ) -> tuple[str, ...]:
+    "Take away, in place, what lies outside an (H, W) region; a sentence says what that means. No region: nothing."
+    if region is None: return ()
     before = masks[0].flatten(1).any(1)
     for image in (one for of in images for one in of): image[:, ~region] = OUTSIDE
     for mask in (one for of in masks for one in of): mask &= region
     gone = int((before & ~masks[0].flatten(1).any(1)).sum())
     return (f'Only a region is looked at, {region.float().mean():.0%} of the image: everything else is gray, and pixel '
             'metrics count the pixels inside.' + (f' {gone} defective images have their whole defect outside; '
-            'they count as defective all the same.' if gone else ''))
+            'they count as defective all the same.' if gone else ''),)
 
 # %% ../nbs/00_data.ipynb #249eeed8
 _UNKNOWN = dict(
@@ -357,20 +359,20 @@ def load_category(root: str | Path, name: str, size: int | Sequence[int] = 256, 
 
     Args:
         root, name: folder that holds the classes, or the data set of one class itself; the class
-        size, color: S or (H, W) in pixels, multiples of 32; channel order, 'rgb' or 'bgr'
-        layout, antialias: a key of `layouts.LAYOUTS`, None: detect; of the images, see `load_images`
+        size: S or (H, W) in pixels, multiples of 32
+        color, antialias: as in `load_images`
+        layout, groups: as in `layouts.list_files`; tells which images show the same part, as in `layouts.groups_of`
         region: what is looked at (14d_regions); None: its region.png, or all
-        groups: tells which training images show the same part, see `layouts.groups_of`
     """
     size, files = check_size(size), list_files(root, name, layout)
     train, test = (load_images(images, size, color, True, antialias) for images in (files.train, files.test))
     masks, masks_official = _load_masks(files, size)
     looked_at = _region_of(files, region, size)
-    notes = files.notes if looked_at is None else (*files.notes,
-                                                   _cut_to_region(looked_at, (train, test), (masks, masks_official)))
-    labels, weak = torch.tensor([kind != 'good' for kind in files.kinds], dtype=torch.bool), None
-    if not (known := files.ground_truth == 'exact' or not bool(labels.any())):
-        weak, notes = masks if files.ground_truth == 'weak' else None, (*notes, _UNKNOWN[files.ground_truth])
+    notes = (*files.notes, *_cut_to_region(looked_at, (train, test), (masks, masks_official)))
+    truth, labels = files.ground_truth, torch.tensor([kind != 'good' for kind in files.kinds], dtype=torch.bool)
+    known, weak = truth == 'exact' or not labels.any(), masks if truth == 'weak' else None
+    if not known:
+        notes = (*notes, _UNKNOWN[truth])
         masks, masks_official = (large_zeros(masks.shape, torch.bool) for _ in range(2))
     of = groups_of(files.train, files.folder, groups)
     return CategoryData(name, files.folder.parent, size, train, test, masks, masks_official, labels, files.kinds,

@@ -356,6 +356,12 @@ def set_thresholds(detector: AnomalyDetector, scores: Tensor, maps: Tensor, quan
     detector.pixel_threshold = max(detector.pixel_floor,
                                    upper_quantile(detector.pixels(maps).numpy(), quantile))
 
+# %% ../nbs/08_detector.ipynb #6e0b93f4
+def _parts_of(images: Images) -> list[Images]:
+    "Files and lists of images sixteen at a time, so that not all are in memory at once; a tensor as it is."
+    if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
+    return [images[i:i + 16] for i in range(0, len(images), 16)] if isinstance(images, Sequence) else [images]
+
 # %% ../nbs/08_detector.ipynb #b4323aa3
 class AnomalyDetector(Predictor):
     "What all methods share: one has `size`, `device`, `maps_and_scores`, and gets `predict`, `calibrate` and the rest."
@@ -366,9 +372,7 @@ class AnomalyDetector(Predictor):
     backbone: str | None = None         # what tables call the pretrained network that it looks through
 
     def calibrate(self, normal_images: Images, quantile: float | None = None, groups: Sequence[str] = ()) -> Self:
-        """Set both thresholds from normal images that were not trained on; gives the detector itself.
-
-        `groups`: the part that each image shows, where that is known."""
+        "Set both thresholds from normal images not trained on (`groups`: the part that each shows); gives itself."
         quantile = self.quantile if quantile is None else quantile
         if not isinstance(quantile, Real) or not 0 <= quantile <= 1:
             raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
@@ -385,10 +389,8 @@ class AnomalyDetector(Predictor):
 
     def statistics(self, images: Images) -> np.ndarray:
         "The numbers of `image_statistics` for images as `predict` takes them, at the size that the detector looks at."
-        if isinstance(images, (str, Path)): images = find_images(images) if Path(images).is_dir() else [images]
-        parts = [images[i:i + 16] for i in range(0, len(images), 16)] if isinstance(images, Sequence) else [images]
         return np.concatenate([image_statistics(inside(as_images(part, self.size, antialias=self.antialias)[0],
-                                                       self.region)) for part in parts])
+                                                       self.region)) for part in _parts_of(images)])
 
 # %% ../nbs/08_detector.ipynb #e16d9fbb
 class DetectorLike(Protocol):

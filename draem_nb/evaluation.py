@@ -281,7 +281,7 @@ def evaluate(detector: DetectorLike, category: CategoryData, detections: Detecti
     """All metrics of a detector on the test images of a class, as fractions; None where a metric is undefined.
 
     Args:
-        detector, detections: what it lacks is as an `AnomalyDetector` has it; of category.test, None: made here
+        detections: of category.test; None: made here
         mask_rule: 'half' or 'official', see above; None: the detector's own
         together: kinds of defect to evaluate together as well, against all good images
     Returns:
@@ -756,10 +756,10 @@ def differences(runs: Sequence[dict], metric: str = 'image AUROC') -> pd.DataFra
     methods. low and high are nan where a run has no interval.
 
     Args:
-        metric: 'image AUROC', 'pixel AUROC' or 'pixel AP' a row a class and set of conditions: category, conditions,
-            difference, low, high, seeds
+        metric: 'image AUROC', 'pixel AUROC' or 'pixel AP'
     Returns:
-        (a list: each seed's difference)
+        a row for each class and set of conditions: category, conditions, difference, low, high, seeds (a list: each
+        seed's difference)
     """
     if metric not in _METRICS:
         raise ValueError(f"no published values of {metric!r}; there are those of: {', '.join(_METRICS)}")

@@ -422,8 +422,8 @@ def fan_out(param_sets: list[dict], runs_dir: str | Path = 'runs', name: str | P
         param_sets: the parameters of each report
         runs_dir: each gets a folder in it, named by `default_folder`
         name: the report
-        scheduler: or the address of a dask scheduler, tcp://host:8786
-        workers: of a local cluster; None: what the machine allows
+        scheduler: 'local', or the address of a dask scheduler, tcp://host:8786
+        workers: how many a local cluster has; None: what the machine allows
         threads: of each run; None: the cores shared among the local workers, or what a remote one says
         time_limit: seconds for one run, after which it is ended and has failed
         patience: seconds to wait for a scheduler and for a worker

@@ -198,7 +198,7 @@ class FusionDetector(WitnessesOnOneScale):
 
     def take(self, state: dict, path: Path) -> None:
         "Be what `state` gave."
-        if 'memories' not in state: raise ValueError(f'{path} is of a version whose memory looked once; fit again')
+        if 'memories' not in state: raise ValueError(f'{path} was made by an earlier version of fusion; fit again')
         self.take_draem(state['draem'])
         self.features.take(state['feature_draem'], path)
         for of, kept in zip(self.memories, state['memories'], strict=True): of.take(kept, path)

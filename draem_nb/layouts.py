@@ -157,9 +157,7 @@ class ClassFiles:
 
 # %% ../nbs/00b_layouts.ipynb #52c42a1e
 def _images_in(folder: Path) -> list[Path]:
-    """Args:
-        folder: none if there is no such folder
-    """
+    "The images in a folder; none if there is no such folder."
     return find_images(folder) if folder.is_dir() else []
 
 def _required_images(folder: Path) -> list[Path]:
@@ -168,9 +166,7 @@ def _required_images(folder: Path) -> list[Path]:
 
 # %% ../nbs/00b_layouts.ipynb #c4069545
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """Args:
-        folder: of the files in this folder itself
-    """
+    "The images in this folder itself, by their names without the ending."
     return {p.stem: p for p in _images_in(folder) if p.parent == folder}
 
 # %% ../nbs/00b_layouts.ipynb #63b229f1
@@ -258,9 +254,7 @@ def _visa_rows(root: Path) -> list[dict[str, str]]:
 
 # %% ../nbs/00b_layouts.ipynb #126a1e48
 def _in_class(name: str, file: str) -> bool:
-    """Args:
-        name, file: whether a path of the table stays inside of the class's folder
-    """
+    "Whether a path of the table stays inside of the class's folder."
     return Path(file).parts[:1] == (name,) and '..' not in Path(file).parts
 
 # %% ../nbs/00b_layouts.ipynb #1a55b011
@@ -283,9 +277,7 @@ def _read_visa(folder: Path) -> ClassFiles:
 
 # %% ../nbs/00b_layouts.ipynb #e11aba8c
 def _kolektor_pairs(folder: Path) -> list[tuple[Path, Path, bool]]:
-    """Args:
-        folder: image, mask, whether it shows a defect
-    """
+    "Image, mask, and whether it shows a defect, for each image in the folder."
     files, pairs = _by_stem(folder), []
     for stem, path in files.items():
         if not stem.isdigit(): continue
@@ -518,9 +510,7 @@ def find_classes(root: str | Path, layout: str | None = None) -> dict[str, tuple
 _EXPECTED = 'expected are train/good, or good (alone or with bad; OK and NG will do), or images of good parts alone'
 
 def _count_images(folder: Path) -> int:
-    """Args:
-        folder: in this folder itself
-    """
+    "How many images are in this folder itself."
     try: return sum(entry.name.lower().endswith(IMAGE_SUFFIXES) for entry in os.scandir(folder))
     except OSError: return 0
 

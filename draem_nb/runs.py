@@ -85,7 +85,7 @@ def _check_named(name: str | Path, p: dict, needed: list[tuple[str, ...]]) -> No
 
 # %% ../nbs/12c_runs.ipynb #b4be6701
 def default_folder(name: str | Path, params: dict, runs_dir: str | Path = 'runs') -> Path:
-    """The folder of a report when none is named, by the rule that its notebook declares (`cli.folder_rule`):
+    """The folder of a report when none is named, by the rule that its notebook declares (`parameters.folder_rule`):
     `runs/brick-demo-seed0`, `runs/summary`, `runs/brick-demo-seed0/inspect-photos-20261127-081500`.
 
     Args:

@@ -45,7 +45,9 @@ def blend_weights(length: int, tile: int, overlap: int) -> Tensor:
     """Weights of the tiles of one axis; at each pixel they sum to 1 over the tiles that cover it.
 
     Args:
-        length, tile, overlap: (n tiles, tile) float32
+        length, tile, overlap: as in `tile_starts`
+    Returns:
+        (n tiles, tile) float32
     """
     starts = tile_starts(length, tile, overlap)
     at = torch.arange(tile) + 0.5
@@ -69,7 +71,9 @@ def _one_by_one(images: Images, size: tuple[int, int],
 class OnTiles(AnomalyDetector):
     "Where the tiles of a large image lie, and what a detector that looks at tiles says of them."
     def __init__(self, detector: AnomalyDetector, size: int | tuple[int, int], overlap: float = 0.25):
-        """Args:
+        """A detector of larger images.
+
+        Args:
             detector: looks at tiles of detector.size; its thresholds are taken over
             size: S or (H, W) of the images, multiples of 32, at least the tile's
             overlap: of neighbouring tiles, at least this share of a tile
