@@ -79,6 +79,8 @@ def test_notebooks_are_small_and_without_errors(notebook):
                 and re.search(r'\$[^$]*\\\\[a-z]+', ''.join(c['source']))]
     # a directory of the machine where it was executed helps nobody
     assert not re.search(r'/(home|root|work)/', json.dumps([c.get('outputs') for c in cells]))
+    # a widget would make a page of the site load its program from the network
+    assert 'jupyter.widget' not in json.dumps([c.get('outputs') for c in cells])
 
 
 def test_parameters_tag_survives_cleaning(tmp_path):
