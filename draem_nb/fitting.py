@@ -9,12 +9,11 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import json
 import math
 
 # %% auto #0
-__all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'check_loaded_size', 'refuse_another', 'is_there', 'write_losses', 'Saved',
-           'keep_run', 'load_state', 'Stateful', 'Training', 'train_in_steps', 'descend', 'summed', 'MethodDetector',
+__all__ = ['Trained', 'MethodRecipe', 'NetworkRecipe', 'check_loaded_size', 'is_there', 'write_losses', 'Saved', 'keep_run',
+           'load_state', 'Stateful', 'Training', 'train_in_steps', 'descend', 'summed', 'MethodDetector',
            'KeptDetector', 'NetworkMethod', 'NetworkDetector', 'fit_networks']
 
 # %% ../nbs/40b_fitting.ipynb #b057c162
@@ -30,10 +29,10 @@ from tqdm import tqdm
 # %% ../nbs/40b_fitting.ipynb #bac0d757
 from .data import CategoryData, check_size, large_part
 from .detector import AnomalyDetector
-from .files import kept_or_scratch, read_json, replacing, write_json
+from .files import kept_or_scratch, replacing, write_json
 from .recipes import (BaseRecipe, BelowOne, Count, MethodChoices, Positive, Seed, Share, Size, as_recipe)
 from .training import (damage_named, describe_run, interrupt_noted, load_checkpoint, move, pick_device,
-                               recent_losses, split_held_out)
+                               recent_losses, refuse_another, split_held_out)
 
 # %% ../nbs/40b_fitting.ipynb #a12b6beb
 @as_recipe
@@ -67,16 +66,6 @@ def check_loaded_size(category: CategoryData, recipe: MethodChoices) -> None:
     if category.size != check_size(recipe.size):
         raise ValueError(f'class {category.name} was loaded at {category.size} pixels and the recipe is for '
                          f'{recipe.size}; load it with size={recipe.size}')
-
-# %% ../nbs/40b_fitting.ipynb #d2b79b90
-_IDENTITY = ('method', 'category', 'fingerprint', 'textures_fingerprint', 'recipe', 'held_out')
-
-def refuse_another(run_dir: Path, about: dict) -> None:
-    "`ValueError` where the folder holds another run than the one that `describe_run` is about."
-    if not (run_dir / 'run.json').exists(): return
-    old, new = read_json(run_dir / 'run.json'), json.loads(json.dumps(about))
-    if differ := [key.replace('_', ' ') for key in _IDENTITY if old.get(key) != new.get(key)]:
-        raise ValueError(f'{run_dir} holds a run with another {", ".join(differ)}; choose another run_dir or delete it')
 
 # %% ../nbs/40b_fitting.ipynb #5154ef5f
 def is_there(run_dir: Path, about: dict) -> bool:

@@ -16,8 +16,8 @@ import platform
 # %% auto #0
 __all__ = ['OnStep', 'split_held_out', 'pick_device', 'pick_precision', 'memory_format_of', 'move', 'threads_for',
            'compiled_forward', 'RandomCrops', 'BatchesAhead', 'SimulatedBatches', 'LearningNetworks', 'ResumableRun',
-           'recent_losses', 'Trainer', 'versions', 'fingerprint', 'interrupt_noted', 'train', 'load_checkpoint',
-           'damage_named', 'describe_run']
+           'recent_losses', 'Trainer', 'versions', 'fingerprint', 'refuse_another', 'interrupt_noted', 'train',
+           'load_checkpoint', 'damage_named', 'describe_run']
 
 # %% ../nbs/07_training.ipynb #b52a43ab
 import signal
@@ -317,6 +317,22 @@ def fingerprint(t: Tensor) -> str:
     "The sha256 of a CPU tensor's values, 64 hexadecimal digits."
     return hashlib.sha256(t.contiguous().numpy().data).hexdigest()
 
+# %% ../nbs/07_training.ipynb #5d1f0c7a
+def refuse_another(run_dir: Path, about: dict) -> None:
+    "`ValueError` where the folder holds another run than the one that `describe_run` is about; it says what differs."
+    if not (known := run_dir / 'run.json').exists(): return
+    old, new = read_json(known), json.loads(json.dumps(about))
+    if not isinstance(there := old.get('recipe'), dict):
+        raise ValueError(f'{known} is damaged: it names no recipe; delete {run_dir}, or choose another run_dir')
+    differ = [f'other {k.replace("_", " ")}' for k in ('method', 'category', 'fingerprint', 'textures_fingerprint',
+                                                       'held_out') if old.get(k) != new.get(k)]
+    if 'other method' not in differ:
+        differ += [f'{k} {there.get(k)!r} there, {v!r} now' for k, v in new['recipe'].items() if there.get(k) != v]
+    if differ:
+        raise ValueError(f'{run_dir} holds a run with another recipe or data ({"; ".join(differ)}); choose another '
+                         'run_dir or delete that one')
+
+
 # %% ../nbs/07_training.ipynb #dac5db8a
 def _claim_folder(run_dir: Path, run: dict, resume: bool) -> None:
     "Make the folder and write run.json, or check that the run in it is this one."
@@ -325,16 +341,9 @@ def _claim_folder(run_dir: Path, run: dict, resume: bool) -> None:
         raise ValueError(f'the run folder {run_dir} cannot be made ({e.strerror}); choose another run_dir') from None
     known = run_dir / 'run.json'
     if resume and known.exists():
-        old, new = read_json(known), json.loads(json.dumps(run))
-        if not isinstance(there := old.get('recipe'), dict):
-            raise ValueError(f'{known} is damaged: it names no recipe; delete {run_dir}, or choose another run_dir')
-        differ = [f'{k} {there.get(k)!r} there, {v!r} now' for k, v in new['recipe'].items() if there.get(k) != v]
-        differ += [f'other {k.replace("_", " ")}'
-                   for k in ('category', 'fingerprint', 'textures_fingerprint', 'held_out') if old.get(k) != new[k]]
-        if differ:
-            raise ValueError(f'{run_dir} holds a run with another recipe or data ({"; ".join(differ)}); choose another '
-                             'run_dir or delete that one')
-        earlier = {k: old.get(k) for k in ('device', 'threads', 'versions') if old.get(k) != new[k]}
+        refuse_another(run_dir, run)
+        old = read_json(known)
+        earlier = {k: old.get(k) for k in ('device', 'threads', 'versions') if old.get(k) != run[k]}
         if earlier: run['earlier'] = [*(old.get('earlier') or []), earlier]         # other circumstances, other bits
     try: write_json(run, known)
     except OSError as e:

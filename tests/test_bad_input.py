@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from draem_nb import (cli, corrections, data, execution, fanout, files, fitting, inspection, methods, recipes, reports,
+from draem_nb import (cli, corrections, data, execution, fanout, files, inspection, methods, recipes, reports,
                       runs, training)
 from draem_nb.evaluation import read_runs
 from draem_nb.layouts import LAYOUTS, find_images, list_files
@@ -290,7 +290,7 @@ rows('training with a run.json', {kind: (content, 'run.json is damaged') for kin
      | {'without a recipe': ({}, 'run.json is damaged: it names no recipe; delete '),
         'whose recipe is a list': (dict(recipe=[1]), 'run.json is damaged: it names no recipe')}, resumed)
 rows('fitting with a run.json', {kind: (content, 'run.json is damaged') for kind, content in NOT_JSON.items()},
-     lambda p, content: fitting.refuse_another(p.json('run.json', content), {}))
+     lambda p, content: training.refuse_another(p.json('run.json', content), {}))
 
 GOOD_THRESHOLD = dict(threshold=0.5, pixel_threshold=0.5, quantile=0.99, held_out_scores=[0.1])
 rows('threshold.json', {

@@ -119,7 +119,7 @@ def test_parts_are_held_out_together_and_remembered(tmp_path):
     assert len(held_out) == 4 and len({name.split('_')[0] for name in held_out}) == 1
     kept = json.loads((tmp_path / 'run' / 'threshold.json').read_text())
     assert kept['held_out_groups'] == [held_out[0].split('_')[0]] * 4
-    with pytest.raises(ValueError, match='holds a run with another held out'):
+    with pytest.raises(ValueError, match='holds a run with another recipe or data .other held out'):
         methods.fit('autoencoder', load_category(tmp_path, 'cup', 32), recipe, 'cpu', run_dir=tmp_path / 'run')
     (tmp_path / 'run' / 'threshold.json').write_text(json.dumps(kept | dict(held_out_groups=['a'])))
     with pytest.raises(ValueError, match='threshold.json is damaged or not ours'):
