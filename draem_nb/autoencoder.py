@@ -36,8 +36,8 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(l2=F.mse_loss, ssi
 
 def _error_map(image: Tensor, reconstruction: Tensor, loss: str) -> Tensor:
     "(B, 3, H, W) twice -> (B, 1, H, W), the mean over the channels."
-    return ((image - reconstruction).square().mean(1, keepdim=True) if loss
-            == 'l2' else reconstruction_error(image, reconstruction, 'ssim'))
+    if loss == 'l2': return (image - reconstruction).square().mean(1, keepdim=True)
+    return reconstruction_error(image, reconstruction, 'ssim')
 
 # %% ../nbs/20_autoencoder.ipynb #20160f9c
 @as_recipe

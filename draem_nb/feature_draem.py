@@ -40,7 +40,7 @@ class FeatureDraemRecipe(NetworkRecipe):
     size: Size = 192                        # network input, S or (H, W) in pixels; multiples of 32
     steps: Count | None = 500               # optimiser steps; None: as many as `epochs` say
     batch: Count = 4                        # normal images a step; each is seen as it is and painted
-    lr: Positive = 1e-3                     # highest learning rate of AdamW; falls to 0 along a cosine
+    lr: Positive = 1e-3                     # highest rate of AdamW; rises for 20 steps, falls to 0 along a cosine
     checkpoint_every: Count = 100           # steps
     backbone: str = 'efficientnet_lite0'    # a key of `BACKBONES`
     levels: tuple[Count, ...] = (4, 8, 16)  # whose outputs are the features, by stride, rising

@@ -263,7 +263,7 @@ class FeatureDetector(FeatureMethod):
         return dict(learned=self.learned, farthest=self.farthest)
 
     def take(self, state: dict, path: Path) -> None:
-        "Be what `state` gave."
+        "Take up what `state` gave."
         self.learned, self.farthest = dict(state['learned']), float(state['farthest'])
 
 # %% ../nbs/42_features.ipynb #174aeb7e

@@ -181,7 +181,7 @@ def train_in_steps(training: Training, about: dict, run_dir: Path) -> dict[str, 
 
     Args:
         about: what `describe_run` says
-        run_dir: there; holds checkpoint.pt and losses.csv afterwards, and is gone on from
+        run_dir: must exist; a checkpoint in it is continued. Holds checkpoint.pt and losses.csv afterwards
     Returns:
         the losses by name, (steps,) each, on the CPU
     """
@@ -230,7 +230,7 @@ class MethodDetector(AnomalyDetector):
         raise NotImplementedError
 
     def take(self, state: dict, path: Path) -> None:
-        "Be what `state` gave, read from that path."
+        "Take up what `state` gave; `path` is where it was read from."
         raise NotImplementedError
 
 # %% ../nbs/40b_fitting.ipynb #41aa6222
@@ -281,7 +281,7 @@ class NetworkDetector(NetworkMethod):
         return dict(nets=self.nets.state_dict(), losses=self.losses, step=steps, steps=steps)
 
     def take(self, state: dict, path: Path) -> None:
-        "Be what `state` or a finished run wrote; `ValueError` where the run is not finished."
+        "Take up what `state` or a finished run wrote; `ValueError` where the run is not finished."
         self.nets.load_state_dict(state['nets'])
         self.losses = {name: of.cpu() for name, of in state['losses'].items()}
         if state['step'] < state['steps']:

@@ -211,14 +211,14 @@ def demo() -> Recipe:
 
 # %% ../nbs/06_recipes.ipynb #960d5a8f
 def compact() -> Recipe:
-    """For real parts on two cores, ours: `demo`; half of the anomalies filled from the normal
-    images, half of them fading in."""
+    """For real parts on two cores, ours: `demo`; half of the anomalies filled from the normal images, half of them
+    fading in; a score window of 5 pixels."""
     return demo().replace(name='compact', own_share=0.5, soft_share=0.5, score_window=5)
 
 # %% ../nbs/06_recipes.ipynb #00ddb74d
 def texture() -> Recipe:
-    """For surfaces without up and left, ours: `demo`, with random crops of images of 128 pixels
-    in eight positions, and 2,000 steps."""
+    """For surfaces that look the same however they are turned, ours: `demo`, with random crops of images of 128
+    pixels in eight positions, and 2,000 steps."""
     return demo().replace(name='texture', image_size=128, flips=True, steps=2000)
 
 # %% ../nbs/06_recipes.ipynb #98921396
