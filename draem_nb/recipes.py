@@ -205,9 +205,8 @@ def paper() -> Recipe:
 def demo() -> Recipe:
     "Small and quick, for two CPU cores: 96 px, widths 16 and 8, 1,000 steps of 8 images, side heads and Muon."
     return Recipe(name='demo', size=96, antialias=True, base_width=16, base_channels=8, batch=8, steps=1000, lr=3e-3,
-                  kernel_lr=0.05,
-                  deep_supervision=1., schedule='linear', anomaly_prior=0.05, rotation_probability=0., score_window=9,
-                  match_gray=True)
+                  kernel_lr=0.05, deep_supervision=1., schedule='linear', anomaly_prior=0.05, rotation_probability=0.,
+                  score_window=9, match_gray=True)
 
 # %% ../nbs/06_recipes.ipynb #960d5a8f
 def compact() -> Recipe:
