@@ -269,11 +269,14 @@ def _detections_of(detector: DetectorLike, category: CategoryData, detections: D
 def _results_by_kind(found: Detections, masks: torch.Tensor, category: CategoryData, together: Sequence[str]) -> dict:
     "The metrics of all test images, and of each kind and of those `together` against the good ones."
     kinds = np.array(category.kinds, dtype=str)
-    of = lambda *names: _metrics_of(found, masks, category.labels, np.flatnonzero(np.isin(kinds, ['good', *names])),
-                                    category.region)
+    keep = lambda names: np.flatnonzero(np.isin(kinds, ['good', *names]))
+    of = lambda *names: _metrics_of(found, masks, category.labels, keep(names), category.region)
     each = {kind: dict(n=int((kinds == kind).sum()), **of(kind)) for kind in sorted(set(kinds) - {'good'})}
-    some = dict(together=dict(kinds=sorted(together), **of(*together))) if together else {}
-    return dict(of(*set(kinds)), kinds=each, **some)
+    results = dict(of(*set(kinds)), kinds=each)
+    if not together: return results
+    seen = dataclasses.replace(found, maps=large_part(found.maps, some := keep(together)), scores=found.scores[some])
+    sure = intervals(seen, large_part(masks, some), category.labels[some], region=category.region)
+    return results | dict(together=dict(kinds=sorted(together), **of(*together), intervals=sure))
 
 # %% ../nbs/10_evaluation.ipynb #c72af87c
 def evaluate(detector: DetectorLike, category: CategoryData, detections: Detections | None = None,
@@ -692,8 +695,9 @@ def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
 def _together(results: dict) -> dict:
     "The kinds of defect that were evaluated together, as the results of a class of their own."
     some, c = results['together'], results['conditions']
-    return results | dict(image=some['image'], pixel=some['pixel'], intervals={}, conditions=c | dict(
-        category=f'{c["category"]}: {", ".join(some["kinds"])}'))
+    name = f'{c["category"]}: {", ".join(some["kinds"])}'
+    return results | dict(image=some['image'], pixel=some['pixel'], intervals=some.get('intervals', {}),
+                          conditions=c | dict(category=name))
 
 # %% ../nbs/10_evaluation.ipynb #a6a871a1
 def runs_table(runs: Sequence[dict]) -> pd.DataFrame:

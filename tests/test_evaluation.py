@@ -80,6 +80,15 @@ def test_results_survive_json_and_repeat_to_the_byte():
     assert json.loads(text[0])['together']['kinds'] == ['crack', 'hole']
 
 
+def test_kinds_together_have_intervals_of_their_own():
+    category = tiny(KINDS)
+    both = evaluate(detector(category), category, together=['hole', 'crack'])
+    assert both['together']['intervals'] == both['intervals']       # these two are all there are
+    one = evaluate(detector(category), category, together=['hole'])['together']
+    low, high = one['intervals']['pixel']['ap']
+    assert low <= one['pixel']['ap'] <= high and one['intervals'] != both['intervals']
+
+
 def test_the_other_mask_rule_stands_beside():
     category = tiny(KINDS)
     found = detections(category)
