@@ -510,6 +510,7 @@ class _Exported(nn.Module):
 
 # %% ../nbs/08_detector.ipynb #93fcc49c
 def _export_onnx(detector: TrainedDraem, path: Path) -> Path:
+    "See `TrainedDraem.export_onnx`."
     x = torch.rand(2, 3, *detector.size, device=detector.device)
     with warnings.catch_warnings():  # the tracing exporter is called legacy; the other needs one more package
         warnings.simplefilter('ignore')

@@ -681,5 +681,6 @@ def _n_workers(options: argparse.Namespace, n_runs: int) -> int:
     with _connect_client(options.scheduler, 5.) as client: return max(1, len(client.scheduler_info()['workers']))
 
 def _duration_words(seconds: float) -> str:
+    "'90 s', '15 min' or '2.5 h'."
     return (f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min' if seconds
             < 7200 else f'{seconds / 3600:.1f} h')

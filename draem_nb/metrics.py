@@ -91,6 +91,7 @@ def _checked_scores(scores: object, labels: object, names: tuple[str, str]) -> t
 
 # %% ../nbs/09_metrics.ipynb #9c1505bd
 def _tie_groups(scores: np.ndarray, labels: np.ndarray) -> TieGroups:
+    "`tie_groups` of arrays that have been checked."
     scores, labels = scores.ravel(), labels.ravel()
     at, member, size = np.unique(scores[labels], return_inverse=True, return_counts=True)
     above, at_least = _counts_above(scores, at)
@@ -208,6 +209,7 @@ def _as_planes(values: object, name: str) -> np.ndarray:
     return values
 
 def _checked_maps(maps: object, masks: object) -> tuple[np.ndarray, np.ndarray]:
+    "Both as (M, H, W), checked by `_checked_scores`."
     return _checked_scores(_as_planes(maps, 'maps'), _as_planes(masks, 'masks'), ('maps', 'masks'))
 
 # %% ../nbs/09_metrics.ipynb #63345d6c

@@ -307,6 +307,7 @@ def versions() -> dict[str, str]:
 
 # %% ../nbs/07_training.ipynb #1bcaa2c5
 def _save_checkpoint(trainer: Trainer, run_dir: Path, snapshot: bool = False) -> None:
+    "Write checkpoint.pt and losses.csv; with `snapshot` the weights of this step as well."
     if snapshot:        # before the checkpoint: where that one stands at this step or later, the snapshot is there
         kept = {name: value for name, value in trainer.state_dict().items()
                 if name in ('net', 'step', 'recipe', 'versions')}
