@@ -68,12 +68,14 @@ def _make_parser(own: tuple[str, ...] = ()) -> argparse.ArgumentParser:
 
 # %% ../nbs/12b_cli.ipynb #cc7c6d81
 def _add_report(command: argparse.ArgumentParser, name: str) -> None:
+    "Add the parameters of report `name` to its command as options."
     for key, (default, text) in (report_parameters(name) | {folder_parameter(name): (None, "its own folder")}).items():
         command.add_argument('--' + key.replace('_', '-'), type=value_of(key, default, text),
                              default=argparse.SUPPRESS, help=f'{text} (default: {default})'.replace('%', '%%'))
 
 # %% ../nbs/12b_cli.ipynb #c6f54332
 def _run_argv(argv: list[str]) -> int:
+    "Run the command of these arguments; its exit status."
     started = time.monotonic()          # a user waits for the imports as well
     if argv[:1] == ['table']:
         from draem_nb.fanout import main as table
@@ -94,6 +96,6 @@ def main(argv: list[str] | None = None) -> int:
     """The command `draem_nb`. Its exit status is that of `reports.run_command`; 2 where the options are wrong,
     130 after Ctrl-C."""
     try: return _run_argv(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:           # while a module is imported; a report tells its own story
+    except KeyboardInterrupt:           # while a module is imported; later, `run_command` deals with it
         print('stopped', file=sys.stderr)
         return 130

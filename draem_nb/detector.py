@@ -47,7 +47,7 @@ from .training import (damage_named, load_checkpoint, memory_format_of, move, pi
 # %% ../nbs/08_detector.ipynb #524530cf
 def mean_filter(maps: Tensor, window: int) -> Tensor:
     "The window x window mean around every pixel of (B, 1, H, W) maps, stride 1, zero padding that counts."
-    rows = F.avg_pool2d(maps, (window, 1), 1, (window // 2, 0))           # a square mean is two mean lines
+    rows = F.avg_pool2d(maps, (window, 1), 1, (window // 2, 0))    # a square mean: one axis, then the other
     return F.avg_pool2d(rows, (1, window), 1, (0, window // 2))
 
 def image_score(maps: Tensor, window: int = 21) -> Tensor:
@@ -61,7 +61,7 @@ _PART = 1 << 24     # values that are looked at together
 # %% ../nbs/08_detector.ipynb #7b3120df
 def upper_quantile(values: np.ndarray, quantile: float) -> float:
     """The smallest of `values` that at least a share `quantile` of them does not exceed; of very many, only the highest
-    are held."""
+    are kept in memory."""
     values = values.reshape(-1)
     above = values.size - max(min(math.ceil(quantile * values.size), values.size) - 1, 0)  # how many are not below it
     highest = values[:0]
@@ -108,6 +108,7 @@ def as_images(images: Images, size: tuple[int, int], color: str = 'rgb',
 
 # %% ../nbs/08_detector.ipynb #b74bf698
 def _as_batch(images: np.ndarray | Tensor) -> Tensor:
+    "An array or tensor of `as_images` as (B, 3, H, W) uint8 of its own size; `ValueError` for anything else."
     if isinstance(images, np.ndarray):
         if images.dtype.kind not in 'uif':
             raise ValueError(f'images must be uint8, or float in 0..1, not {images.dtype}')
@@ -213,7 +214,7 @@ STATISTICS = ('brightness', 'sharpness', 'red - green', 'blue - yellow')
 def image_statistics(images: Tensor) -> np.ndarray:
     "Of (B, 3, H, W) uint8 RGB images: (B, 4) float64, brightness 0..1 and three more in units of the brightness."
     found = [np.zeros((0, len(STATISTICS)))]
-    for image in images.split(1):               # as floats, large images are large
+    for image in images.split(1):               # one by one: as floats, large images need much memory
         part = image.float() / 255
         (red, green, blue), gray = part.mean((2, 3)).T, part.mean(1)
         light = gray.mean((1, 2))
@@ -372,7 +373,7 @@ class AnomalyDetector(Predictor):
     backbone: str | None = None         # what tables call the pretrained network that it looks through
 
     def calibrate(self, normal_images: Images, quantile: float | None = None, groups: Sequence[str] = ()) -> Self:
-        "Set both thresholds from normal images not trained on (`groups`: the part that each shows); gives itself."
+        "Set both thresholds from normal images not trained on (`groups`: the part that each shows); returns itself."
         quantile = self.quantile if quantile is None else quantile
         if not isinstance(quantile, Real) or not 0 <= quantile <= 1:
             raise ValueError(f'quantile is {quantile}; it must be between 0 and 1')
@@ -490,12 +491,14 @@ def networks_with(recipe: Recipe, state: dict[str, Tensor]) -> Draem:
 
 # %% ../nbs/08_detector.ipynb #f3001cee
 def _reconstruction_and_map(net: Draem, x: Tensor, reconstruction_map: str) -> tuple[Tensor | None, Tensor]:
+    "Of x (B, 3, H, W): the reconstruction or None, and the score map (B, 1, H, W)."
     reconstruction, logits = net(x)
     if logits is None: return reconstruction, reconstruction_error(x, reconstruction, reconstruction_map)
     return reconstruction, torch.sigmoid(logits[:, 1:] - logits[:, :1])        # the softmax of two, class 1
 
 # %% ../nbs/08_detector.ipynb #bff29101
 class _Exported(nn.Module):
+    "What the ONNX file computes: pixels (B, 3, H, W) in 0..1 -> maps, scores."
     def __init__(self, detector: TrainedDraem):
         super().__init__()
         self.net, self.recipe, self.region = detector.net, detector.recipe, detector.region
@@ -507,6 +510,7 @@ class _Exported(nn.Module):
 
 # %% ../nbs/08_detector.ipynb #93fcc49c
 def _export_onnx(detector: TrainedDraem, path: Path) -> Path:
+    "See `TrainedDraem.export_onnx`."
     x = torch.rand(2, 3, *detector.size, device=detector.device)
     with warnings.catch_warnings():  # the tracing exporter is called legacy; the other needs one more package
         warnings.simplefilter('ignore')

@@ -26,7 +26,7 @@ from .detector import STATISTICS, AnomalyDetector
 def held_out_table(detector: AnomalyDetector) -> pd.DataFrame | None:
     """A row for each held-out image: its score and the numbers of `image_statistics`; None where they were not kept.
 
-    Without the scores where other detectors gave them (cross-fitted ones): those of new images differ on any line."""
+    After cross-fitting it has no scores: other detectors gave them, so new scores differ also on an unchanged line."""
     if detector.held_out_statistics is None: return None
     table = table_of(detector.held_out_scores, detector.held_out_statistics)
     return table.drop(columns='score') if detector.cross_fit else table
@@ -57,7 +57,7 @@ def changes(held_out: pd.DataFrame, new: pd.DataFrame, false_alarms: float = 0.0
 # %% ../nbs/14b_drift.ipynb #74a677c6
 def can_tell(n: int, m: int, false_alarms: float = 0.01) -> bool:
     """Whether n held-out and m new images could show any change at all: two sets that do not overlap have
-    p = 2 / (n + m over n)."""
+    p = 2 / C(n + m, n), with the binomial coefficient C."""
     return 2 / math.comb(n + m, n) <= false_alarms / (1 + len(STATISTICS))
 
 # %% ../nbs/14b_drift.ipynb #17121e99

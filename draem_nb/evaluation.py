@@ -109,7 +109,7 @@ def wilson_interval(successes: int, n: int) -> list[float] | None:
 
 # %% ../nbs/10_evaluation.ipynb #162150e6
 def _with_defaults(detector: object) -> DetectorLike:
-    "A detector of one's own that lacks something gets what an `AnomalyDetector` without thresholds has."
+    "The detector itself or, where it is no `AnomalyDetector`, one with defaults for all that it lacks."
     if isinstance(detector, AnomalyDetector): return detector
     names = ('threshold', 'pixel_threshold', 'held_out_scores', 'held_out_groups', 'mask_rule', 'has_map', 'recipe')
     known = {name: getattr(detector, name, getattr(AnomalyDetector, name)) for name in names}
@@ -135,12 +135,12 @@ def _operating_point(detector: DetectorLike, found: Detections, labels: torch.Te
                 **_called_intervals(np.asarray(called), np.asarray(labels, bool)))
 
 # %% ../nbs/10_evaluation.ipynb #d5b91856
-_LOOKED_AT = 1 << 24     # where there are very many normals, so many of them tell where to cut
+_LOOKED_AT = 1 << 24     # scores that are read to place the edges; of more, every k-th
 
 def _bin_edges(scores: np.ndarray, defect: np.ndarray, n: int = 1024) -> np.ndarray:
     "Rising edges: quantiles of the scores of defects and of normals, so that both are cut finely where they are many."
     shares = np.linspace(0, 1, n + 1)
-    every = -(-scores.size // _LOOKED_AT)                # the lowest score must be in
+    every = -(-scores.size // _LOOKED_AT)                # below, the lowest score is added: it must have a bin
     parts = scores[defect], scores[::every][~defect[::every]]
     return np.unique(np.concatenate([np.quantile(part, shares) for part in parts if part.size]
                                     + [scores.min(keepdims=True)]))
@@ -163,6 +163,7 @@ def _from_counts(normal: np.ndarray, defect: np.ndarray, covered: np.ndarray | N
 
 # %% ../nbs/10_evaluation.ipynb #f3aba54e
 def _area_to(x: np.ndarray, y: np.ndarray, limit: float) -> float:
+    "As `metrics.area_to`, for a curve through (0, 0)."
     inside = x < limit
     x, y = np.append(x[inside], limit), np.append(y[inside], np.interp(limit, x, y))
     return np.trapezoid(y, x) / limit
@@ -230,6 +231,7 @@ def _metrics_of_draws(found: Detections, masks: np.ndarray, weights: np.ndarray,
 
 # %% ../nbs/10_evaluation.ipynb #a2a5c629
 def _values_of_draws(weights: np.ndarray, counts: tuple | None, names: Sequence[str]) -> dict[str, np.ndarray | None]:
+    "The metrics `names`, each (draws,), from weights (draws, N) and counts; None where they are undefined."
     if counts is None or not counts[0].any() or not counts[1].any(): return dict.fromkeys(names)
     normal, defect, regions = counts
     parts = []
@@ -243,6 +245,7 @@ def _values_of_draws(weights: np.ndarray, counts: tuple | None, names: Sequence[
 
 # %% ../nbs/10_evaluation.ipynb #73ec28d0
 def _percentile_limits(values: np.ndarray | None) -> list[float] | None:
+    "The 2.5 % and the 97.5 % quantile."
     # A draw without a single defect pixel has no value: the interval is over those that have one.
     return None if values is None else [min(float(q), 1.) for q in np.nanquantile(values, (0.025, 0.975))]
 
@@ -306,15 +309,16 @@ def evaluate(detector: DetectorLike, category: CategoryData, detections: Detecti
     return dict(results, notes=_notes_on_results(results, category, masks, detector.has_map))
 
 # %% ../nbs/10_evaluation.ipynb #f0bf0889
-# conditions that go by a name of their own,
+# fields that the conditions hold under their own names
 _NAMED = ('antialias', 'base_width', 'base_channels', 'batch', 'seed', 'texture_source', 'n_textures')
-_BY_OTHER_NAMES = ('name', 'size', 'steps', 'epochs')                                           # by another one,
-# and choices that change no result
+# fields that they hold in another form
+_BY_OTHER_NAMES = ('name', 'size', 'steps', 'epochs')
+# fields that change no result
 _WITHOUT_EFFECT = ('memory_format', 'compile', 'checkpoint_every')
 
 # %% ../nbs/10_evaluation.ipynb #2e50bd4e
 def changed_fields(recipe: MethodChoices, usual: MethodChoices, but: Sequence[str] = ()) -> dict[str, object]:
-    "The fields, `but` some, in which a recipe differs from another of its kind, as JSON has their values."
+    "The fields, without those in `but`, in which a recipe differs from the `usual` one; values as in JSON."
     # JSON has lists, not tuples
     both = zip(*(json.loads(json.dumps(dataclasses.asdict(r))).items() for r in (recipe, usual)))
     return {field: value for (field, value), (_, other) in both if value != other and field not in but}
@@ -378,7 +382,11 @@ def headline(results: dict) -> dict[str, str]:
 # %% ../nbs/10_evaluation.ipynb #172107ab
 def results_in_words(results: dict) -> list[str]:
     """What a report says of a run in paragraphs of Markdown: metrics with their intervals, both mask rules, what the
-    threshold gives, and whether it keeps what it promised."""
+    threshold gives, and whether it keeps what it promised.
+
+    Args:
+        results: of `evaluate`
+    """
     metric = lambda part, name: _percent_words(results[part][name], results['intervals'][part][name])
     rule, other, point = results['conditions']['mask_rule'], results['other_mask_rule'], results['operating_point']
     lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, '
@@ -508,14 +516,14 @@ def paper_table(name: str) -> pd.DataFrame:
     return table
 
 # %% ../nbs/10_evaluation.ipynb #e513a397
-# published
+# the metrics that the paper publishes for each class: where they stand in the results of `evaluate`
 _METRICS = {'image AUROC': ('image', 'auroc'), 'pixel AUROC': ('pixel', 'auroc'), 'pixel AP': ('pixel', 'ap')}
 _OURS = {**_METRICS, 'image AP': ('image', 'ap'), 'image F1-max': ('image', 'f1_max'),
          'pixel F1-max': ('pixel', 'f1_max'), 'AUPRO': ('pixel', 'aupro')}
 
 PUBLISHED_AS = dict(ganomaly='GANomaly', dagan='DAGAN', students='US', riad='RIAD', gaussian_ad='Gaussian-AD',
                     padim='PaDiM', draem='DRAEM')
-_BACKBONES = dict(padim='WideResNet-50', gaussian_ad='EfficientNet-B4')      # that the published numbers are of
+_BACKBONES = dict(padim='WideResNet-50', gaussian_ad='EfficientNet-B4')      # of the published numbers
 
 # %% ../nbs/10_evaluation.ipynb #324f3e81
 def method_of(results: dict) -> str:
@@ -523,6 +531,7 @@ def method_of(results: dict) -> str:
     return results['conditions'].get('method') or 'draem'
 
 def _cutpaste_row(category: str) -> dict:
+    "CutPaste's published numbers of a class, percent."
     image, pixel = paper_table('cutpaste').loc[category]
     return {'image AUROC': image, 'pixel AUROC': pixel}
 
@@ -545,6 +554,7 @@ def beside_paper(results: dict) -> pd.DataFrame | None:
 
 # %% ../nbs/10_evaluation.ipynb #3c52b9e7
 def _unlike_draem(c: dict, results: dict) -> list[str]:
+    "How the conditions `c` of a DRAEM run differ from the paper's, in words."
     words = []
     if c['size'] != [256, 256]: words.append(f'{c["size"][0]} x {c["size"][1]} pixels instead of 256 x 256')
     if 'recipe' not in c: return words
@@ -557,7 +567,7 @@ def _unlike_draem(c: dict, results: dict) -> list[str]:
 
 # %% ../nbs/10_evaluation.ipynb #1e782196
 def _unlike_published(c: dict) -> list[str]:
-    "Of a method other than DRAEM."
+    "How the conditions of a run of another method differ from its published ones, in words."
     words, theirs = [], _BACKBONES.get(c['method'])
     if theirs and c.get('backbone') != theirs: words.append(f'features of {c.get("backbone")} instead of {theirs}')
     if c.get('unlike_published') is None: return [*words, f'{c["size"][0]} x {c["size"][1]} pixels']
@@ -669,7 +679,9 @@ def conditions_name(results: dict) -> str:
     return ', '.join(words + [f'{field} = {value}' for field, value in c.get('changes', {}).items()])
 
 # %% ../nbs/10_evaluation.ipynb #b5ab5c49
-def _as_percent(value: float | None) -> float: return np.nan if value is None else 100 * value
+def _as_percent(value: float | None) -> float:
+    "nan for None."
+    return np.nan if value is None else 100 * value
 
 # %% ../nbs/10_evaluation.ipynb #edfde416
 def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
@@ -686,7 +698,7 @@ def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
                          | {k: v for m, (part, key) in _METRICS.items() for k, v in limits(r, m, part, key).items()}
                          | {name: r.get('cost', {}).get(key) for name, key in COSTS.items()} for r in runs],
                         ).astype(dict.fromkeys(COSTS, float))
-    # classes of one name, but not of one content
+    # classes of the same name, but with other images
     several = rows.groupby(['category', 'conditions']).data.transform('nunique') > 1
     rows.loc[several, 'conditions'] += ', data ' + rows.data[several].str[:8]
     return rows.drop_duplicates(['category', 'conditions', 'seed'])

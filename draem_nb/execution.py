@@ -53,23 +53,24 @@ def _socket_folder() -> str:
                      f'kernel; set TMPDIR to one of at most {most} bytes')
 
 class _NoHeartbeat(HBChannel):
+    "A heartbeat thread that ends at once."
     def run(self) -> None: pass
 
 # %% ../nbs/12d_execution.ipynb #ca86dd9d
 class _Kernel(AsyncKernelManager):
+    "A kernel of the Python that runs now, over Unix sockets in a folder of its own."
     def __init__(self, **kwargs: Any) -> None:
         self._folder = contextlib.ExitStack()
         self._sockets = self._folder.enter_context(temporary_folder(_socket_folder(), 'draem_nb-report'))
         super().__init__(**kwargs, transport='ipc', connection_file=f'{self._sockets}/kernel.json',
-                         context=zmq.asyncio.Context.instance(),        # of the process: nobody waits for its end
+                         context=zmq.asyncio.Context.instance(),        # the process's own: nobody waits for its end
                          kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), shutdown_wait_time=30.)
 
     def client(self, **kwargs: Any) -> AsyncKernelClient:    # type: ignore[override]  # the manager is async
         return super().client(**kwargs, context=self.context, hb_channel_class=_NoHeartbeat)
 
     async def start_kernel(self, **kwargs: Any) -> None:     # type: ignore[override]  # a coroutine there as well
-        # What a notebook writes comes as messages; on the bare stderr a kernel only talks
-        # of its own comings and goings.
+        # What a notebook prints comes as messages; the stderr of the process only says when a kernel starts and ends.
         env = {**os.environ, **(kwargs.pop('env', None) or {}),
                'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
         await super()._async_start_kernel(**kwargs, env=env, stderr=subprocess.DEVNULL)
@@ -80,6 +81,7 @@ class _Kernel(AsyncKernelManager):
 
 # %% ../nbs/12d_execution.ipynb #ae2c1f14
 class _Console:
+    "Writes prints and progress bars to a terminal as they are, and to a file without what was redrawn."
     def __init__(self, to: TextIO, every: float = 10.) -> None:
         self.to, self.every, self.shown, self.line = to, every, time.monotonic(), ''
 
@@ -106,7 +108,7 @@ class RunFailed(RuntimeError):
         super().__init__(f'{reason}{where}' + (f'\n{last_lines}' if last_lines else ''))
 
 # %% ../nbs/12d_execution.ipynb #2b15119c
-# whose text is a sentence by itself
+# errors whose text is a full sentence: it is shown without their name
 _PLAIN = ('ValueError', 'UnreadableImage', 'DiskFull', 'FileNotFoundError', 'FileExistsError', 'PermissionError',
           'NotADirectoryError', 'RunFailed')
 
@@ -144,6 +146,7 @@ _START = 120     # seconds for a kernel
 
 # %% ../nbs/12d_execution.ipynb #eb07c30d
 def _execute_notebook(notebook: Path, to: Path, params: dict) -> None:
+    "Execute a notebook with these parameters in a new kernel; the result is written to `to`."
     import papermill
     papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False,
                                kernel_manager_class=_Kernel, start_timeout=_START,

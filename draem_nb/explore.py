@@ -44,12 +44,13 @@ class Panel(ipywidgets.VBox):
 
 # %% ../nbs/14e_explore.ipynb #e1ed10b8
 def _png(figure: Figure) -> bytes:
+    "A figure as a PNG file."
     figure.savefig(data := io.BytesIO(), format='png', bbox_inches='tight')
     return data.getvalue()
 
 # %% ../nbs/14e_explore.ipynb #d6a34d3e
 def _panel(knobs: dict[str, ipywidgets.Widget], draw: Callable[[dict[str, Any]], tuple[str, Figure]]) -> Panel:
-    "`draw` makes a sentence and a figure from the values of the knobs."
+    "A panel of these knobs; `draw` makes a sentence and a figure from their values."
     panel = Panel(knobs, ipywidgets.HTML(), ipywidgets.Image(format='png', layout=dict(max_width='100%')))
     def redraw(_: object = None) -> None:
         sentence, figure = draw({name: knob.value for name, knob in knobs.items()})
@@ -60,6 +61,7 @@ def _panel(knobs: dict[str, ipywidgets.Widget], draw: Callable[[dict[str, Any]],
 
 # %% ../nbs/14e_explore.ipynb #f8583bb6
 def _simulator_knobs(recipe: Recipe) -> dict[str, ipywidgets.Widget]:
+    "By name: a knob for the step, and one for each field of the recipe that the panel can change."
     slow = dict(continuous_update=False, style=dict(description_width='110px'))
     share = lambda name, low=0.: ipywidgets.FloatSlider(value=getattr(recipe, name), min=low, max=1, step=0.05,
                                                         description=name, **slow)

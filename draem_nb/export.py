@@ -75,6 +75,7 @@ def _before(detector: Detector) -> onnx.ModelProto:
 
 # %% ../nbs/15_export.ipynb #17a5ebf0
 def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
+    "A graph as a model of the version `_OPSET`."
     from onnx import helper
     return helper.make_model(graph, opset_imports=[helper.make_opsetid('', _OPSET)], ir_version=9)
 
@@ -83,7 +84,7 @@ _OPSET = 18         # the first whose resizing knows antialias
 
 # %% ../nbs/15_export.ipynb #a161d909
 def _after(detector: Detector) -> onnx.ModelProto:
-    "`net/map`, `net/score` -> the same by their own names, and what is above the thresholds."
+    "`net/map`, `net/score` -> `map`, `score` and, with thresholds, `mask` and `is_anomalous`."
     from onnx import TensorProto, helper, numpy_helper
     shapes: dict[str, list] = dict(map=['batch', 1, *detector.size], score=['batch'])
     limits = dict(map=('mask', detector.pixel_threshold), score=('is_anomalous', detector.threshold))
@@ -210,7 +211,7 @@ def exported_outputs(path: str | Path, images: Sequence[Path]) -> Iterator[tuple
 def check_export(detector: Detector, path: str | Path, images: Sequence[Path]) -> pd.DataFrame:
     """A row an image: `score`, `exported` (score), `map difference` (largest), `verdict differs`, `ms`, `exported ms`.
 
-    Without a threshold no verdict differs. `images`: files of any size; each is read once for both."""
+    Without a threshold no verdict differs. `images`: files of any size. Only `ms` includes reading the file."""
     rows = {}
     for image, (exported, exported_ms) in zip(tqdm(images, 'checking', delay=2), exported_outputs(path, images)):
         start = time.perf_counter()

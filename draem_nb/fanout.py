@@ -75,7 +75,7 @@ def _other_recipe(run_dir: Path, params: dict) -> str:
     if not isinstance(held, dict):
         return (f"{run_dir / 'run.json'} is damaged: it names no recipe; remove {run_dir}, or choose another "
                 "folder for the runs")
-    from draem_nb import methods          # the process of a run and a worker do without it and its second
+    from draem_nb import methods          # here, because it takes a second and workers need not have it
     asked = methods.recipe_of(params.get('method', 'draem'), params['recipe'], **{'seed': params.get('seed', 0)}
                               | (params.get('overrides') or {}))
     now = json.loads(json.dumps(dataclasses.asdict(asked)))
@@ -213,6 +213,7 @@ def _what_is_lacking(param_sets: list[dict]) -> str:
 
 # %% ../nbs/13_fanout.ipynb #e8391fc0
 def _work_folder(key: str) -> Path:
+    "Where a worker on another machine makes the run of this key."
     return Path(os.environ.get('DRAEM_NB_WORK') or Path.home() / '.cache' / 'draem_nb' / 'work') / key
 
 # %% ../nbs/13_fanout.ipynb #3e2f4091
@@ -221,7 +222,7 @@ def _on_worker(job: dict) -> dict:
     from distributed import get_worker
     worker = get_worker()
     task = worker.get_current_task()
-    def wanted() -> bool:      # a task whose future was released, or whose worker is closing, is not
+    def wanted() -> bool:      # False once the command has given the task up, or the worker is closing
         state = worker.state.tasks.get(task)
         return worker.status.name == 'running' and state is not None and state.state == 'executing'
     def tell(line: str) -> None: worker.log_event(job['topic'], (job['run'], worker.address, line))
@@ -243,6 +244,7 @@ def _on_worker(job: dict) -> dict:
 
 # %% ../nbs/13_fanout.ipynb #71890d9b
 def _threads_of(job: dict) -> int:
+    "Threads of a run: as the command or this worker says, else all cores."
     from dask.system import CPU_COUNT
     return job['threads'] or int(os.environ.get('DRAEM_NB_THREADS', 0)) or CPU_COUNT
 
@@ -301,6 +303,7 @@ _HERE = re.compile(r'(tcp|tls)://(127\.|localhost\b|\[::1\])')
 
 # %% ../nbs/13_fanout.ipynb #7bd9e8a1
 def _connect_client(address: str, patience: float) -> Client:
+    "A client of the scheduler at that address; `ValueError` where none answers within `patience` seconds."
     from distributed import Client
     if address.startswith('tcp://') and not _HERE.match(address):
         print(f'{address} is not encrypted, and whoever reaches it can run programs on its workers; '
@@ -457,7 +460,7 @@ def _rows_and_jobs(param_sets: list[dict], runs_dir: str | Path, name: str | Pat
 
 # %% ../nbs/13_fanout.ipynb #0c6dea3d
 def _share_cores(jobs: dict[int, dict], scheduler: str, workers: int | None, threads: int | None) -> tuple[int, int]:
-    "Give each job its threads and, on this machine, its folder; gives the numbers of workers and of GPUs."
+    "Give each job its threads and, on this machine, its folder; returns the numbers of workers and of GPUs."
     n, each, gpus = local_size(len(jobs) or 1)
     workers = workers or n
     for job in jobs.values():
@@ -469,7 +472,7 @@ def _share_cores(jobs: dict[int, dict], scheduler: str, workers: int | None, thr
 def _run_jobs(jobs: dict[int, dict], rows: dict[int, dict], scheduler: str, workers: int, gpus: int, patience: float,
               board: _Board) -> None:
     "Have all jobs done, each of which becomes a row; a scheduler that goes away is waited for."
-    remove_leftovers(tempfile.gettempdir(), _WORKERS)           # where there is nothing to run, no cluster does it
+    remove_leftovers(tempfile.gettempdir(), _WORKERS)   # a cluster does this too, but without jobs there is none
     until = None
     while jobs:
         try:
@@ -514,6 +517,7 @@ def _received_row(job: dict, outcome: dict, board: _Board) -> dict:
 
 # %% ../nbs/13_fanout.ipynb #10876c26
 def _failed_row(run_dir: Path, outcome: dict, board: _Board) -> dict:
+    "The row of a run that failed or was refused; it is also shown on the screen."
     kept = run_dir / 'report.failed.ipynb'
     board.end(run_dir.name, 'failed', '\n'.join([f"{run_dir.name}: failed: {outcome['reason']}",
                                                  *(f'    {line}' for line in outcome.get('last_lines', [])),
@@ -556,6 +560,7 @@ def _outcomes_of_jobs(client: Client, todo: dict[int, dict], resources: dict, pa
 
 # %% ../nbs/13_fanout.ipynb #e1236c94
 def _reason_in_words(error: BaseException) -> str:
+    "What went wrong with a task, in one line."
     if type(error).__name__ == 'KilledWorker':
         return 'every worker that tried it died; most often because memory ran out'
     return f'{type(error).__name__}: {error}'
@@ -623,6 +628,7 @@ def _add_machine_options(option: Callable) -> None:
 
 # %% ../nbs/13_fanout.ipynb #c56e8bb3
 def _table_parser() -> argparse.ArgumentParser:
+    "The options of `draem_nb table`."
     parser = argparse.ArgumentParser('draem_nb table', description='Every method, class, seed and recipe as a report, '
                                      'side by side; then the summary.', allow_abbrev=False)
     _add_run_options(parser.add_argument)
@@ -631,6 +637,7 @@ def _table_parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/13_fanout.ipynb #ea944c84
 def _parse_number(text: str, kind: type, least: float) -> float:
+    "The number that an option gives, at least `least`; else an error that says so."
     with contextlib.suppress(ValueError):
         if (value := kind(text)) >= least: return value
     raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number of at least {least}")
@@ -638,9 +645,9 @@ def _parse_number(text: str, kind: type, least: float) -> float:
 # %% ../nbs/13_fanout.ipynb #8895787f
 def _param_sets(options: argparse.Namespace) -> list[dict]:
     "One set of parameters for each method, recipe, class and seed."
-    # then the workers look, each at its own data
     for name in ('seeds', 'methods', 'recipes'):
         if not getattr(options, name): raise ValueError(f'--{name} names none')
+    # elsewhere: the workers look for these classes, each in its own data
     root, elsewhere = options.data_root, options.scheduler != 'local' and options.categories
     there = find_categories(root) if root and not elsewhere else None if root else sorted(DEMO_CATEGORIES)
     classes = options.categories or there or []
@@ -658,6 +665,7 @@ def _param_sets(options: argparse.Namespace) -> list[dict]:
 
 # %% ../nbs/13_fanout.ipynb #aadecf8d
 def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
+    "Print the plan and how long it may take."
     print(planned[['category', 'method', 'recipe', 'seed', 'todo', 'run_dir',
                    *(['why'] if planned.why.any() else [])]].to_string(index=False))
     counts, n = Counter(planned.todo), _n_workers(options, len(planned))
@@ -668,9 +676,11 @@ def _show_plan(planned: pd.DataFrame, options: argparse.Namespace) -> None:
 
 # %% ../nbs/13_fanout.ipynb #ec717f15
 def _n_workers(options: argparse.Namespace, n_runs: int) -> int:
+    "How many workers will make the runs."
     if options.workers or options.scheduler == 'local': return options.workers or local_size(n_runs)[0]
     with _connect_client(options.scheduler, 5.) as client: return max(1, len(client.scheduler_info()['workers']))
 
 def _duration_words(seconds: float) -> str:
+    "'90 s', '15 min' or '2.5 h'."
     return (f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min' if seconds
             < 7200 else f'{seconds / 3600:.1f} h')

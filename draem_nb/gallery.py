@@ -53,11 +53,13 @@ _STYLE = """<style>
 
 # %% ../nbs/11b_gallery.ipynb #4bbdbb01
 def _jpeg(picture: np.ndarray) -> str:
+    "(H, W, 3) uint8 as an address that holds the image itself."
     Image.fromarray(picture).save(data := io.BytesIO(), 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(data.getvalue()).decode()
 
 # %% ../nbs/11b_gallery.ipynb #0960afe9
 def _figure(layers: list[np.ndarray], name: str, kind: str | None, score: float, threshold: float) -> str:
+    "HTML of one image: the `layers` one over the other, (H, W, 3) uint8, its name, kind, score and verdict."
     alarm, images = score > threshold, ''.join(f'<img src="{_jpeg(layer)}" alt="">' for layer in layers)
     return (f'<figure data-score="{score:.9g}" data-kind="{escape(kind or "")}"{" class=alarm" if alarm else ""}>'
             f'<div class="layers">{images}</div>'

@@ -119,7 +119,7 @@ def trained_on(run_dir: Path) -> dict[str, str]:
 
 # %% ../nbs/14_inspection.ipynb #980dc6ff
 def save_beside(detector: AnomalyDetector, run_dir: Path) -> str | None:
-    "Keep the thresholds of a detector in its run; gives the name of the copy of the old ones, if there were any."
+    "Keep the thresholds of a detector in its run; returns the name of the copy of the old ones, if there were any."
     kept = None
     if (run_dir / 'threshold.json').exists():
         now, numbers = time.strftime('%Y%m%d-%H%M%S'), ('', *(f'-{i}' for i in range(2, 99)))

@@ -51,12 +51,13 @@ def _count_into(counts: np.ndarray, part: np.ndarray, at: np.ndarray, lock: Lock
         with lock: row += part.size; row -= below                       # in place: there may be many
 
 # %% ../nbs/09_metrics.ipynb #677fd139
-_PART = 1 << 24     # scores that are sorted at once, so that maps that lie in a file stay there but for 64 MiB a thread
+_PART = 1 << 24     # scores that a thread sorts at once: of maps in a file, 64 MiB a thread are in memory
 
 # %% ../nbs/09_metrics.ipynb #04a012e8
 def _counts_above(scores: np.ndarray, at: np.ndarray) -> np.ndarray:
+    "(2, k): how many of the scores are above each of the (rising) scores `at`, and how many at or above it."
     counts, lock = np.zeros((2, at.size), np.int64), Lock()
-    # a smaller part is sorted sooner than a thread starts
+    # a part of fewer scores is sorted sooner than a thread starts
     threads = min(torch.get_num_threads(), scores.size // 100_000)
     parts = np.array_split(scores, max(threads, -(-scores.size // _PART), 1))
     if threads < 2:
@@ -68,6 +69,7 @@ def _counts_above(scores: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/09_metrics.ipynb #8c3648cd
 def _as_array(values: object) -> np.ndarray:
+    "A tensor of any device, or an array-like, as an array."
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         if values.dtype == torch.bfloat16: values = values.float()      # NumPy has no bfloat16
@@ -89,6 +91,7 @@ def _checked_scores(scores: object, labels: object, names: tuple[str, str]) -> t
 
 # %% ../nbs/09_metrics.ipynb #9c1505bd
 def _tie_groups(scores: np.ndarray, labels: np.ndarray) -> TieGroups:
+    "`tie_groups` of arrays that have been checked."
     scores, labels = scores.ravel(), labels.ravel()
     at, member, size = np.unique(scores[labels], return_inverse=True, return_counts=True)
     above, at_least = _counts_above(scores, at)
@@ -104,6 +107,8 @@ def tie_groups(scores: object, labels: object) -> TieGroups:
     Args:
         scores: any shape, tensor or array-like of finite numbers; a higher score is more anomalous
         labels: the same shape, bool or 0 / 1; True is a defect
+    Returns:
+        the defects, grouped by score
     """
     return _tie_groups(*_checked_scores(scores, labels, ('scores', 'labels')))
 
@@ -204,6 +209,7 @@ def _as_planes(values: object, name: str) -> np.ndarray:
     return values
 
 def _checked_maps(maps: object, masks: object) -> tuple[np.ndarray, np.ndarray]:
+    "Both as (M, H, W), checked by `_checked_scores`."
     return _checked_scores(_as_planes(maps, 'maps'), _as_planes(masks, 'masks'), ('maps', 'masks'))
 
 # %% ../nbs/09_metrics.ipynb #63345d6c

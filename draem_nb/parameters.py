@@ -22,6 +22,7 @@ import draem_nb
 
 # %% ../nbs/12a_parameters.ipynb #c8cfb61e
 def _report_folder() -> Path:
+    "The folder of the reports that come with the library."
     here = Path(draem_nb.__file__).resolve().parent
     return here / 'notebooks' if (here / 'notebooks').is_dir() else here.parent / 'nbs' / 'reports'
 
@@ -54,6 +55,7 @@ def _read_notebook(notebook: Path, mtime_ns: int) -> tuple[str, dict[str, tuple[
 
 # %% ../nbs/12a_parameters.ipynb #af9b74f8
 def _notebook_says(name: str | Path) -> tuple[str, dict[str, tuple[str, str]]]:
+    "What `_read_notebook` gives of report `name`."
     notebook = report_notebook(name)
     return _read_notebook(notebook, notebook.stat().st_mtime_ns)        # a thousand runs ask for the same ones
 

@@ -99,7 +99,7 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
 
 # %% ../nbs/12_reports.ipynb #709ab84f
 def _print_result(result: RunResult, seconds: float) -> None:
-    "`seconds`: that somebody waited for it."
+    "Print the metrics and where the page is; `seconds`: how long the user has waited for them."
     if 'image' in result.metrics:
         print(metrics_table(result.metrics).to_string(float_format='{:.3f}'.format, na_rep='-'))
         if point := result.metrics.get('operating_point'):
@@ -139,9 +139,9 @@ def _classes_and_runs(data_root: str | None, runs_dir: str) -> list[str]:
 
 # %% ../nbs/12_reports.ipynb #a925312a
 def run_command(name: str, params: dict, started: float | None = None) -> int:
-    """What `draem_nb NAME` does with these parameters: `list`, or a report. `started`: `time.monotonic()` of then.
+    """What `draem_nb NAME` does with these parameters: `list`, or a report. `started`: `time.monotonic()` at its begin.
 
-    Its exit status: 0; 1 failed; 3 done, but some files could not be read or were not looked at; 130 stopped."""
+    Returns the exit status: 0 done; 1 failed; 3 done, but some files were not read or not looked at; 130 stopped."""
     started = time.monotonic() if started is None else started
     try:
         if name == 'list':

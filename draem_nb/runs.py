@@ -60,7 +60,7 @@ def _folder_part(field: str, p: dict) -> str:
 
 # %% ../nbs/12c_runs.ipynb #355f2af4
 def _hash_of_others(params: dict) -> str:
-    "Six digits for all parameters that a run's name does not say; where the data lie makes no other run of it."
+    "Six digits of a hash of the parameters that a run's name does not say; data folders and device do not count."
     said = {'category', 'method', 'recipe', 'seed', 'seeds', 'data_root', 'textures_root', 'device'}
     rest = {key: value for key, value in params.items() if key not in said and value}
     return f"-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:6]}" if rest else ''
@@ -193,6 +193,7 @@ def _lock_file(path: Path) -> TextIO | None:
 
 # %% ../nbs/12c_runs.ipynb #57079670
 def _lock_holder(path: Path) -> str:
+    "The process that holds a lock, in words."
     try: return path.read_text().strip() or 'another process'
     except OSError: return 'another process'
 
@@ -220,7 +221,7 @@ def file_notes(files: dict[str, Path], known: dict) -> dict[str, list]:
         about, before = path.stat(), known.get(name, [None] * 3)
         return before if before[:2] == [about.st_size, about.st_mtime_ns] else [about.st_size, about.st_mtime_ns,
                                                                                 content_hash(path)]
-    # what is missing, its reader will say
+    # a missing file is an error of whoever reads it
     return {name: note(name, path) for name, path in files.items() if path.is_file()}
 
 # %% ../nbs/12c_runs.ipynb #b5364075
@@ -263,7 +264,7 @@ def read_metrics(run_dir: Path) -> dict:
 def finished_run(run_dir: Path, ran: bool = True) -> RunResult:
     "The result of a complete run; `ran`: whether it was made just now."
     try: seconds = float(read_json(run_dir / 'timing.json')['seconds'])
-    except (OSError, ValueError, TypeError, KeyError): seconds = math.nan       # copied without it: no result lacks
+    except (OSError, ValueError, TypeError, KeyError): seconds = math.nan       # copied without it: still complete
     return RunResult(run_dir, run_dir / 'report.html', read_metrics(run_dir), seconds, ran)
 
 # %% ../nbs/12c_runs.ipynb #251b8a96
@@ -307,7 +308,7 @@ def begin_run(run_dir: Path, asked: dict) -> None:
 
 # %% ../nbs/12c_runs.ipynb #e96fad7a
 def result_row(result: RunResult) -> dict:
-    "What a table of runs says of a complete one."
+    "The row of a complete run in a table of runs: status, error, seconds, run_dir and the metrics."
     values = {f'{part}_{key}': value for part in ('image', 'pixel')
               for key, value in result.metrics.get(part, {}).items()}
     return dict(status='complete', error='', seconds=result.seconds, run_dir=str(result.run_dir), **values)

@@ -111,7 +111,9 @@ def _judged_at(row: dict) -> float:
     "When the verdict fell, in seconds since 1970."
     return int(row['changed_ns']) / 1e9 + float(row['seconds'])
 
-def _clock(row: dict) -> str: return time.strftime('%H:%M:%S', time.localtime(_judged_at(row)))
+def _clock(row: dict) -> str:
+    "The local time of the verdict."
+    return time.strftime('%H:%M:%S', time.localtime(_judged_at(row)))
 
 # %% ../nbs/14c_watch.ipynb #2547f19c
 def _today(rows: Iterable[dict], now: float) -> list[dict]:
@@ -171,7 +173,7 @@ class Report:
         except (OSError, ValueError): return np.full((90, 120, 3), 200, np.uint8)
 
     def write(self, is_idle: bool) -> None:
-        "If there is news, and there is time for it or the last report is old."
+        "Write it if there is something new (or a new day), and nothing to judge or `every` seconds have passed."
         now = time.time()
         new_day = time.localtime(now)[:3] != time.localtime(self.written)[:3]
         if len(self.table.judged) == self.told and not new_day: return
@@ -182,7 +184,7 @@ class Report:
 
 # %% ../nbs/14c_watch.ipynb #c05d2e88
 def _refuse_inside(out_dir: Path, folder: Path) -> None:
-    "`ValueError` where what is written would be judged in its turn."
+    "`ValueError` where out_dir lies in the watched folder: its pictures would be judged too."
     if out_dir.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f'{shown(out_dir)} lies in the watched folder, so its pictures would be judged too; choose '
                          'another out_dir')
@@ -233,7 +235,8 @@ def _judged(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path
 
 # %% ../nbs/14c_watch.ipynb #f51d8a82
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: object) -> None: return None        # then it is an error like any other
+    "Follows no redirection: it is an error like any other."
+    def redirect_request(self, *_: object) -> None: return None
 
 # %% ../nbs/14c_watch.ipynb #ea83854a
 def _checked_address(url: str) -> str:
@@ -262,6 +265,7 @@ class Listener:
         except queue.Full: self._miss('it is slower than the photos come')
 
     def _miss(self, reason: str) -> None:
+        "Count a lost verdict; the first one is reported."
         if not self.lost: print(f'the listener did not take a verdict: {reason}; the watch goes on', file=sys.stderr)
         self.lost, self.reason = self.lost + 1, reason
 
@@ -278,6 +282,7 @@ class Listener:
 
 # %% ../nbs/14c_watch.ipynb #6dead020
 def _parser() -> argparse.ArgumentParser:
+    "The options of `draem_nb watch`."
     parser = argparse.ArgumentParser('draem_nb watch', allow_abbrev=False, description=(
         'Judge the photos of a folder as they arrive: a JSON line for each on the standard output.'))
     parser.add_argument('--run-dir', required=True, type=Path, help='the run whose detector looks')
