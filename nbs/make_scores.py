@@ -1,8 +1,9 @@
-"""The scores of good images that 14_inspection shows, made from the data sets that they are of.
+"""The tables in data/scores: scores of good images that 14_inspection shows, and the runs that 23b_real_classes shows.
 
     python nbs/make_scores.py parts --seed 0 /data     # parts.csv: Magnetic Tile, held out by tile and by photo
     python nbs/make_scores.py few --draws 0 7 /data    # few.csv: few parts, a tenth held out, or cross-fitted
     python nbs/make_scores.py good --seed 0 /data      # good.csv: good images that were not learned, in five lights
+    python nbs/make_scores.py methods runs             # methods.csv: the complete runs below a folder
 
 /data holds the classes `magnetic_tile` (Huang et al., 2018) and `visa/capsules` (Zou et al., 2022). A part of a table
 that is made again replaces the rows of before; seeds and draws may be made one after another."""
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from draem_nb import inspection, memory
+from draem_nb import evaluation, inspection, memory
 from draem_nb.data import CategoryData, load_category
 from draem_nb.layouts import groups_of
 from draem_nb.training import split_held_out
@@ -93,6 +94,23 @@ def good(root: Path, seed: int) -> pd.DataFrame:
     return pd.concat(rows)
 
 
+def methods(runs_dir: Path) -> pd.DataFrame:
+    "A row for each complete run, and one more for defect types taken together: metrics, their intervals, costs."
+    rows = []
+    for run in evaluation.read_runs(runs_dir)[0]:
+        about, cost = run['conditions'], run['cost']
+        for some in filter(None, (run, run.get('together'))):
+            row = {'class': about['category'], 'types': ' '.join(some['kinds']) if some is not run else 'all',
+                   'method': about['method'], 'recipe': about['recipe'].removeprefix(about['method']).split()[0],
+                   'backbone': about.get('backbone'), 'size': about['size'][0], 'seed': about['seed'],
+                   'steps': about.get('steps')}
+            for part, key in (('image', 'auroc'), ('pixel', 'auroc'), ('pixel', 'ap'), ('pixel', 'aupro')):
+                low, high = some['intervals'][part][key] or (None, None)
+                row |= {f'{part}_{key}': some[part][key], f'{part}_{key}_low': low, f'{part}_{key}_high': high}
+            rows.append(row | cost)
+    return pd.DataFrame(rows).sort_values(['class', 'types', 'method', 'size', 'seed']).round(4)
+
+
 def keep(made: pd.DataFrame, file: Path, key: str) -> None:
     "Put rows into a table in place of those with the same key."
     if file.exists():
@@ -103,12 +121,13 @@ def keep(made: pd.DataFrame, file: Path, key: str) -> None:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('table', choices=('parts', 'few', 'good'))
-    parser.add_argument('root', type=Path)
+    parser.add_argument('table', choices=('parts', 'few', 'good', 'methods'))
+    parser.add_argument('root', type=Path, help='the data, or for `methods` the runs')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--draws', type=int, nargs=2, default=(0, 7), help='the first one, and the one after the last')
     asked = parser.parse_args()
-    if asked.table == 'good': good(asked.root, asked.seed).to_csv(SCORES / 'good.csv', index=False)
+    if asked.table == 'methods': methods(asked.root).to_csv(SCORES / 'methods.csv', index=False)
+    elif asked.table == 'good': good(asked.root, asked.seed).to_csv(SCORES / 'good.csv', index=False)
     elif asked.table == 'parts': keep(parts(asked.root, asked.seed), SCORES / 'parts.csv', 'seed')
     else:
         for draw in range(*asked.draws): keep(few(asked.root, draw), SCORES / 'few.csv', 'draw')
