@@ -200,7 +200,7 @@ def _pixel_counts(maps: np.ndarray, masks: np.ndarray, region: torch.Tensor | No
     and how many they are (N,)."""
     edges = _bin_edges(maps.ravel(), masks.ravel())
     counted = True if region is None else np.asarray(region).ravel()
-    counts = np.zeros((3, len(maps), edges.size)); regions = np.zeros(len(maps))
+    counts, regions = np.zeros((3, len(maps), edges.size)), np.zeros(len(maps))
     for i, (m, mask) in enumerate(zip(maps, masks)):
         bins, flat = np.searchsorted(edges, m.ravel(), 'right') - 1, mask.ravel()
         label, regions[i] = ndimage.label(mask, structure=np.ones((3, 3)))
@@ -648,13 +648,17 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
         raise FileNotFoundError(f'there is no folder of runs {runs_dir}; make a run first, or name another folder')
     runs, incomplete = [], []
     for run in sorted(p.parent for p in runs_dir.rglob('run.json')):
-        if not (run / 'metrics.json').exists(): incomplete.append(str(run.relative_to(runs_dir))); continue
+        if not (run / 'metrics.json').exists():
+            incomplete.append(str(run.relative_to(runs_dir)))
+            continue
         try:
             results, about = read_json(run / 'metrics.json'), read_json(run / 'run.json')
             if 'conditions' not in results: continue                                # the run of another kind of report
             _refuse_damaged(_Results, results, run / 'metrics.json')
             _refuse_damaged(_About, about, run / 'run.json')
-        except ValueError as error: incomplete.append(str(error)); continue
+        except ValueError as error:
+            incomplete.append(str(error))
+            continue
         if 'textures_fingerprint' in about: results['conditions']['textures'] = about['textures_fingerprint'][:8]
         if 'device' in about: results['conditions']['device'] = about['device']
         runs.append(results | dict(cost=_cost_of(run)))

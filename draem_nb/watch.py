@@ -175,8 +175,7 @@ class Report:
 
     def write(self, is_idle: bool) -> None:
         "Write it if there is something new (or a new day), and nothing to judge or `every` seconds have passed."
-        now = time.time()
-        new_day = time.localtime(now)[:3] != time.localtime(self.written)[:3]
+        new_day = time.localtime(now := time.time())[:3] != time.localtime(self.written)[:3]
         if len(self.table.judged) == self.told and not new_day: return
         if not is_idle and now - self.written < self.every: return
         page = _report_html(_rows_of_today(self.table.rows, now), self.thumbnail, self.threshold,
@@ -302,6 +301,11 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/14c_watch.ipynb #a36939ef
+def _pass_on(row: dict, tell: Listener | None) -> None:
+    "A row as JSON on the standard output and, if there is one, to the listener."
+    print(json.dumps(row), flush=True)
+    if tell: tell(row)
+
 def _close_listener(tell: Listener | None) -> str:
     "End the listener, if there is one; in words, what it has not taken."
     if not tell: return ''
@@ -334,9 +338,9 @@ def main(argv: list[str]) -> int:
         out_dir = asked.out_dir or asked.run_dir / f'watch-{asked.images.resolve().name[:80]}'
         say(f'watching {shown(asked.images)}; verdicts.csv and report.html in {shown(out_dir)}; Ctrl-C ends it')
         for row in watch(detector, asked.images, out_dir, asked.every):
-            print(json.dumps(row), flush=True)
-            if tell: tell(row)
-            latencies.append(row['seconds']); times.append(time.monotonic())
+            _pass_on(row, tell)
+            latencies.append(row['seconds'])
+            times.append(time.monotonic())
     except KeyboardInterrupt:
         say(_summary_in_words(latencies, times[-1] - times[0] if times else 0, _close_listener(tell)))
         return 0
