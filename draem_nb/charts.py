@@ -363,7 +363,9 @@ def learning_curve(table: pd.DataFrame, drops: Sequence[float] = ()) -> Figure:
     for ax in axes.flat[len(metrics):]: ax.set_axis_off()
     for ax, metric in zip(axes.flat, metrics):
         ax.set_title(metric)
-        if table[metric].isna().all(): write_sentence(ax, 'not defined on these images'); continue
+        if table[metric].isna().all():
+            write_sentence(ax, 'not defined on these images')
+            continue
         _draw_metric(ax, table, metric, IMAGES if metric.startswith('image') else PIXELS)
         for step in drops: ax.axvline(step, color=MUTED, linestyle='--', linewidth=1)
         _step_ticks(ax, sorted(table.step.unique()))

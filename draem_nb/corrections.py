@@ -103,7 +103,7 @@ def recalibrate(detector: AnomalyDetector, good: list[Path]) -> None:
     detector.threshold = threshold_for(detector.held_out_scores, detector.false_alarms, detector.held_out_groups)
 
 # %% ../nbs/14f_corrections.ipynb #05883fb1
-def _alarms(detector: AnomalyDetector, images: list[Path]) -> int:
+def _count_alarms(detector: AnomalyDetector, images: list[Path]) -> int:
     "How many of the images alarm."
     found = detector.predict(images).is_anomalous if images else None
     return 0 if found is None else int(found.sum())
@@ -112,13 +112,13 @@ def _alarms(detector: AnomalyDetector, images: list[Path]) -> int:
 def recall_in_words(detector: AnomalyDetector, run_dir: str | Path) -> str:
     "How many of the parts that were called bad alarm at the threshold, in a sentence; nothing where there are none."
     if not (bad := corrected(run_dir)['bad']) or detector.threshold is None: return ''
-    hits = _alarms(detector, bad)
+    hits = _count_alarms(detector, bad)
     low, high = wilson_interval(hits, len(bad)) or (0., 1.)
     return (f'Of {len(bad)} parts that were called bad by a correction, {hits} exceed the threshold: recall '
             f'{hits / len(bad):.0%} ({low:.0%} to {high:.0%}).')
 
 # %% ../nbs/14f_corrections.ipynb #60dd1dac
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     "The options of `draem_nb correct`."
     parser = argparse.ArgumentParser('draem_nb correct', allow_abbrev=False, description=(
         'Take up the corrections of a person: what was good sets the threshold again, what was bad enters the recall.'))
@@ -143,18 +143,18 @@ def correct(run_dir: Path, corrections: dict[Path, str], device: str | None = No
         good = corrected(run_dir)['good']
         if {path.name for path in good} != known:
             recalibrate(detector, good)
-            said.append(_threshold_in_words(detector, before, save_beside(detector, run_dir), good))
+            said.append(_recalibration_in_words(detector, before, save_beside(detector, run_dir), good))
         else: said.append(f'The threshold stays at {before:.4f}: no image was newly called good.')
         return [*said, *filter(None, [recall_in_words(detector, run_dir)])]
 
 # %% ../nbs/14f_corrections.ipynb #ceb074c7
-def _threshold_in_words(detector: AnomalyDetector, before: float, kept: str | None, good: list[Path]) -> str:
+def _recalibration_in_words(detector: AnomalyDetector, before: float, kept: str | None, good: list[Path]) -> str:
     "The new threshold, the one before it (in the file `kept`), and what the new one promises."
     assert detector.threshold is not None           # `recalibrate` has set it
     promised = promised_rate(detector.held_out_scores, detector.threshold, detector.held_out_groups)
     said = (f'The threshold is {detector.threshold:.4f}, it was {before:.4f} ({kept}); with {detector.n_held_out} good '
             f'images, {len(good)} of them by correction, it promises at most {promised:.1%} of false alarms.')
-    if alarms := _alarms(detector, good):
+    if alarms := _count_alarms(detector, good):
         said += (f' {alarms} of the images called good still exceed it: draem_nb calibrate --false-alarms sets a '
                  'lower rate.')
     return said
@@ -162,7 +162,7 @@ def _threshold_in_words(detector: AnomalyDetector, before: float, kept: str | No
 # %% ../nbs/14f_corrections.ipynb #33cf9254
 def main(argv: list[str]) -> int:
     "The command `draem_nb correct`. Returns its exit status: 0, or 1 when it failed."
-    asked = _parser().parse_args(argv)
+    asked = _make_parser().parse_args(argv)
     try: print('\n'.join(correct(asked.run_dir, read_corrections(asked.table), asked.device)))
     except (ValueError, OSError) as error:
         print(f'draem_nb: {error}', file=sys.stderr)

@@ -270,7 +270,8 @@ def _set_first_weights(net: ResNet18, generator: torch.Generator) -> ResNet18:
         if isinstance(m, nn.Conv2d):
             m.weight.normal_(0, math.sqrt(2 / (m.out_channels * m.kernel_size[0] ** 2)), generator=generator)
         if isinstance(m, nn.Linear):
-            m.weight.normal_(0, math.sqrt(2 / m.in_features), generator=generator); m.bias.zero_()
+            m.weight.normal_(0, math.sqrt(2 / m.in_features), generator=generator)
+            m.bias.zero_()
     return net
 
 # %% ../nbs/22_cutpaste.ipynb #b361fb98
@@ -305,7 +306,7 @@ def train_network(images: Tensor, recipe: CutPasteRecipe, window: tuple[int, int
         loss = F.cross_entropy(net(batch.contiguous(memory_format=torch.channels_last)), classes)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step(); scheduler.step()
+        for each in (optimizer, scheduler): each.step()
         losses[step] = loss.detach()
         if (step + 1) % _LOOK_EVERY == 0 or step + 1 == recipe.steps: _refuse_infinite(losses, step + 1, recipe.lr)
     return net.eval(), losses.cpu()

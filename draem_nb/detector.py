@@ -193,7 +193,9 @@ def _read_statistics(path: Path, n: int) -> np.ndarray:
 # %% ../nbs/08_detector.ipynb #c9393916
 def _write_region(region: Tensor | None, path: Path) -> None:
     "White where the detector looks; no file where that is everywhere."
-    if region is None: path.unlink(missing_ok=True); return
+    if region is None:
+        path.unlink(missing_ok=True)
+        return
     with replacing(path) as temporary:
         Image.fromarray(region.numpy().astype(np.uint8) * 255).save(temporary, format='png')
 

@@ -200,7 +200,7 @@ def _pixel_counts(maps: np.ndarray, masks: np.ndarray, region: torch.Tensor | No
     and how many they are (N,)."""
     edges = _bin_edges(maps.ravel(), masks.ravel())
     counted = True if region is None else np.asarray(region).ravel()
-    counts = np.zeros((3, len(maps), edges.size)); regions = np.zeros(len(maps))
+    counts, regions = np.zeros((3, len(maps), edges.size)), np.zeros(len(maps))
     for i, (m, mask) in enumerate(zip(maps, masks)):
         bins, flat = np.searchsorted(edges, m.ravel(), 'right') - 1, mask.ravel()
         label, regions[i] = ndimage.label(mask, structure=np.ones((3, 3)))
@@ -400,7 +400,7 @@ def results_in_words(results: dict) -> list[str]:
     if no_defects:
         lines = [f'**{as_markdown(results["conditions"]["category"])}**, {results["image"]["n"]} test images, all of '
                  'them good: nothing says how many defects are found.']
-    return lines if point is None else lines + _threshold_in_words(point, no_defects)
+    return lines if point is None else lines + _operating_point_in_words(point, no_defects)
 
 # %% ../nbs/10_evaluation.ipynb #3e62a085
 def _percent_words(value: float | None, limits: Sequence[float] | None = None) -> str:
@@ -409,7 +409,7 @@ def _percent_words(value: float | None, limits: Sequence[float] | None = None) -
             + (f' ({100 * limits[0]:.1f} to {100 * limits[1]:.1f})' if limits else ''))
 
 # %% ../nbs/10_evaluation.ipynb #f486ab73
-def _threshold_in_words(point: dict, no_defects: bool) -> list[str]:
+def _operating_point_in_words(point: dict, no_defects: bool) -> list[str]:
     "What an operating point gives, and whether it keeps what it promised."
     given = lambda name, limits: _percent_words(point[name], point[limits])
     alarms = f'raises a false alarm on **{given("false_alarm_rate", "false_alarm_interval")} of the good ones**'
@@ -617,7 +617,7 @@ class _About(BaseModel, strict=True):
     textures_fingerprint: str = ''
 
 # %% ../nbs/10_evaluation.ipynb #f16abac0
-def _checked(model: type[BaseModel], value: dict, path: Path) -> None:
+def _refuse_damaged(model: type[BaseModel], value: dict, path: Path) -> None:
     "`ValueError` that names the file and the first part that is not as it must be."
     try: model.model_validate(value)
     except ValidationError as error:
@@ -648,13 +648,17 @@ def read_runs(runs_dir: str | Path) -> tuple[list[dict], list[str]]:
         raise FileNotFoundError(f'there is no folder of runs {runs_dir}; make a run first, or name another folder')
     runs, incomplete = [], []
     for run in sorted(p.parent for p in runs_dir.rglob('run.json')):
-        if not (run / 'metrics.json').exists(): incomplete.append(str(run.relative_to(runs_dir))); continue
+        if not (run / 'metrics.json').exists():
+            incomplete.append(str(run.relative_to(runs_dir)))
+            continue
         try:
             results, about = read_json(run / 'metrics.json'), read_json(run / 'run.json')
             if 'conditions' not in results: continue                                # the run of another kind of report
-            _checked(_Results, results, run / 'metrics.json')
-            _checked(_About, about, run / 'run.json')
-        except ValueError as error: incomplete.append(str(error)); continue
+            _refuse_damaged(_Results, results, run / 'metrics.json')
+            _refuse_damaged(_About, about, run / 'run.json')
+        except ValueError as error:
+            incomplete.append(str(error))
+            continue
         if 'textures_fingerprint' in about: results['conditions']['textures'] = about['textures_fingerprint'][:8]
         if 'device' in about: results['conditions']['device'] = about['device']
         runs.append(results | dict(cost=_cost_of(run)))
@@ -704,7 +708,7 @@ def _run_rows(runs: Sequence[dict]) -> pd.DataFrame:
     return rows.drop_duplicates(['category', 'conditions', 'seed'])
 
 # %% ../nbs/10_evaluation.ipynb #d3f8e251
-def _together(results: dict) -> dict:
+def _results_together(results: dict) -> dict:
     "The kinds of defect that were evaluated together, as the results of a class of their own."
     some, c = results['together'], results['conditions']
     name = f'{c["category"]}: {", ".join(some["kinds"])}'
@@ -718,7 +722,7 @@ def runs_table(runs: Sequence[dict]) -> pd.DataFrame:
 
     Kinds of defect that were evaluated together as well have a row of their own, '<class>: <kind>, <kind>'."""
     if not runs: return pd.DataFrame()
-    parts = [_together(r) for r in runs if r.get('together')]
+    parts = [_results_together(r) for r in runs if r.get('together')]
     groups = _run_rows([*runs, *parts]).groupby(['category', 'conditions'])
     limits = [f'{metric} {end}' for metric in _METRICS for end in ('low', 'high')]
     devices = groups.devices.agg(lambda names: ', '.join(sorted(set(names) - {''})))

@@ -86,7 +86,9 @@ class _Console:
         self.to, self.every, self.shown, self.line = to, every, time.monotonic(), ''
 
     def write(self, text: str) -> None:
-        if self.to.isatty(): self.to.write(text); return
+        if self.to.isatty():
+            self.to.write(text)
+            return
         *lines, self.line = (self.line + text).split('\n')
         self.line = self.line.rsplit('\r', 1)[-1] or self.line   # a bar returns the carriage before it redraws
         if self.line.strip() and time.monotonic() - self.shown > self.every:

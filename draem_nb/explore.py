@@ -43,18 +43,18 @@ class Panel(ipywidgets.VBox):
         super().__init__([row, said, picture])
 
 # %% ../nbs/14e_explore.ipynb #e1ed10b8
-def _png(figure: Figure) -> bytes:
+def _as_png(figure: Figure) -> bytes:
     "A figure as a PNG file."
     figure.savefig(data := io.BytesIO(), format='png', bbox_inches='tight')
     return data.getvalue()
 
 # %% ../nbs/14e_explore.ipynb #d6a34d3e
-def _panel(knobs: dict[str, ipywidgets.Widget], draw: Callable[[dict[str, Any]], tuple[str, Figure]]) -> Panel:
+def _make_panel(knobs: dict[str, ipywidgets.Widget], draw: Callable[[dict[str, Any]], tuple[str, Figure]]) -> Panel:
     "A panel of these knobs; `draw` makes a sentence and a figure from their values."
     panel = Panel(knobs, ipywidgets.HTML(), ipywidgets.Image(format='png', layout=dict(max_width='100%')))
     def redraw(_: object = None) -> None:
         sentence, figure = draw({name: knob.value for name, knob in knobs.items()})
-        panel.said.value, panel.picture.value = escape(sentence), _png(figure)
+        panel.said.value, panel.picture.value = escape(sentence), _as_png(figure)
     for knob in knobs.values(): knob.observe(redraw, 'value')
     redraw()
     return panel
@@ -96,7 +96,7 @@ def simulator(images: Tensor, textures: Tensor, recipe: Recipe | None = None) ->
         made = painter(images, painter.plan(len(images), 6, recipe.seed, step))
         differ = {field: value for field, value in values.items() if value != getattr(recipe, field)}
         return f'--overrides {json.dumps(differ)}', plots.simulated_gallery(made)
-    return _panel(_simulator_knobs(recipe), draw)
+    return _make_panel(_simulator_knobs(recipe), draw)
 
 # %% ../nbs/14e_explore.ipynb #f5ca8bd4
 def detector(fitted: AnomalyDetector, category: CategoryData) -> Panel:
@@ -122,4 +122,4 @@ def detector(fitted: AnomalyDetector, category: CategoryData) -> Panel:
                                          threshold=threshold, limit=fitted.pixel_threshold)
         words = count_in_words(found.scores.numpy(), [kind == 'good' for kind in category.kinds], threshold)
         return f'{words} Shown: {shown(category.paths[i].name)}.', figure
-    return _panel(knobs, draw)
+    return _make_panel(knobs, draw)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import openvino
 
 # %% ../nbs/15_export.ipynb #15e00006
-def _passes(detector: Detector) -> list[onnx.NodeProto]:
+def _resizing_nodes(detector: Detector) -> list[onnx.NodeProto]:
     "`values` -> `clipped`: Pillow shrinks the rows, rounds, then shrinks the columns, and rounds again."
     from onnx import helper
     how: dict[str, Any] = dict(mode='linear', coordinate_transformation_mode='half_pixel')
@@ -56,7 +56,7 @@ def _passes(detector: Detector) -> list[onnx.NodeProto]:
         helper.make_node('Clip', [f'{made}_whole', 'low', 'high'], [made]))]
 
 # %% ../nbs/15_export.ipynb #4e80c2d9
-def _before(detector: Detector) -> onnx.ModelProto:
+def _preprocessing_model(detector: Detector) -> onnx.ModelProto:
     "`image` uint8 RGB of any size -> `x` (B, 3, H, W) in 0..1, as `as_images` and `Detector` make it."
     from onnx import TensorProto, helper, numpy_helper
     order = [0, 1, 2] if detector.color == 'rgb' else [2, 1, 0]
@@ -67,14 +67,14 @@ def _before(detector: Detector) -> onnx.ModelProto:
     value = helper.make_tensor_value_info
     nodes = [helper.make_node('Gather', ['image', 'order'], ['ordered'], axis=1),
              helper.make_node('Cast', ['ordered'], ['values'], to=TensorProto.FLOAT),
-             *_passes(detector), helper.make_node('Div', ['clipped', 'high'], ['x'])]
+             *_resizing_nodes(detector), helper.make_node('Div', ['clipped', 'high'], ['x'])]
     stored = [numpy_helper.from_array(np.asarray(constant), name) for name, constant in constants.items()]
     image = value('image', TensorProto.UINT8, ['batch', 3, 'height', 'width'])
     x = value('x', TensorProto.FLOAT, ['batch', 3, *detector.size])
-    return _model(helper.make_graph(nodes, 'before', [image], [x], stored))
+    return _as_model(helper.make_graph(nodes, 'before', [image], [x], stored))
 
 # %% ../nbs/15_export.ipynb #17a5ebf0
-def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
+def _as_model(graph: onnx.GraphProto) -> onnx.ModelProto:
     "A graph as a model of the version `_OPSET`."
     from onnx import helper
     return helper.make_model(graph, opset_imports=[helper.make_opsetid('', _OPSET)], ir_version=9)
@@ -83,7 +83,7 @@ def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
 _OPSET = 18         # the first whose resizing knows antialias
 
 # %% ../nbs/15_export.ipynb #a161d909
-def _after(detector: Detector) -> onnx.ModelProto:
+def _threshold_model(detector: Detector) -> onnx.ModelProto:
     "`net/map`, `net/score` -> `map`, `score` and, with thresholds, `mask` and `is_anomalous`."
     from onnx import TensorProto, helper, numpy_helper
     shapes: dict[str, list] = dict(map=['batch', 1, *detector.size], score=['batch'])
@@ -99,10 +99,10 @@ def _after(detector: Detector) -> onnx.ModelProto:
         out.append(value(verdict, TensorProto.BOOL, shapes[name]))
         constants.append(numpy_helper.from_array(np.array(limit, np.float32), f'{name}_threshold'))
     inputs = [value(f'net/{name}', TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-    return _model(helper.make_graph(nodes, 'after', inputs, out, constants))
+    return _as_model(helper.make_graph(nodes, 'after', inputs, out, constants))
 
 # %% ../nbs/15_export.ipynb #15e00009
-def _about(detector: Detector) -> dict[str, str]:
+def _metadata_of(detector: Detector) -> dict[str, str]:
     "The metadata, each value as JSON."
     about = dict(recipe=dataclasses.asdict(detector.recipe), versions=versions(), size=detector.size,
                  input='uint8 RGB, any size', threshold=detector.threshold, pixel_threshold=detector.pixel_threshold,
@@ -123,17 +123,17 @@ def export_onnx(detector: Detector, path: str | Path) -> Path:
     net = onnx.version_converter.convert_version(net, _OPSET)
     net.ir_version = 9
     net = onnx.compose.add_prefix(net, 'net/')
-    whole = onnx.compose.merge_models(_before(detector), net, io_map=[('x', 'net/image')])
+    whole = onnx.compose.merge_models(_preprocessing_model(detector), net, io_map=[('x', 'net/image')])
     joints = [(name, name) for name in ('net/map', 'net/score')]
-    whole = onnx.compose.merge_models(whole, _after(detector), io_map=joints)
+    whole = onnx.compose.merge_models(whole, _threshold_model(detector), io_map=joints)
     whole.producer_name = 'draem_nb'
-    onnx.helper.set_model_props(whole, _about(detector))
+    onnx.helper.set_model_props(whole, _metadata_of(detector))
     onnx.checker.check_model(whole)
     with replacing(Path(path)) as temporary: onnx.save(whole, temporary)
     return Path(path)
 
 # %% ../nbs/15_export.ipynb #15e00021
-def _interpolations(model: openvino.Model, detector: Detector) -> list[openvino.Node]:
+def _resizing_layers(model: openvino.Model, detector: Detector) -> list[openvino.Node]:
     "Those that bring the image to the detector's size, in order; the nets have others behind them."
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == 'Interpolate']
     return found[:2 if detector.antialias else 1]
@@ -145,11 +145,11 @@ def _read_openvino(detector: Detector, file: Path) -> openvino.Model:
     from openvino import opset15 as ops
     model = Core().read_model(file)
     if detector.antialias:
-        for node, axis in zip(_interpolations(model, detector), (3, 2)):
+        for node, axis in zip(_resizing_layers(model, detector), (3, 2)):
             size, axes = (ops.constant(np.array([one], np.int64)) for one in (detector.size[axis - 2], axis))
             resized = ops.interpolate(node.input_value(0), size, 'bilinear_pillow', 'sizes', axes=axes, antialias=True)
             node.output(0).replace(resized.output(0))
-    for name, value in _about(detector).items(): model.set_rt_info(value, ['draem_nb', name])
+    for name, value in _metadata_of(detector).items(): model.set_rt_info(value, ['draem_nb', name])
     return model
 
 # %% ../nbs/15_export.ipynb #240ecdf7
@@ -157,7 +157,7 @@ def _in_int8(model: openvino.Model, detector: Detector, images: Tensor) -> openv
     "The convolutions in int8; the resizing and the mean of the score stay as they are."
     import nncf
     nncf.set_log_level(logging.ERROR)
-    resize = [node.get_friendly_name() for node in _interpolations(model, detector)]
+    resize = [node.get_friendly_name() for node in _resizing_layers(model, detector)]
     mean = [op.get_friendly_name() for op in model.get_ordered_ops() if op.get_type_name() == 'AvgPool']
     pixels = nncf.Dataset([image.numpy() for image in images.split(1)])
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action='ignore'):   # it draws bars
@@ -187,7 +187,7 @@ def export_openvino(detector: Detector, path: str | Path, int8: Tensor | None = 
     return path
 
 # %% ../nbs/15_export.ipynb #15e00013
-def _runner(path: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def _make_runner(path: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     "What computes the outputs of an exported file, by their names, from pixels (B, 3, height, width) uint8."
     if path.suffix == '.xml':
         from openvino import Core
@@ -201,7 +201,7 @@ def _runner(path: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
 # %% ../nbs/15_export.ipynb #c9bafe62
 def exported_outputs(path: str | Path, images: Sequence[Path]) -> Iterator[tuple[dict[str, np.ndarray], float]]:
     "Of each image file: the outputs of an exported detector, and their milliseconds without reading the file."
-    run = _runner(Path(path))
+    run = _make_runner(Path(path))
     for image in images:
         pixels = np.ascontiguousarray(np.asarray(read_image(image).convert('RGB')).transpose(2, 0, 1)[None])
         start = time.perf_counter()

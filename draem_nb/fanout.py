@@ -154,7 +154,9 @@ def _in_process(job: dict, threads: int, time_limit: float | None, wanted: Calla
         time.sleep(0.2)
         if lines and lines[-1] != said and not lines[-1].startswith(_OUTCOME): tell(said := lines[-1])
         if not wanted():
-            to.close(); process.wait(70); raise InterruptedError('nobody waits for this run any more')
+            to.close()
+            process.wait(70)
+            raise InterruptedError('nobody waits for this run any more')
         if time_limit and time.monotonic() - began > time_limit:
             os.killpg(process.pid, signal.SIGKILL)
             reason = f'it ran past its limit of {time_limit:g} s and was ended'
@@ -451,11 +453,14 @@ def _rows_and_jobs(param_sets: list[dict], runs_dir: str | Path, name: str | Pat
     for i, row in enumerate(plan(param_sets, runs_dir, name).to_dict('records')):
         run_dir = Path(row['run_dir'])
         if row['todo'] == 'complete':
-            rows[i] = result_row(finished_run(run_dir)); board.end(run_dir.name, 'complete')
+            rows[i] = result_row(finished_run(run_dir))
+            board.end(run_dir.name, 'complete')
         elif row['todo'] == 'refused': rows[i] = _failed_row(run_dir, dict(reason=row['why']), board)
         elif row['run_dir'] in wanted:
             rows[i] = _failed_row(run_dir, dict(reason='the same run is asked for twice'), board)
-        else: jobs[i] = _job_of(param_sets[i], run_dir, name, time_limit); wanted.add(row['run_dir'])
+        else:
+            jobs[i] = _job_of(param_sets[i], run_dir, name, time_limit)
+            wanted.add(row['run_dir'])
     return rows, jobs
 
 # %% ../nbs/13_fanout.ipynb #0c6dea3d
@@ -535,8 +540,7 @@ def _job_outcome(future: Future) -> dict:
 def _outcomes_of_jobs(client: Client, todo: dict[int, dict], resources: dict, patience: float,
                       board: _Board) -> Iterator[tuple[int, dict]]:
     "Index and outcome of each job, as they come; `ConnectionError` when the scheduler is gone."
-    topic = next(iter(todo.values()))['topic']
-    client.subscribe_topic(topic, lambda event: _show_progress(board, *event[1]))
+    client.subscribe_topic(next(iter(todo.values()))['topic'], lambda event: _show_progress(board, *event[1]))
     submit = lambda job: client.submit(_on_worker, job, pure=False, resources=resources or None)
     pending = {i: submit(job) for i, job in todo.items()}
     alone, looked = None, time.monotonic()
@@ -545,11 +549,12 @@ def _outcomes_of_jobs(client: Client, todo: dict[int, dict], resources: dict, pa
             raise ConnectionError(client.status)
         for i in [i for i, future in pending.items() if future.done()]:
             outcome = _job_outcome(pending.pop(i))
-            if outcome['status'] != 'lacking': yield i, outcome; continue
-            # A worker that came later: it would take one run after the other and do none.
-            board.say(f"worker {outcome['where']} is sent away: {outcome['reason']}", sys.stderr)
-            client.retire_workers([outcome['where']])
-            pending[i] = submit(todo[i])
+            if outcome['status'] == 'lacking':
+                # A worker that came later: it would take one run after the other and do none.
+                board.say(f"worker {outcome['where']} is sent away: {outcome['reason']}", sys.stderr)
+                client.retire_workers([outcome['where']])
+                pending[i] = submit(todo[i])
+            else: yield i, outcome
         time.sleep(0.05)
         if time.monotonic() - looked > 2:
             looked = time.monotonic()
@@ -574,9 +579,10 @@ def main(argv: list[str] | None = None) -> int:
     "`draem_nb table`, which is `make table`. Returns the exit status: 0 when every run is complete."
     options = _table_parser().parse_args(argv)
     try:
-        sets = _param_sets(options)
-        planned = plan(sets, options.runs_dir)
-        if options.dry_run: _show_plan(planned, options); return int((planned.todo == 'refused').any())
+        planned = plan(sets := _param_sets(options), options.runs_dir)
+        if options.dry_run:
+            _show_plan(planned, options)
+            return int((planned.todo == 'refused').any())
         summary = Path(options.runs_dir) / 'summary'
         (summary / 'metrics.json').unlink(missing_ok=True)          # of earlier runs: complete again at the end
         found = fan_out(sets, options.runs_dir, scheduler=options.scheduler, workers=options.workers,
@@ -588,8 +594,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f'{len(found) - len(failed)} of {len(found)} runs complete'
               + (f", failed: {', '.join(Path(d).name for d in failed.run_dir)}" if len(failed) else ''))
         return int(len(failed) > 0)
-    except KeyboardInterrupt: print('draem_nb: stopped; the same command goes on', file=sys.stderr); return 130
-    except (ValueError, OSError, RunFailed) as e: print(f'draem_nb: {e}', file=sys.stderr); return 1
+    except KeyboardInterrupt:
+        print('draem_nb: stopped; the same command goes on', file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RunFailed) as e:
+        print(f'draem_nb: {e}', file=sys.stderr)
+        return 1
 
 # %% ../nbs/13_fanout.ipynb #94fca836
 def _split_names(text: str) -> list[str]:

@@ -291,7 +291,7 @@ class NetworkDetector(NetworkMethod):
 Trained = TypeVar('Trained', bound=NetworkDetector)
 
 # %% ../nbs/40b_fitting.ipynb #8ae35c09
-def _begin(folder: Path, about: dict) -> None:
+def _begin_run(folder: Path, about: dict) -> None:
     "The folder of a run, with run.json in it."
     with _unwritable_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -324,7 +324,7 @@ def fit_networks(detector: Trained, category: CategoryData, run_dir: str | Path 
     about = describe_run(detector.method, category, recipe, detector.device, textures)
     if run_dir: refuse_another(Path(run_dir), about)            # a finished run takes no step below
     with kept_or_scratch(run_dir) as place:
-        _begin(folder := Path(place), about)
+        _begin_run(folder := Path(place), about)
         training = detector.training(large_part(images, kept).to(detector.device), textures)
         detector.nets.train()
         detector.losses = train_in_steps(training, about, folder)

@@ -52,15 +52,15 @@ _STYLE = """<style>
 </style>"""
 
 # %% ../nbs/11b_gallery.ipynb #4bbdbb01
-def _jpeg(picture: np.ndarray) -> str:
+def _jpeg_address(picture: np.ndarray) -> str:
     "(H, W, 3) uint8 as an address that holds the image itself."
     Image.fromarray(picture).save(data := io.BytesIO(), 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(data.getvalue()).decode()
 
 # %% ../nbs/11b_gallery.ipynb #0960afe9
-def _figure(layers: list[np.ndarray], name: str, kind: str | None, score: float, threshold: float) -> str:
+def _figure_html(layers: list[np.ndarray], name: str, kind: str | None, score: float, threshold: float) -> str:
     "HTML of one image: the `layers` one over the other, (H, W, 3) uint8, its name, kind, score and verdict."
-    alarm, images = score > threshold, ''.join(f'<img src="{_jpeg(layer)}" alt="">' for layer in layers)
+    alarm, images = score > threshold, ''.join(f'<img src="{_jpeg_address(layer)}" alt="">' for layer in layers)
     return (f'<figure data-score="{score:.9g}" data-kind="{escape(kind or "")}"{" class=alarm" if alarm else ""}>'
             f'<div class="layers">{images}</div>'
             f'<figcaption>{escape(shown(name))}{"<br>" + escape(shown(kind)) if kind else ""}<br>score {score:.4g}: '
@@ -83,8 +83,8 @@ def gallery(scores: Sequence[float] | np.ndarray, names: Sequence[str], picture:
     """
     values, good = np.asarray(scores, float), None if kinds is None else [kind == 'good' for kind in kinds]
     nearest = sorted(np.argsort(np.abs(values - threshold), kind='stable')[:most].tolist(), key=lambda i: -values[i])
-    tiles = [_figure([of(i) for of in (photo, picture) if of], str(names[i]), None if kinds is None else kinds[i],
-                     float(values[i]), threshold) for i in nearest]
+    tiles = [_figure_html([of(i) for of in (photo, picture) if of], str(names[i]), None if kinds is None else kinds[i],
+                          float(values[i]), threshold) for i in nearest]
     data = f'data-threshold="{threshold:.9g}" data-scores="{json.dumps([float(f"{value:.9g}") for value in values])}"'
     if good is not None: data += f' data-good="{json.dumps([int(one) for one in good])}"'
     rest = f' The pictures are the {len(tiles)} nearest to the threshold.' if len(tiles) < len(values) else ''

@@ -48,7 +48,9 @@ def _count_into(counts: np.ndarray, part: np.ndarray, at: np.ndarray, lock: Lock
     sides: tuple[Literal['right', 'left'], ...] = ('right', 'left')
     for row, side in zip(counts, sides):
         below = np.searchsorted(part, at, side)
-        with lock: row += part.size; row -= below                       # in place: there may be many
+        with lock:                                                      # in place: there may be many
+            row += part.size
+            row -= below
 
 # %% ../nbs/09_metrics.ipynb #677fd139
 _PART = 1 << 24     # scores that a thread sorts at once: of maps in a file, 64 MiB a thread are in memory

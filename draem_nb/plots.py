@@ -6,7 +6,7 @@
 __all__ = ['NORMAL', 'DEFECT', 'GROUND_TRUTH', 'PREDICTION', 'DASHES', 'IMAGES', 'PIXELS', 'MUTED', 'HEAT', 'ALARM', 'OTHERS',
            'WIDTH', 'STYLE', 'set_style', 'in_house_style', 'write_sentence', 'sentence_figure', 'in_limits', 'heatmap',
            'outline', 'overlay', 'method_picture', 'defect_kinds', 'typical_image', 'data_overview',
-           'simulated_gallery', 'pick_cases', 'Found', 'detection_gallery']
+           'simulated_gallery', 'pick_cases', 'DetectionsLike', 'detection_gallery']
 
 # %% ../nbs/11_plots.ipynb #b488b506
 import warnings
@@ -428,7 +428,7 @@ def pick_cases(scores: torch.Tensor, labels: torch.Tensor, is_anomalous: torch.T
                 false_alarms=chosen(downward, alarmed))
 
 # %% ../nbs/11_plots.ipynb #67aeb074
-class Found(Protocol):
+class DetectionsLike(Protocol):
     "What is drawn of the findings in M images, whoever found them; `detector.Detections` is one."
     maps: torch.Tensor                      # (M, H, W) scores
     scores: torch.Tensor                    # (M,)
@@ -465,7 +465,7 @@ def _colour_bar(fig: Figure, last: Axes, limit: float | None) -> None:
     if limit is not None: bar.ax.set_yticklabels(['0', 'limit', '2 x'])
 
 # %% ../nbs/11_plots.ipynb #aa6361ec
-def _row_words(detections: Found, i: int, names: dict[int, str] | None, kinds: Sequence[str] | None,
+def _row_words(detections: DetectionsLike, i: int, names: dict[int, str] | None, kinds: Sequence[str] | None,
                threshold: float | None) -> list[tuple[str, str]]:
     "Name, score and verdict of one image, each with its colour."
     score = float(detections.scores[i])
@@ -488,7 +488,7 @@ def _outline_legend(fig: Figure, ground_truth: bool, prediction: bool) -> None:
                    columnspacing=1.2)
 
 # %% ../nbs/11_plots.ipynb #05e9b989
-def _gallery_columns(detections: Found, masks: torch.Tensor | None) -> list[str]:
+def _gallery_columns(detections: DetectionsLike, masks: torch.Tensor | None) -> list[str]:
     "What a gallery shows of an image, as far as it is known."
     return ['input', *['reconstruction'] * (detections.reconstructions is not None), 'score map',
             *['ground truth'] * (masks is not None), 'overlay']
@@ -498,7 +498,7 @@ def _row_names(names: Sequence[str] | None, indices: Sequence[int]) -> dict[int,
     return None if names is None else {i: _short_name(str(names[i]), 32) for i in indices}
 
 # %% ../nbs/11_plots.ipynb #c7eec61b
-def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Found, i: int,
+def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: DetectionsLike, i: int,
                  masks: torch.Tensor | None, limit: float | None) -> None:
     "The pictures of image i into the frames of its row."
     _show_image(at['input'], image)
@@ -512,7 +512,7 @@ def _gallery_row(at: dict[str, Axes], image: torch.Tensor, detections: Found, i:
 
 # %% ../nbs/11_plots.ipynb #f7212a6e
 @in_house_style
-def detection_gallery(images: torch.Tensor, detections: Found, masks: torch.Tensor | None,
+def detection_gallery(images: torch.Tensor, detections: DetectionsLike, masks: torch.Tensor | None,
                       kinds: Sequence[str] | None, indices: Sequence[int], titles: Sequence[str] | None = None,
                       threshold: float | None = None, limit: float | None = None,
                       empty: str = 'There is no such case.') -> Figure:

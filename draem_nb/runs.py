@@ -181,11 +181,15 @@ def _lock_file(path: Path) -> TextIO | None:
     "The locked file, or None where another process has it."
     file = open(path, 'a')  # noqa: SIM115, open while the lock is held
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: file.close(); return None
+    except BlockingIOError:
+        file.close()
+        return None
     # The one before us may have taken the file away between our opening and our locking: then we hold nothing.
     try: same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError: same = False
-    if not same: file.close(); return _lock_file(path)
+    if not same:
+        file.close()
+        return _lock_file(path)
     file.truncate(0)
     with contextlib.suppress(OSError):
         print(f'process {os.getpid()} on {os.uname().nodename}', file=file, flush=True)   # a full disk still locks

@@ -314,7 +314,8 @@ def _save_checkpoint(trainer: Trainer, run_dir: Path, snapshot: bool = False) ->
         with replacing(run_dir / f'checkpoint-{trainer.done}.pt') as temporary: torch.save(kept, temporary)
     with replacing(run_dir / 'checkpoint.pt') as temporary, open(temporary, 'wb') as f:
         torch.save(trainer.state_dict(), f)
-        f.flush(); os.fsync(f.fileno())           # on the disk before the old one goes
+        f.flush()
+        os.fsync(f.fileno())                      # on the disk before the old one goes
     with replacing(run_dir / 'losses.csv') as temporary, open(temporary, 'w', newline='') as f:
         rows = csv.writer(f)
         rows.writerow(['step', 'ssim', 'l2', 'focal', 'lr'])

@@ -111,12 +111,12 @@ def _judged_at(row: dict) -> float:
     "When the verdict fell, in seconds since 1970."
     return int(row['changed_ns']) / 1e9 + float(row['seconds'])
 
-def _clock(row: dict) -> str:
+def _local_time_of(row: dict) -> str:
     "The local time of the verdict."
     return time.strftime('%H:%M:%S', time.localtime(_judged_at(row)))
 
 # %% ../nbs/14c_watch.ipynb #2547f19c
-def _today(rows: Iterable[dict], now: float) -> list[dict]:
+def _rows_of_today(rows: Iterable[dict], now: float) -> list[dict]:
     "Those of the local day, in order."
     day = time.localtime(now)[:3]
     return [row for row in rows if time.localtime(_judged_at(row))[:3] == day]
@@ -129,24 +129,25 @@ def _day_in_words(rows: list[dict], now: float) -> list[str]:
     broken = [row for row in rows if row['verdict'].startswith('unreadable')]
     seconds, hour = [float(row['seconds']) for row in rows], sum(_judged_at(row) > now - 3600 for row in rows)
     said = [f'{len(rows)}{" or more" if len(rows) == MOST else ""} files judged today, {len(alarms)} '
-            f'alarms, {len(broken)} unreadable. The last one at {_clock(rows[-1])}.',
+            f'alarms, {len(broken)} unreadable. The last one at {_local_time_of(rows[-1])}.',
             f'{hour} in the last hour. From the last change of a file to its verdict: {np.median(seconds):.1f} s in '
             f'the median, {max(seconds):.1f} s at most.']
-    return said + [f'{_clock(row)} {row["file"]}: {row["verdict"]}' for row in broken[-10:]]
+    return said + [f'{_local_time_of(row)} {row["file"]}: {row["verdict"]}' for row in broken[-10:]]
 
 # %% ../nbs/14c_watch.ipynb #f35f3875
 _STYLE = """<style>body { font: 15px sans-serif; max-width: 1100px; margin: 0 auto; padding: 1em; }
 p { overflow-wrap: anywhere; }</style>"""
 
 # %% ../nbs/14c_watch.ipynb #faa30fac
-def _page(rows: list[dict], thumbnail: Callable[[str], np.ndarray], threshold: float, title: str, now: float) -> str:
+def _report_html(rows: list[dict], thumbnail: Callable[[str], np.ndarray], threshold: float, title: str,
+                 now: float) -> str:
     "The report as HTML; `rows` of a day, `thumbnail` of a file."
     judged = [row for row in rows if row.get('score', '') != '']
     alarms = [row for row in judged if row['verdict'] == 'anomalous'][-_SHOWN:]
     some = {(row['file'], row['changed_ns']): row for row in [*alarms, *judged[-_SHOWN:]]}.values()
     files = [row['file'] for row in some]
     tiles = gallery.gallery([float(row['score']) for row in some],
-                            [f'{_clock(row)} {Path(row["file"]).name}' for row in some],
+                            [f'{_local_time_of(row)} {Path(row["file"]).name}' for row in some],
                             lambda i: thumbnail(files[i]), threshold) if some else ''
     words = ''.join(f'<p>{escape(shown(line))}</p>' for line in _day_in_words(rows, now))
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">{gallery.HEAD}'
@@ -174,11 +175,11 @@ class Report:
 
     def write(self, is_idle: bool) -> None:
         "Write it if there is something new (or a new day), and nothing to judge or `every` seconds have passed."
-        now = time.time()
-        new_day = time.localtime(now)[:3] != time.localtime(self.written)[:3]
+        new_day = time.localtime(now := time.time())[:3] != time.localtime(self.written)[:3]
         if len(self.table.judged) == self.told and not new_day: return
         if not is_idle and now - self.written < self.every: return
-        page = _page(_today(self.table.rows, now), self.thumbnail, self.threshold, f'Watch of {self.folder.name}', now)
+        page = _report_html(_rows_of_today(self.table.rows, now), self.thumbnail, self.threshold,
+                            f'Watch of {self.folder.name}', now)
         with replacing(self.table.path.with_name('report.html')) as new: new.write_text(page, encoding='utf-8')
         self.written, self.told = now, len(self.table.judged)
 
@@ -210,15 +211,15 @@ def watch(detector: AnomalyDetector, folder: Path, out_dir: Path, every: float =
             if done: time.sleep(every)
             complete = arrivals.look()
             for start in range(0, len(complete), 16):
-                for row in _judged(detector, arrivals, complete[start:start + 16], out_dir):
+                for row in _verdict_rows(detector, arrivals, complete[start:start + 16], out_dir):
                     table.add(row)
                     yield row
                 report.write(is_idle=False)
             report.write(is_idle=not complete)
 
 # %% ../nbs/14c_watch.ipynb #1bc4fc53
-def _judged(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path, int, int]],
-            out_dir: Path) -> Iterator[dict]:
+def _verdict_rows(detector: AnomalyDetector, arrivals: Arrivals, part: list[tuple[Path, int, int]],
+                  out_dir: Path) -> Iterator[dict]:
     "A row for each of the files that can be read, or never will."
     unreadable: dict[Path, str] = {}
     about = {path: dict(file=shown(path.absolute()), bytes=size, changed_ns=changed) for path, size, changed in part}
@@ -256,24 +257,24 @@ class Listener:
         self.url, self.timeout, self.lost, self.reason = _checked_address(url), timeout, 0, ''
         self.waiting: queue.Queue[dict | None] = queue.Queue(1000)
         self.post = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirection).open
-        self.thread = threading.Thread(target=self._deliver, daemon=True)
+        self.thread = threading.Thread(target=self._deliver_rows, daemon=True)
         self.thread.start()
 
     def __call__(self, row: dict) -> None:
         "Put a row into the queue; it is lost where a thousand are waiting."
         try: self.waiting.put_nowait(row)
-        except queue.Full: self._miss('it is slower than the photos come')
+        except queue.Full: self._count_lost('it is slower than the photos come')
 
-    def _miss(self, reason: str) -> None:
+    def _count_lost(self, reason: str) -> None:
         "Count a lost verdict; the first one is reported."
         if not self.lost: print(f'the listener did not take a verdict: {reason}; the watch goes on', file=sys.stderr)
         self.lost, self.reason = self.lost + 1, reason
 
-    def _deliver(self) -> None:
+    def _deliver_rows(self) -> None:
         while (row := self.waiting.get()) is not None:
             request = urllib.request.Request(self.url, json.dumps(row).encode(), {'Content-Type': 'application/json'})
             try: self.post(request, timeout=self.timeout).close()
-            except (OSError, HTTPException, ValueError) as error: self._miss(shown(str(error)))
+            except (OSError, HTTPException, ValueError) as error: self._count_lost(shown(str(error)))
 
     def close(self, wait: float = 5.) -> None:
         "Deliver what waits, for so many seconds at most."
@@ -281,7 +282,7 @@ class Listener:
         self.thread.join(wait)
 
 # %% ../nbs/14c_watch.ipynb #6dead020
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     "The options of `draem_nb watch`."
     parser = argparse.ArgumentParser('draem_nb watch', allow_abbrev=False, description=(
         'Judge the photos of a folder as they arrive: a JSON line for each on the standard output.'))
@@ -300,14 +301,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/14c_watch.ipynb #a36939ef
-def _closed(tell: Listener | None) -> str:
+def _pass_on(row: dict, tell: Listener | None) -> None:
+    "A row as JSON on the standard output and, if there is one, to the listener."
+    print(json.dumps(row), flush=True)
+    if tell: tell(row)
+
+def _close_listener(tell: Listener | None) -> str:
     "End the listener, if there is one; in words, what it has not taken."
     if not tell: return ''
     tell.close()
     return f'; the listener did not take {tell.lost} of them ({tell.reason})' if tell.lost else ''
 
 # %% ../nbs/14c_watch.ipynb #de605026
-def _summary(latencies: list[float], busy: float, lost: str = '') -> str:
+def _summary_in_words(latencies: list[float], busy: float, lost: str = '') -> str:
     "Throughput and latency in words; `busy`: seconds from the first verdict to the last."
     if not latencies: return 'watched; no photo was judged'
     rate = f'{(len(latencies) - 1) / busy:.2f} photos a second, ' if busy > 0 else ''
@@ -317,7 +323,7 @@ def _summary(latencies: list[float], busy: float, lost: str = '') -> str:
 # %% ../nbs/14c_watch.ipynb #67b70c0e
 def main(argv: list[str]) -> int:
     "The command `draem_nb watch`. Returns its exit status: 0 when it was ended, 1 when it failed."
-    asked, latencies, times, tell = _parser().parse_args(argv), [], [], None
+    asked, latencies, times, tell = _make_parser().parse_args(argv), [], [], None
     def end(*_: object) -> None: raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, end)
     say = lambda text: print(text, file=sys.stderr, flush=True)
@@ -332,9 +338,11 @@ def main(argv: list[str]) -> int:
         out_dir = asked.out_dir or asked.run_dir / f'watch-{asked.images.resolve().name[:80]}'
         say(f'watching {shown(asked.images)}; verdicts.csv and report.html in {shown(out_dir)}; Ctrl-C ends it')
         for row in watch(detector, asked.images, out_dir, asked.every):
-            print(json.dumps(row), flush=True)
-            if tell: tell(row)
-            latencies.append(row['seconds']); times.append(time.monotonic())
-    except KeyboardInterrupt: say(_summary(latencies, times[-1] - times[0] if times else 0, _closed(tell))); return 0
+            _pass_on(row, tell)
+            latencies.append(row['seconds'])
+            times.append(time.monotonic())
+    except KeyboardInterrupt:
+        say(_summary_in_words(latencies, times[-1] - times[0] if times else 0, _close_listener(tell)))
+        return 0
     except (ValueError, OSError) as error: say(f'draem_nb: {error}')
     return 1

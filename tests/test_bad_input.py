@@ -277,13 +277,13 @@ for name in ('parameters.json', 'metrics.json'):
 
 
 
-def trained(p: Place) -> None:
+def train_nut(p: Place) -> None:
     training.train(data.load_category(p.nut.parent, 'nut', 32), load_textures(size=32)[:2], TINY, p.run, 'cpu')
 
 
 def resumed(p: Place, content: object) -> None:
     p.json('run.json', content)
-    trained(p)
+    train_nut(p)
 
 
 rows('training with a run.json', {kind: (content, 'run.json is damaged') for kind, content in NOT_JSON.items()}
@@ -529,7 +529,7 @@ def made(tmp_path_factory) -> Place:
         Image.fromarray(rng.integers(0, 255, (40, 40), np.uint8)).save(to)
     (mask := place.nut / 'ground_truth' / 'dent' / '0_mask.png').parent.mkdir(parents=True)
     Image.fromarray(np.uint8(np.arange(1600).reshape(40, 40) < 200) * 255).save(mask)
-    trained(place)
+    train_nut(place)
     methods.load(place.run, 'cpu').calibrate([place.image()]).save_calibration(place.run)
     for name in ('metrics', 'parameters'): (place.run / f'{name}.json').write_text('{}')
     return place
@@ -630,7 +630,7 @@ def test_a_training_that_went_on_under_other_circumstances_tells_it(place):
     before = json.loads((place.run / 'run.json').read_text())
     assert 'earlier' not in before and before['threads'] == torch.get_num_threads()
     place.json('run.json', before | dict(threads=7))                    # as if begun on a larger machine
-    trained(place)
+    train_nut(place)
     now = json.loads((place.run / 'run.json').read_text())
     assert now == before | dict(earlier=[dict(threads=7)])
 

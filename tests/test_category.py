@@ -9,16 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from draem_nb.data import demo_category
 from draem_nb.reports import run_report
 
+CLASS = 'gravel'        # in `root`
 TINY = dict(size=64, base_width=4, base_channels=4, steps=12, batch=4)
 REAL = os.environ.get('DRAEM_NB_REAL_DATA')
-
-
-@pytest.fixture(scope='module')
-def root(tmp_path_factory) -> Path:
-    return demo_category('gravel', tmp_path_factory.mktemp('demo')).parent
 
 
 def draem_nb(*args: str, cwd: Path) -> subprocess.CompletedProcess:

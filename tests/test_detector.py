@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from draem_nb.data import demo_category, load_category
+from draem_nb.data import load_category
 from draem_nb.detector import AnomalyDetector, Detector, as_images, fit, image_score, upper_quantile
 from draem_nb.networks import Draem, initialise
 from draem_nb.recipes import demo
@@ -17,12 +17,9 @@ from draem_nb.textures import load_textures
 from draem_nb.tiling import TiledDetector, load_draem
 from draem_nb.training import load_checkpoint, train
 
+CLASS = 'brick'        # in `root`
 TINY = dict(size=32, base_width=4, base_channels=2, steps=3, batch=2, score_window=5, precision='float32',
             checkpoint_every=2)
-
-
-@pytest.fixture(scope='module')
-def root(tmp_path_factory): return demo_category('brick', tmp_path_factory.mktemp('demo')).parent
 
 
 @pytest.mark.parametrize('fields', [dict(), dict(image_size=64)])

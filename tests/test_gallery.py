@@ -1,22 +1,18 @@
 "The gallery of a report, driven in a headless Chromium; without one, what can be said of the page as text."
 import base64
 import hashlib
-import json
 import re
-import shutil
-import subprocess
 import time
-import urllib.request
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+from conftest import CHROMIUM, Browser
 
 from draem_nb.gallery import SCRIPT, SCRIPT_HASH, count_in_words, gallery
 from draem_nb.execution import to_html
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 SCORES = [0.1, 0.5, 0.3, 0.7, 0.9, 0.45]
 KINDS = ['good', 'good', 'hole', 'crack', 'crack', 'hole']
 
@@ -33,46 +29,6 @@ def page(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('page')
     nbformat.write(nb, folder / 'report.ipynb')
     return to_html(folder / 'report.ipynb', folder / 'report.html', 'a report')
-
-
-class Browser:
-    "One page in Chromium, spoken to by the DevTools protocol."
-    def __init__(self, page: Path, folder: Path) -> None:
-        websocket = pytest.importorskip('websocket')
-        self.process = subprocess.Popen([CHROMIUM, '--headless=new', '--no-sandbox', '--disable-gpu',
-                                         '--remote-debugging-port=0', f'--user-data-dir={folder}',
-                                         '--window-size=1200,900', page.as_uri()], stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 60
-        while not (port := folder / 'DevToolsActivePort').exists() and time.monotonic() < until: time.sleep(0.2)
-        fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        address = f'http://127.0.0.1:{port.read_text().split()[0]}/json'
-        while (not (pages := [of for of in json.load(fetch(address)) if of['type'] == 'page'])
-               and time.monotonic() < until):
-            time.sleep(0.2)
-        self.socket, self.n = websocket.create_connection(pages[0]['webSocketDebuggerUrl'], suppress_origin=True,
-                                                          timeout=60), 0
-        while self('location.protocol + document.readyState') != 'file:complete' and time.monotonic() < until:
-            time.sleep(0.2)
-
-    def send(self, method: str, **params: object) -> dict:
-        self.n += 1
-        self.socket.send(json.dumps(dict(id=self.n, method=method, params=params)))
-        while (answer := json.loads(self.socket.recv())).get('id') != self.n: pass
-        return answer['result']
-
-    def __call__(self, script: str) -> object:
-        answer = self.send('Runtime.evaluate', expression=script, returnByValue=True)
-        assert 'exceptionDetails' not in answer, answer
-        return answer['result'].get('value')
-
-    def screenshot(self, to: Path) -> None:
-        to.write_bytes(base64.b64decode(self.send('Page.captureScreenshot')['data']))
-
-    def close(self) -> None:
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait(30)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from draem_nb.textures import load_textures
 from draem_nb.training import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+CLASS = 'gravel'        # in `root`
 
 
 def test_without_the_pretrained_package_one_sentence_says_what_to_install(monkeypatch):
@@ -119,11 +120,6 @@ def test_published_backbones_come_from_torchvision_where_it_has_their_weights(mo
         features.load_network.__wrapped__(backbone='resnet18')
 
 
-@pytest.fixture(scope='module')
-def demo(tmp_path_factory) -> Path:
-    return demo_category('gravel', tmp_path_factory.mktemp('demo')).parent
-
-
 @pytest.mark.parametrize('method, overrides, detector', [
     ('memory', dict(size=64, pieces=50, candidates=2000), memory.MemoryDetector),
     ('padim', dict(size=[64, 96], channels=10), padim.PadimDetector),
@@ -131,14 +127,14 @@ def demo(tmp_path_factory) -> Path:
     ('feature_draem', dict(size=64, steps=3, width=8), feature_draem.FeatureDraemDetector),
     ('fusion', dict(size=64, steps=3, width=8, pieces=50, candidates=2000, half_size=64, draem_size=32,
                     draem_steps=3), fusion.FusionDetector)])
-def test_a_report_and_an_inspection_by_another_method(demo, tmp_path, capsys, method, overrides, detector):
-    assert main(['category', '--method', method, '--category', 'gravel', '--data-root', str(demo), '--kinds',
+def test_a_report_and_an_inspection_by_another_method(root, tmp_path, capsys, method, overrides, detector):
+    assert main(['category', '--method', method, '--category', 'gravel', '--data-root', str(root), '--kinds',
                  '["hole"]', '--seed', '2',
                  '--overrides', json.dumps(overrides), '--run-dir', str(tmp_path / 'run')]) == 0
     found, results = methods.load(tmp_path / 'run', 'cpu'), json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     assert (type(found) is detector and found.recipe.seed == 2
             and found.threshold == results['operating_point']['threshold'])
-    category = load_category(demo, 'gravel', overrides['size'])
+    category = load_category(root, 'gravel', overrides['size'])
     again = evaluation.evaluate(found, category, together=['hole'])
     for part in ('image', 'pixel', 'together', 'operating_point'):
         assert json.loads(json.dumps(again[part])) == results[part]
@@ -147,21 +143,21 @@ def test_a_report_and_an_inspection_by_another_method(demo, tmp_path, capsys, me
     assert results['conditions']['changes'] == {field: value for field, value in overrides.items()
                                                 if field not in ('size', 'steps')}
     assert evaluation.runs_table([results]).conditions[0].startswith(f'{method} demo on EfficientNet-Lite0, 64 x')
-    run_report('inspect', dict(run_dir=str(tmp_path / 'run'), images=str(demo / 'gravel' / 'test' / 'hole')),
+    run_report('inspect', dict(run_dir=str(tmp_path / 'run'), images=str(root / 'gravel' / 'test' / 'hole')),
                tmp_path / 'seen')
     verdicts = pd.read_csv(tmp_path / 'seen' / 'verdicts.csv')
     assert len(verdicts) == category.kinds.count('hole') and set(verdicts.verdict) <= {'anomalous', 'normal'}
 
 
-def test_a_method_that_learns_in_steps_shows_its_examples_and_losses(demo, tmp_path):
-    ask = dict(category='gravel', data_root=str(demo), method='cutpaste', kinds=['hole'],
+def test_a_method_that_learns_in_steps_shows_its_examples_and_losses(root, tmp_path):
+    ask = dict(category='gravel', data_root=str(root), method='cutpaste', kinds=['hole'],
                overrides=dict(steps=3, width=4, batch=2, stride=8), seed=1)
     result = run_report('category', ask, folder := default_folder('category', ask, tmp_path))
     files = {p.name for p in folder.iterdir()}
     assert {'run.json', 'checkpoint.pt', 'threshold.json', 'losses.csv', 'metrics.json', 'report.html'} <= files
     assert {'data.png', 'simulated.png', 'training.png', 'scores.png',
             'hits.png'} <= {p.name for p in (folder / 'figures').iterdir()}
-    run, category = json.loads((folder / 'run.json').read_text()), load_category(demo, 'gravel', 64)
+    run, category = json.loads((folder / 'run.json').read_text()), load_category(root, 'gravel', 64)
     assert run['recipe']['seed'] == 1 and run['method'] == 'cutpaste' and run['fingerprint'] == category.fingerprint
     # what was kept is what the numbers are of
     again = evaluation.evaluate(methods.load(folder, 'cpu'), category, together=['hole'])
@@ -170,27 +166,27 @@ def test_a_method_that_learns_in_steps_shows_its_examples_and_losses(demo, tmp_p
     (found,), incomplete = evaluation.read_runs(tmp_path)          # the summary tells it from a run of DRAEM
     assert (not incomplete and evaluation.conditions_name(found) == 'cutpaste demo, 64 x 64, 3 steps of 2, masks half, '
             'width = 4, stride = 8')
-    seen = run_report('inspect', dict(run_dir=str(folder), images=str(demo / 'gravel' / 'test' / 'hole')),
+    seen = run_report('inspect', dict(run_dir=str(folder), images=str(root / 'gravel' / 'test' / 'hole')),
                       tmp_path / 'seen').metrics
     assert (seen['images'] == category.kinds.count('hole')
             and seen['threshold'] == result.metrics['operating_point']['threshold'])
-    with_itself = run_report('compare', dict(first=str(folder), second=str(folder), data_root=str(demo)),
+    with_itself = run_report('compare', dict(first=str(folder), second=str(folder), data_root=str(root)),
                              tmp_path / 'compared').metrics
     assert (with_itself['verdicts_differ'] == 0 and with_itself['metrics']['image AUROC']['second']
             == result.metrics['image']['auroc'])
 
 
-def test_the_autoencoder_has_a_report(demo, tmp_path):
-    ask = dict(category='gravel', data_root=str(demo), method='autoencoder',
+def test_the_autoencoder_has_a_report(root, tmp_path):
+    ask = dict(category='gravel', data_root=str(root), method='autoencoder',
                overrides=dict(size=64, steps=3, bottleneck=4))
     result = run_report('category', ask, tmp_path / 'run').metrics
     assert (result['conditions']['recipe'] == 'autoencoder demo' and result['conditions']['changes']
             == dict(bottleneck=4))
-    found, category = methods.load(tmp_path / 'run', 'cpu'), load_category(demo, 'gravel', 64)
+    found, category = methods.load(tmp_path / 'run', 'cpu'), load_category(root, 'gravel', 64)
     assert json.loads(json.dumps(evaluation.evaluate(found, category)['image'])) == result['image']
 
 
-def test_a_method_that_wants_textures_gets_them(demo, tmp_path, monkeypatch):
+def test_a_method_that_wants_textures_gets_them(root, tmp_path, monkeypatch):
     "Of the folder that was named, at the recipe's size; without one the built-in photographs."
     given, root = [], tmp_path / 'textures'
     root.mkdir()
@@ -203,17 +199,17 @@ def test_a_method_that_wants_textures_gets_them(demo, tmp_path, monkeypatch):
             return memory.fit(category, recipe, device, run_dir=run_dir)
     monkeypatch.setitem(methods.METHODS, 'curious', Curious())
     recipe, category = (methods.recipe_of('curious', size=64, pieces=20, candidates=500),
-                        load_category(demo, 'gravel', 64))
+                        load_category(root, 'gravel', 64))
     methods.fit('curious', category, recipe, 'cpu')
     methods.fit('curious', category, recipe, 'cpu', methods.textures_of('curious', recipe, root))
     assert given[0].shape[1:] == (3, 64, 64) and len(given[0]) > 1 and len(given[1]) == 1 and (given[1] == 7).all()
     assert methods.textures_of('memory', recipe, root) is None
 
 
-def test_draem_of_large_images_is_a_method_too(demo, tmp_path):
+def test_draem_of_large_images_is_a_method_too(root, tmp_path):
     recipe = methods.recipe_of('draem', size=32, image_size=64, base_width=4, base_channels=4, steps=2, batch=2,
                                perlin_scales=[0, 2], score_window=5, precision='float32')
-    category = load_category(demo, 'gravel', 64, antialias=recipe.antialias)
+    category = load_category(root, 'gravel', 64, antialias=recipe.antialias)
     found = methods.fit('draem', category, recipe, 'cpu', run_dir=tmp_path / 'run')
     again = methods.load(tmp_path / 'run', 'cpu')
     assert found.size == again.size == (64, 64) and found.threshold == again.threshold and found.n_held_out > 0
@@ -232,8 +228,8 @@ def stop_at_step_5(fit, run_dir: str, monkeypatch) -> None:
     monkeypatch.undo()
 
 
-def test_feature_draem_stopped_and_resumed_ends_with_the_same_bits(demo, tmp_path, monkeypatch):
-    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 64)[:6]
+def test_feature_draem_stopped_and_resumed_ends_with_the_same_bits(root, tmp_path, monkeypatch):
+    category, textures = load_category(root, 'gravel', 64), load_textures(None, 64)[:6]
     recipe = feature_draem.demo().replace(size=64, steps=6, width=8, batch=2, checkpoint_every=4)
     fit = lambda run_dir: feature_draem.fit(category, recipe, 'cpu', textures, tmp_path / run_dir)
     whole = fit('whole')
@@ -263,8 +259,8 @@ def small_fusion(**fields) -> fusion.FusionRecipe:
     return fusion.demo().replace(**small | fields)
 
 
-def test_three_witnesses_stopped_and_resumed_end_with_the_same_bits(demo, tmp_path, monkeypatch):
-    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 32)[:6]
+def test_three_witnesses_stopped_and_resumed_end_with_the_same_bits(root, tmp_path, monkeypatch):
+    category, textures = load_category(root, 'gravel', 64), load_textures(None, 32)[:6]
     fit = lambda run_dir: fusion.fit(category, small_fusion(), 'cpu', textures, tmp_path / run_dir)
     whole = fit('whole')
     stop_at_step_5(fit, 'stopped', monkeypatch)
@@ -289,8 +285,8 @@ def test_surprise_is_the_share_of_normal_values_above():
     assert (order.diff() > 0).all()                             # beyond all normal values it still rises
 
 
-def test_three_witnesses_without_held_out_images_have_scores_and_no_verdicts(demo):
-    category, textures = load_category(demo, 'gravel', 64), load_textures(None, 32)[:6]
+def test_three_witnesses_without_held_out_images_have_scores_and_no_verdicts(root):
+    category, textures = load_category(root, 'gravel', 64), load_textures(None, 32)[:6]
     found = fusion.fit(category, small_fusion(steps=2, holdout=0.), 'cpu', textures)
     seen = found.predict(category.test)
     assert seen.is_anomalous is None and seen.scores.isfinite().all()
@@ -323,11 +319,11 @@ def test_feature_draem_takes_any_levels_and_sides(levels, size):
     assert 'reconstruct' not in without and feature_draem.reconstruct_and_segment(without, seen)[1] is None
 
 
-def test_what_a_method_does_not_offer_is_said(demo, tmp_path):
+def test_what_a_method_does_not_offer_is_said(root, tmp_path):
     for report, says in (('learning_curve', 'the method memory keeps no weights on the way'),
                          ('ablation', 'the method memory has no ablations')):
         with pytest.raises(RunFailed, match=says):
-            run_report(report, dict(category='gravel', data_root=str(demo), method='memory'), tmp_path / report)
+            run_report(report, dict(category='gravel', data_root=str(root), method='memory'), tmp_path / report)
 
 
 @pytest.mark.parametrize('text, says', [('[]', 'instead of an object'), ('{"method": 3}', 'which is no name'),
@@ -342,17 +338,17 @@ def test_methods_have_folders_of_their_own():
     assert default_folder('category', dict(category='brick', method='memory')).name == 'memory-brick-demo-seed0'
 
 
-def test_a_report_names_what_is_wrong(demo, tmp_path):
+def test_a_report_names_what_is_wrong(root, tmp_path):
     for params, says in ((dict(method='magic'), 'there are: draem, autoencoder, cutpaste, memory, padim, gaussian_ad, '
                           'feature_draem'), (dict(method='memory', recipe='official'), 'a memory has: demo'),
                          (dict(method='padim', overrides=dict(steps=3)), 'unknown recipe field steps')):
         with pytest.raises(ValueError, match=says):         # before there is a folder
-            run_report('category', dict(category='gravel', data_root=str(demo)) | params, tmp_path / 'run')
+            run_report('category', dict(category='gravel', data_root=str(root)) | params, tmp_path / 'run')
         assert not (tmp_path / 'run').exists()
 
 
-def test_images_of_which_there_are_few_or_all_alike(demo, tmp_path):
-    category = load_category(demo, 'gravel', 64)
+def test_images_of_which_there_are_few_or_all_alike(root, tmp_path):
+    category = load_category(root, 'gravel', 64)
     object.__setattr__(category, 'train', category.train[:1].repeat(4, 1, 1, 1))          # four times the same image
     for name in ('memory', 'padim', 'gaussian_ad'):
         found = methods.fit(name, category, methods.recipe_of(name, size=64), 'cpu').predict(category.test)
@@ -363,8 +359,8 @@ def test_images_of_which_there_are_few_or_all_alike(demo, tmp_path):
             methods.fit(name, category, methods.recipe_of(name, size=64), 'cpu')
 
 
-def test_a_method_without_a_map_has_no_pixel_metrics(demo):
-    category = load_category(demo, 'gravel', 64)
+def test_a_method_without_a_map_has_no_pixel_metrics(root):
+    category = load_category(root, 'gravel', 64)
     found = methods.fit('gaussian_ad', category, methods.recipe_of('gaussian_ad', size=64), 'cpu')
     results = evaluation.evaluate(found, category, together=['hole'])
     parts = [results, results['together'], *results['kinds'].values(), results['other_mask_rule']]
@@ -377,16 +373,16 @@ def test_a_method_without_a_map_has_no_pixel_metrics(demo):
 TRAINED = dict(riad=dict(size=64, width=2, batch=2), ganomaly=dict(size=32, width=2, batch=4),
                dagan=dict(size=32, width=2, batch=4))
 
-def trained(method, **fields):
+def few_steps(method, **fields):
     return methods.recipe_of(method, **TRAINED[method], steps=8, checkpoint_every=3, **fields)
 
 
 @pytest.fixture(params=list(TRAINED))
-def network(request, demo):
+def network(request, root):
     "A method that trains networks of its own, a class at its size, and the class of its training."
     module = methods.method(request.param)
     training = next(value for name, value in vars(module).items() if name.endswith('Training') and name != 'Training')
-    return request.param, load_category(demo, 'gravel', TRAINED[request.param]['size']), training
+    return request.param, load_category(root, 'gravel', TRAINED[request.param]['size']), training
 
 
 @pytest.mark.parametrize('stop', [lambda: signal.raise_signal(signal.SIGINT),
@@ -394,7 +390,7 @@ def network(request, demo):
                          ids=['Ctrl-C', 'crash'])
 def test_a_stopped_training_goes_on_with_the_same_bits(network, tmp_path, monkeypatch, stop):
     method, category, training = network
-    whole = methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path / 'whole')
+    whole = methods.fit(method, category, few_steps(method), 'cpu', run_dir=tmp_path / 'whole')
     step, taken = training.step, []
     def stopping(self, i):
         taken.append(i)
@@ -402,10 +398,10 @@ def test_a_stopped_training_goes_on_with_the_same_bits(network, tmp_path, monkey
         return step(self, i)
     monkeypatch.setattr(training, 'step', stopping)
     with pytest.raises((KeyboardInterrupt, RuntimeError)):
-        methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path / 'stopped')
+        methods.fit(method, category, few_steps(method), 'cpu', run_dir=tmp_path / 'stopped')
     with pytest.raises(ValueError, match=r'is at step \d of 8; fit again to go on'):
         methods.method(method).load(tmp_path / 'stopped', 'cpu')
-    resumed = methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path / 'stopped')
+    resumed = methods.fit(method, category, few_steps(method), 'cpu', run_dir=tmp_path / 'stopped')
     # after Ctrl-C, and after a crash
     assert taken in ([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 3, 4, 5, 6, 7])
     a, b = whole.predict(category.test[:5]), resumed.predict(category.test[:5])
@@ -418,12 +414,12 @@ def test_a_stopped_training_goes_on_with_the_same_bits(network, tmp_path, monkey
 
 def test_a_trained_method_refuses_what_is_not_its_own(network, tmp_path):
     method, category, _ = network
-    made, module = methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path), methods.method(method)
+    made, module = methods.fit(method, category, few_steps(method), 'cpu', run_dir=tmp_path), methods.method(method)
     assert type(methods.load(tmp_path, 'cpu')) is type(made) and made.n_held_out == 20
     with pytest.raises(ValueError, match='another recipe'):
-        methods.fit(method, category, trained(method, seed=1), 'cpu', run_dir=tmp_path)
+        methods.fit(method, category, few_steps(method, seed=1), 'cpu', run_dir=tmp_path)
     with pytest.raises(ValueError, match='load it with size'):
-        methods.fit(method, load_category(category.root, 'gravel', 96), trained(method), 'cpu')
+        methods.fit(method, load_category(category.root, 'gravel', 96), few_steps(method), 'cpu')
     state = torch.load(tmp_path / 'checkpoint.pt', weights_only=True)
     for wrong, says in ((dict(method='padim'), f'is the checkpoint of padim, not of {method}'),
                         (dict(nets={}), 'is damaged; delete it and fit again'),
@@ -432,7 +428,7 @@ def test_a_trained_method_refuses_what_is_not_its_own(network, tmp_path):
         with pytest.raises(ValueError, match=says): module.load(tmp_path, 'cpu')
     torch.save(state | dict(recipe=state['recipe'] | dict(seed=7)), tmp_path / 'checkpoint.pt')
     with pytest.raises(ValueError, match='of another recipe than run.json'):
-        methods.fit(method, category, trained(method), 'cpu', run_dir=tmp_path)
+        methods.fit(method, category, few_steps(method), 'cpu', run_dir=tmp_path)
 
 
 @pytest.mark.parametrize('method, fields, says', [
@@ -456,8 +452,8 @@ def test_a_trained_method_has_its_published_recipe(method):
 TINY_STUDENTS = dict(size=64, width=4, descriptor=4, patches=32, teacher_steps=3, steps=3, crop=32, checkpoint_every=2)
 
 
-def test_students_learn_from_textures_are_kept_and_resumed(demo, tmp_path, monkeypatch):
-    category, recipe = load_category(demo, 'gravel', 64), methods.recipe_of('students', **TINY_STUDENTS)
+def test_students_learn_from_textures_are_kept_and_resumed(root, tmp_path, monkeypatch):
+    category, recipe = load_category(root, 'gravel', 64), methods.recipe_of('students', **TINY_STUDENTS)
     textures = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     whole = students.fit(category, recipe, 'cpu', textures, tmp_path / 'whole')
     seen = whole.predict(category.test[:3])

@@ -4,11 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import gen
 
 from draem_nb.perlin import lattice_noise, perlin_noise, random_angles
-
-
-def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize('size', [(64, 64), (61, 100), (32, 96)], ids=str)

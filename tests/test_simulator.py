@@ -6,13 +6,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from conftest import gen
 
 from draem_nb.perlin import perlin_noise
 from draem_nb.recipes import demo, official, paper
 from draem_nb.simulator import AnomalySimulator, draw_plan, in_position
-
-
-def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 
 def random_images(n, size, g): return torch.randint(256, (n, 3, *size), generator=g, dtype=torch.uint8)

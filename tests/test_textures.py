@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import gen
 from PIL import Image
 
 from draem_nb import textures as T
 from draem_nb.recipes import official
 from draem_nb.simulator import AnomalySimulator
 from draem_nb.textures import OPERATIONS, PILLOW, Augmentation, draw_augmentation, load_textures
-
-
-def gen(seed=0): return torch.Generator().manual_seed(seed)
 
 
 WHOLE = official().replace(mask_shape='rectangle', opacity=(1., 1.), clean_share=0., rotation_probability=0.)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from draem_nb import data
-from draem_nb.data import demo_category, load_category
+from draem_nb.data import load_category
 from draem_nb.detector import AnomalyDetector, Detector
 from draem_nb.metrics import evaluate_maps
 from draem_nb.networks import Draem, initialise
@@ -85,10 +85,7 @@ def test_metrics_in_parts_are_the_same(monkeypatch):
     assert evaluate_maps(maps, masks) == whole
 
 
-@pytest.fixture(scope='module')
-def root(tmp_path_factory): return demo_category('gravel', tmp_path_factory.mktemp('demo')).parent
-
-
+CLASS = 'gravel'        # in `root`
 TINY = dict(size=32, image_size=96, base_width=4, base_channels=2, steps=6, batch=4, score_window=5,
             precision='float32', checkpoint_every=3)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from draem_nb import training
-from draem_nb.data import demo_category, load_category
+from draem_nb.data import load_category
 from draem_nb.detector import Detector
 from draem_nb.networks import Draem
 from draem_nb.recipes import demo, official
@@ -26,6 +26,7 @@ from draem_nb.supervision import SideHeads
 from draem_nb.textures import load_textures
 from draem_nb.training import BatchesAhead, Trainer, load_checkpoint, split_held_out, train
 
+CLASS = 'brick'        # in `root`
 TINY = dict(size=64, base_width=4, base_channels=4, steps=600, batch=2, checkpoint_every=5, precision='float32')
 
 # Reads a run folder a line and trains there, in a child of its own: what is imported and read is so only once.
@@ -49,11 +50,6 @@ for line in iter(sys.stdin.readline, ''):
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
 """
-
-
-@pytest.fixture(scope='module')
-def root(tmp_path_factory) -> Path:
-    return demo_category('brick', tmp_path_factory.mktemp('demo')).parent
 
 
 @pytest.fixture(scope='module')

@@ -18,13 +18,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import CHROMIUM, Browser
 
 from draem_nb import cli, execution, reports, runs
 from draem_nb.cli import main
 from draem_nb.files import as_markdown, shown
 from draem_nb.layouts import find_files, list_files
 from draem_nb.reports import run_report
-from test_gallery import CHROMIUM, Browser
 
 ATTACKS = ('<svg onload=window.ran=1>', '<img src=x onerror=window.ran=1>', '[a](javascript:window.ran=1)')
 
