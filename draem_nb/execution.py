@@ -83,20 +83,26 @@ class _Kernel(AsyncKernelManager):
 class _Console:
     "Writes prints and progress bars to a terminal as they are, and to a file without what was redrawn."
     def __init__(self, to: TextIO, every: float = 10.) -> None:
-        self.to, self.every, self.shown, self.line = to, every, time.monotonic(), ''
+        self.to, self.every, self.shown, self.line, self.closed = to, every, time.monotonic(), '', False
 
     def write(self, text: str) -> None:
+        if self.closed: return
+        *lines, self.line = (self.line + text).split('\n')
+        self.line = self.line.rsplit('\r', 1)[-1] or self.line   # a bar returns the carriage before it redraws
         if self.to.isatty():
             self.to.write(text)
             return
-        *lines, self.line = (self.line + text).split('\n')
-        self.line = self.line.rsplit('\r', 1)[-1] or self.line   # a bar returns the carriage before it redraws
         if self.line.strip() and time.monotonic() - self.shown > self.every:
             lines.append(self.line)
             self.line, self.shown = '', time.monotonic()
         for line in lines: self.to.write(line.rstrip('\r').rsplit('\r', 1)[-1] + '\n')
 
     def flush(self) -> None: self.to.flush()
+
+    def close(self) -> None:
+        "End the line that was begun; what comes later is not written."
+        if self.line.strip(): self.write('\n')
+        self.closed = True
 
 # %% ../nbs/12d_execution.ipynb #defba2d8
 class RunFailed(RuntimeError):
@@ -139,10 +145,10 @@ def _last_lines(error: BaseException, n: int = 12) -> str:
 
 # %% ../nbs/12d_execution.ipynb #8c6e624d
 logging.getLogger('papermill').addHandler(logging.NullHandler())   # what it has to say comes as an exception as well
-# Ctrl-C ends the kernel under nbclient's task, which nobody waits for any more; asyncio
-# would print the traceback of that.
+# After Ctrl-C nobody waits for nbclient's task any more. It ends with the error of the
+# interrupted cell or of the dead kernel, and asyncio would print its traceback.
 logging.getLogger('asyncio').addFilter(lambda record: not (
-    record.exc_info and type(record.exc_info[1]).__name__ == 'DeadKernelError'))
+    record.exc_info and type(record.exc_info[1]).__name__ in ('DeadKernelError', 'CellExecutionError')))
 
 _START = 120     # seconds for a kernel
 
@@ -150,9 +156,13 @@ _START = 120     # seconds for a kernel
 def _execute_notebook(notebook: Path, to: Path, params: dict) -> None:
     "Execute a notebook with these parameters in a new kernel; the result is written to `to`."
     import papermill
+    out, err = _Console(sys.stdout), _Console(sys.stderr)
+    class Kernel(_Kernel):
+        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
+            for console in (out, err): console.close()      # the shutdown interrupts what still runs
+            await super()._async_shutdown_kernel(now, restart)
     papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False,
-                               kernel_manager_class=_Kernel, start_timeout=_START,
-                               stdout_file=_Console(sys.stdout), stderr_file=_Console(sys.stderr))
+                               kernel_manager_class=Kernel, start_timeout=_START, stdout_file=out, stderr_file=err)
 
 # %% ../nbs/12d_execution.ipynb #25f02628
 def _keep_notebook(temporary: Path, final: Path, error: str = '') -> Path:
@@ -286,13 +296,15 @@ def run_report(name: str | Path, params: dict, run_dir: str | Path, wait: float 
 
 # %% ../nbs/12d_execution.ipynb #322f0f81
 def _run_notebook(notebook: Path, params: dict, run_dir: Path) -> None:
-    "All but the last step: `report.ipynb` and `report.html`, or `report.failed.ipynb` and `RunFailed`."
+    "All but the last step: `report.ipynb` and `report.html`, or `report.failed.ipynb` and an error."
     temporary, error = run_dir / 'report.tmp.ipynb', None
     try:
         _execute_notebook(notebook, temporary, params)
         if not (run_dir / 'results.json').exists():
             raise ValueError(f'{notebook.name} ended without results: its last cell must call reports.finish')
     except (Exception, KeyboardInterrupt) as e: error = e
+    # Ctrl-C in the kernel alone
+    if getattr(error, 'ename', '') == 'KeyboardInterrupt': error = KeyboardInterrupt(error.evalue)
     if error is None:
         executed = _keep_notebook(temporary, run_dir / 'report.ipynb')
         to_html(executed, run_dir / 'report.html', f'{notebook.stem} {run_dir.name}')

@@ -23,7 +23,7 @@ import pandas as pd
 import papermill
 import pytest
 import zmq.backend
-from nbclient.exceptions import DeadKernelError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from draem_nb import execution, reports
 from draem_nb.cli import main
@@ -162,16 +162,37 @@ def test_ctrl_c_lets_the_notebook_save_and_says_how_to_go_on(notebook, tmp_path)
     assert not (tmp_path / 'run' / 'metrics.json').exists()
 
 
+def test_ctrl_c_shows_no_traceback_of_the_kernel(notebook, tmp_path):
+    # IPython prints one to the error stream where it cannot format an exception.
+    unformatted = ("class Stopped(KeyboardInterrupt):\n"
+                   "    def _render_traceback_(self): raise RuntimeError('unformatted')\n"
+                   + SLEEP.replace('; raise', '; raise Stopped'))
+    process, kernel = started(notebook(unformatted), tmp_path / 'run')
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and err.splitlines()[-1].startswith('draem_nb: stopped')
+    assert 'Traceback' not in err and 'Unexpected exception' not in out
+    assert (tmp_path / 'run' / 'checkpoint').read_text() == 'saved'
+
+
+def test_ctrl_c_in_the_kernel_alone_is_a_stop_as_well(notebook, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match='stopped at step 3'):
+        run_report(notebook("raise KeyboardInterrupt('stopped at step 3')"), {}, tmp_path / 'run')
+    assert (tmp_path / 'run' / 'report.failed.ipynb').exists() and not (tmp_path / 'run' / 'metrics.json').exists()
+
+
 def test_a_kernel_that_ends_unawaited_prints_no_traceback(caplog):
-    # What Ctrl-C can leave behind: nbclient's task, ended by the kernel's death, its exception never asked for.
+    # What Ctrl-C can leave behind: nbclient's task, ended by the kernel's death or by the error of the interrupted
+    # cell, its exception never asked for.
     async def die(): raise DeadKernelError('Kernel died')
+    async def end(): raise CellExecutionError('Cell In[3]', 'KeyboardInterrupt', '')
     async def other(): raise ValueError('another')
     async def main():
-        for task in (die, other): asyncio.ensure_future(task())
+        for task in (die, end, other): asyncio.ensure_future(task())
         await asyncio.sleep(0)
     asyncio.run(main())
     gc.collect()
-    assert 'another' in caplog.text and 'Kernel died' not in caplog.text
+    assert 'another' in caplog.text and 'Kernel died' not in caplog.text and 'Cell In' not in caplog.text
 
 
 def test_no_kernel_outlives_its_report(notebook, tmp_path):
