@@ -101,13 +101,14 @@ def methods(runs_dir: Path) -> pd.DataFrame:
         about, cost = run['conditions'], run['cost']
         for some in filter(None, (run, run.get('together'))):
             row = {'class': about['category'], 'types': ' '.join(some['kinds']) if some is not run else 'all',
-                   'method': about['method'], 'recipe': about['recipe'].removeprefix(about['method']).split()[0],
+                   'method': about['method'], 'recipe': about['recipe'].removeprefix(about['method']).split()[0].strip(','),
                    'backbone': about.get('backbone'), 'size': about['size'][0], 'seed': about['seed'],
                    'steps': about.get('steps')}
             for part, key in (('image', 'auroc'), ('pixel', 'auroc'), ('pixel', 'ap'), ('pixel', 'aupro')):
                 low, high = some['intervals'][part][key] or (None, None)
                 row |= {f'{part}_{key}': some[part][key], f'{part}_{key}_low': low, f'{part}_{key}_high': high}
             rows.append(row | cost)
+    if not rows: raise SystemExit(f'there is no complete run below {runs_dir}')
     return pd.DataFrame(rows).sort_values(['class', 'types', 'method', 'size', 'seed']).round(4)
 
 
