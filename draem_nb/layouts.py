@@ -481,7 +481,18 @@ def detect_layout(folder: str | Path) -> str | None:
     """
     return next((name for name, layout in LAYOUTS.items() if layout.fits(Path(folder))), None)
 
+# %% ../nbs/00b_layouts.ipynb #a7c31e0d
+@contextmanager
+def _denied_in_words() -> Iterator[None]:
+    "Within, the error of a folder that may not be read becomes one sentence that names the folder and the remedy."
+    try: yield
+    except PermissionError as error:
+        if error.filename is None: raise            # it is a sentence already
+        raise PermissionError(f'{shown(error.filename)}: the folder cannot be read: {error.strerror}; '
+                              'allow it to be read') from None
+
 # %% ../nbs/00b_layouts.ipynb #1a55b013
+@_denied_in_words()
 def find_classes(root: str | Path, layout: str | None = None) -> dict[str, tuple[Path, str]]:
     """The classes in `root`. `FileNotFoundError` if there is no such folder, `ValueError` for a layout that is none.
 
@@ -523,6 +534,7 @@ def _what_is_there(folder: Path) -> str:
     return f"it holds {', '.join(held)}" if held else 'it holds no images'
 
 # %% ../nbs/00b_layouts.ipynb #cb3e6468
+@_denied_in_words()
 def list_files(root: str | Path, name: str, layout: str | None = None) -> ClassFiles:
     """The files of one class. What is missing or ambiguous raises an error that names it.
 
@@ -535,9 +547,8 @@ def list_files(root: str | Path, name: str, layout: str | None = None) -> ClassF
     if name in there:
         folder, found = there[name]
         files, skipped = LAYOUTS[found].read(folder), find_files(folder).skipped
-        kinds = [shown(kind) for kind in files.kinds]
         notes = (*files.notes, *filter(None, [skipped_in_words(skipped)]))
-        return replace(files, kinds=kinds, skipped=skipped, notes=notes)
+        return replace(files, kinds=[shown(kind) for kind in files.kinds], skipped=skipped, notes=notes)
     if (own := detect_layout(root)) and not LAYOUTS[own].alone:
         raise ValueError(f"{root} is itself a class; give the folder that holds it as root "
                          f"and {root.resolve().name!r} as the class")

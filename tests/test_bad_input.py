@@ -9,12 +9,15 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -604,6 +607,16 @@ def test_any_json_of_a_run(made, name, value):
 
 
 @FUZZ
+@given(st.sampled_from(['parameters.json', 'metrics.json']), json_values)
+def test_any_json_of_a_complete_run(made, name, value):
+    kept = (made.run / name).read_bytes()
+    try:
+        (made.run / name).write_text(json.dumps(value))
+        tried(lambda: runs.is_complete(made.run, dict(report='category', recipe='demo')))
+    finally: (made.run / name).write_bytes(kept)
+
+
+@FUZZ
 @given(st.dictionaries(st.sampled_from(list(recipes.Recipe.__dataclass_fields__)), json_values, min_size=1, max_size=3))
 def test_any_field_of_a_recipe(fields): tried(lambda: recipes.demo().replace(**fields))
 
@@ -615,11 +628,72 @@ def test_any_mask(made, tmp_path, content, head):
     tried(lambda: data.read_mask(bad, made.image()))
 
 
-def test_a_checkpoint_cut_anywhere(made, tmp_path):
+def test_a_checkpoint_cut_at_every_kilobyte(made, tmp_path):
     whole = (made.run / 'checkpoint.pt').read_bytes()
-    for n in range(0, len(whole), max(1024, len(whole) // 60)):
+    for n in range(0, len(whole), 1024):
         (tmp_path / 'checkpoint.pt').write_bytes(whole[:n])
-        with pytest.raises(ValueError, match='checkpoint.pt is '): methods.load(tmp_path / 'checkpoint.pt', 'cpu')
+        with pytest.raises(ValueError, match='checkpoint.pt is not a readable checkpoint') as refused:
+            training.load_checkpoint(tmp_path / 'checkpoint.pt')
+        assert '\n' not in str(refused.value)
+
+
+def test_a_table_of_verdicts_holds_no_formula():
+    names = ['=x.png', '+x.png', '-x.png', '@x.png', '\t=x.png', '\r=x.png']
+    table = pd.DataFrame(dict(file=[*names, '/photos/=x.png'], score=-0.5, verdict='=1+1'))
+    lines = reports.as_csv(table, index=False).splitlines()
+    assert lines[1] == "'=x.png,-0.5,'=1+1" and lines[-1].startswith('/photos/=x.png,')
+    assert all(line.startswith("'") for line in lines[1:-1]) and len(lines) == len(table) + 1
+
+
+# ---- the environment, and another user
+
+@pytest.mark.parametrize('change', [dict(HOME=None), dict(LANG='C', LC_ALL='C'), dict(LANG=None, LC_ALL=None),
+                                    dict(TZ='Asia/Kathmandu'), dict(TZ='no/where'), dict(HOME='/proc/none')], ids=str)
+def test_the_environment_changes_no_word(made, tmp_path, change):
+    shutil.copytree(made.run, tmp_path / 'runs' / 'é 가 나')
+    base = os.environ | dict(HOME=str(tmp_path), LANG='C.UTF-8', LC_ALL='C.UTF-8', TZ='UTC')
+    def said(changed: dict) -> tuple[int, bytes, bytes]:
+        env = {key: value for key, value in (base | changed).items() if value is not None}
+        done = subprocess.run([sys.executable, '-m', 'draem_nb', 'list', '--data-root', str(made.nut.parent),
+                               '--runs-dir', 'runs'], cwd=tmp_path, env=env, capture_output=True)
+        return done.returncode, done.stdout, done.stderr
+    now = said(change)
+    # Matplotlib says where it writes instead of a home that cannot be written.
+    assert now[0] == 0 and (b'Traceback' not in now[2] if change == dict(HOME='/proc/none') else now[2] == b'')
+    assert 'é 가 나: complete' in now[1].decode() and 'nut (mvtec)' in now[1].decode()
+    if change == dict(HOME=None): assert said({}) == now
+
+
+AS_NOBODY = """
+import json, os, sys
+from draem_nb import cli, execution, methods, reports, training   # now: nobody may not read where Python lies
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+for argv in json.loads(sys.argv[1]): print('status', cli.main(argv), file=sys.stderr)"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can become another user')
+def test_another_user_is_refused_in_one_sentence(made):
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o755)
+        for of in ('open', 'locked', 'class', 'deep'): shutil.copytree(made.nut, root / of / 'nut')
+        (root / 'locked').chmod(0o700)
+        (root / 'class' / 'nut').chmod(0o700)
+        (root / 'deep' / 'nut' / 'train' / 'good').chmod(0o700)
+        (root / 'mine').mkdir()
+        category = ['category', '--category', 'nut', '--data-root']
+        calls = {'locked': [*category, str(root / 'locked'), '--run-dir', '/tmp/none'],
+                 'class/nut': [*category, str(root / 'class'), '--run-dir', '/tmp/none'],
+                 'good': [*category, str(root / 'deep'), '--run-dir', '/tmp/none'],
+                 'mine': [*category, str(root / 'open'), '--run-dir', str(root / 'mine')],
+                 'mine/new': [*category, str(root / 'open'), '--run-dir', str(root / 'mine' / 'new')]}
+        done = subprocess.run([sys.executable, '-c', AS_NOBODY, json.dumps([*calls.values()])], cwd='/tmp', text=True,
+                              capture_output=True)
+        said = done.stderr.splitlines()
+        assert len(said) == 2 * len(calls) and said[1::2] == ['status 1'] * len(calls), done.stderr
+        for where, sentence in zip(calls, said[::2]):
+            assert re.fullmatch(rf'draem_nb: [^[].*{where}.*Permission denied\)?; .*', sentence), sentence
+        assert not any((root / 'mine').iterdir()) and not Path('/tmp/none').exists()
 
 
 def test_every_layout_on_an_empty_folder(tmp_path):

@@ -61,7 +61,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 NAMES = ('$x_$.png', 'a"b\'c.png', 'line\nbreak.png', '가나다.png', '🔩 bolt.png', '=cmd|calc.png',
-         ATTACKS[1].replace('/', '') + '.png', 'n' * 251 + '.png',
+         ATTACKS[0] + '.png', ATTACKS[1] + '.png', '<script>window.ran=1.png', 'n' * 251 + '.png',
          os.fsdecode(b'caf\xe9.png'))
 
 
@@ -88,7 +88,7 @@ def test_one_name_or_one_file_does_not_end_an_inspection(trained, tmp_path, capf
     assert (metrics['images'], metrics['unreadable'], metrics['not_looked_at']) == (len(NAMES) + 1, 1, 2)
     page = (tmp_path / 'seen' / 'report.html').read_text()
     assert ('가나다.png' in page and '🔩 bolt.png' in page and r'line\nbreak.png' in page and r'caf\xe9.png' in page
-            and '2 files not looked at' in page)
+            and '2 files not looked at' in page and '&lt;script&gt;window.ran=1.png' in page)
     assert len(list((tmp_path / 'seen' / 'overlays').iterdir())) == len(NAMES) and scripts(page) == ['script']
 
 

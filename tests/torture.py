@@ -3,10 +3,12 @@
 
 - kills: `category`, `inspect`, `calibrate` and `table` are ended at random moments by SIGKILL, SIGTERM or SIGINT, now
   and then one of their processes alone, and started again until they are complete. metrics.json must be that of an
-  undisturbed run, to the byte; after ten seconds no process may be left; at the end no temporary file and no lock.
+  undisturbed run, to the byte; after ten seconds no process may be left; at the end no temporary file, no lock and no
+  shared memory of this user.
 - load: 3,000 files inspected, 2,000 single predictions, 2,000 planned runs, a class of 5,000 images, one image of
   12,000 x 9,000 pixels in tiles; seconds and memory.
-- same: one class, trained with other threads, locales, time zones, folders, and stopped and resumed.
+- same: one class, trained with other locales, time zones, folders, numbers of threads, and stopped and resumed. Narrow
+  networks have the same bytes in all of these; wide ones may have others with other threads, and tell their number.
 - workers: a table with one and with two workers.
 
 Not part of `make test`, which has a few of the kills. Linux only: processes are found by a word in their environment.
@@ -137,7 +139,15 @@ class Maker:
                                   str(folder / 'out')], [folder / 'out' / 'metrics.json'])
 
 
-def shared_memory() -> set[str]: return {p.name for p in Path('/dev/shm').glob('*')}
+def shared_memory() -> set[str]:
+    "Segments of this user that no living process has mapped."
+    mapped, found = '', set()
+    for maps in Path('/proc').glob('[0-9]*/maps'):
+        with contextlib.suppress(OSError): mapped += maps.read_text(errors='replace')
+    for path in Path('/dev/shm').glob('*'):
+        with contextlib.suppress(OSError):
+            if path.stat().st_uid == os.getuid() and str(path) not in mapped: found.add(path.name)
+    return found
 
 
 def kill(job: Job, process: subprocess.Popen, moment: float, rng: random.Random, counts: Counter) -> list[str]:
@@ -169,7 +179,7 @@ def torment(job: Job, seconds: float, rng: random.Random, most: int, counts: Cou
 
 def kills(maker: Maker, names: list[str], n: int, seed: int) -> list[str]:
     "`n` kills in all; the faults found."
-    rng, faults, counts, before = random.Random(seed), [], Counter(), shared_memory()
+    rng, faults, counts, before = random.Random(seed), [], Counter(), set(os.listdir('/dev/shm'))
     undisturbed = {}
     for name in dict.fromkeys(names):
         job, began = maker.job(name), time.monotonic()
@@ -192,7 +202,7 @@ def kills(maker: Maker, names: list[str], n: int, seed: int) -> list[str]:
         print(f'{counts.total()} kills, {completed} commands brought to their end, {len(faults)} faults', *found,
              sep='\n  ', flush=True)
         shutil.rmtree(job.folder)
-    if new := sorted(shared_memory() - before): print(f'new shared memory, of this or another program: {new}')
+    if new := sorted(shared_memory() - before): faults.append(f'shared memory was left behind: {new}')
     for name in undisturbed:
         print(f'{name}: ' + ', '.join(f'{how} {n}' for (of, how), n in sorted(counts.items()) if of == name))
     print(f'seed {seed}: {counts.total()} kills, {completed} commands brought to their end, {len(faults)} faults',
@@ -309,10 +319,14 @@ CIRCUMSTANCES = {           # environment, folder of the run, whether it is stop
     'two threads, all': (OTHERS | dict(OMP_NUM_THREADS='2'), ELSEWHERE, True)}
 
 
-def trained_under(maker: Maker, env: dict[str, str], folder: str, stop: bool) -> dict:
-    "What a run of the class ends with: metrics and weights as bytes, and the number of threads that run.json tells."
-    job = maker.job('category')
-    job.arguments[-1] = str(run := job.folder / folder)
+WIDE = dict(base_width=32, base_channels=32, steps=4, batch=2, checkpoint_every=2)       # trained on all threads
+
+
+def trained_under(maker: Maker, env: dict[str, str], folder: str, stop: bool, **fields: object) -> dict:
+    "What a run of the class ends with: metrics and weights as bytes, the threads of run.json, the text of its report."
+    home = maker.folder('category')
+    run = home / folder
+    job = Job('category', home, maker.category(run, **fields), [run / 'metrics.json'])
     if stop:
         process = job.start(**env)
         while not (run / 'checkpoint.pt').exists() and process.poll() is None: time.sleep(0.02)
@@ -321,23 +335,40 @@ def trained_under(maker: Maker, env: dict[str, str], folder: str, stop: bool) ->
     if (process := job.start(**env)).wait(): raise RuntimeError(process.stderr.read()[-500:])
     weights = torch.load(run / 'checkpoint.pt', weights_only=True)['net'].values()
     return dict(metrics=(run / 'metrics.json').read_bytes(), weights=b''.join(w.numpy().tobytes() for w in weights),
-                threads=json.loads((run / 'run.json').read_text())['threads'])
+                threads=json.loads((run / 'run.json').read_text())['threads'], report=(run / 'report.html').read_text())
+
+
+def compared(now: dict, first: dict) -> dict[str, bool]:
+    return {what: now[what] == first[what] for what in ('weights', 'metrics')}
+
+
+def in_words(alike: dict[str, bool]) -> str:
+    return ', '.join(f'{what} {"the same" if yes else "OTHER"}' for what, yes in alike.items())
 
 
 def same(maker: Maker) -> list[str]:
-    "The same training under other circumstances; another number of threads may give other bits, and is told."
-    found, faults = {}, []
+    "The same training under other circumstances: narrow networks, which are trained on one thread; the faults found."
+    faults, first = [], None
     for name, circumstances in CIRCUMSTANCES.items():
-        now = found[name] = trained_under(maker, *circumstances)
-        first = next(of for of in found.values() if of['threads'] == now['threads'])
-        alike = {what: now[what] == first[what] for what in ('weights', 'metrics')}
-        print(f'{name}: {now["threads"]} threads; '
-              + ', '.join(f'{what} {"the same" if yes else "OTHER"}' for what, yes in alike.items()), flush=True)
-        if not all(alike.values()): faults.append(f'{name}: other bits')
-    one, two = found['as it is'], found['two threads']
-    if one['threads'] == two['threads']: faults.append('run.json does not tell the number of threads')
-    print(f'one and two threads: {"the same" if one["weights"] == two["weights"] else "other"} weights, '
-          f'{"the same" if one["metrics"] == two["metrics"] else "other"} metrics')
+        now = trained_under(maker, *circumstances)
+        first = first or now
+        print(f'{name}: threads of run.json {now["threads"]}; {in_words(compared(now, first))}', flush=True)
+        if not all(compared(now, first).values()): faults.append(f'{name}: other bits')
+        if now['threads'] != 1: faults.append(f'{name}: run.json says {now["threads"]} threads, not 1')
+    return faults
+
+
+def wide_threads(maker: Maker) -> list[str]:
+    "Wide networks on one thread, again on one, and on two: the bits of two may be others, and their number is told."
+    found, faults = [], []
+    for asked in (1, 1, 2):
+        now = trained_under(maker, dict(OMP_NUM_THREADS=str(asked)), 'run', False, **WIDE)
+        found.append(now)
+        print(f'wide networks, OMP_NUM_THREADS={asked}: threads of run.json {now["threads"]}; '
+              f'{in_words(compared(now, found[0]))}', flush=True)
+        if now['threads'] != asked: faults.append(f'wide networks: run.json says {now["threads"]} threads, not {asked}')
+        if f'{asked} threads' not in now['report']: faults.append(f'wide networks: the report lacks {asked} threads')
+    if not all(compared(*found[:2]).values()): faults.append('wide networks: other bits with the same threads')
     return faults
 
 
@@ -350,8 +381,7 @@ def same_with_workers(maker: Maker) -> list[str]:
                 for path in job.metrics[:-1]] for job in tables]
     alike = dict(metrics=tables[0].results() == tables[1].results(),
                  weights=all(torch.equal(a, b) for one, two in zip(*weights) for a, b in zip(one, two)))
-    print('a table with one and with two workers: '
-          + ', '.join(f'{what} {"the same" if yes else "OTHER"}' for what, yes in alike.items()), flush=True)
+    print(f'a table with one and with two workers: {in_words(alike)}', flush=True)
     return [] if all(alike.values()) else ['the number of workers changes bits']
 
 
@@ -369,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
         maker = Maker(Path(root))
         if 'kills' in options.parts: faults += kills(maker, options.commands.split(','), options.kills, options.seed)
         if 'load' in options.parts: faults += load(maker) + large(maker)
-        if 'same' in options.parts: faults += same(maker)
+        if 'same' in options.parts: faults += same(maker) + wide_threads(maker)
         if 'workers' in options.parts: faults += same_with_workers(maker)
     print('all of it held' if not faults else '\n  '.join([f'{len(faults)} faults:', *faults]))
     return int(bool(faults))
