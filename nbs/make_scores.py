@@ -101,7 +101,8 @@ def methods(runs_dir: Path) -> pd.DataFrame:
         about, cost = run['conditions'], run['cost']
         for some in filter(None, (run, run.get('together'))):
             row = {'class': about['category'], 'types': ' '.join(some['kinds']) if some is not run else 'all',
-                   'method': about['method'], 'recipe': about['recipe'].removeprefix(about['method']).split()[0].strip(','),
+                   'method': about['method'],
+                   'recipe': about['recipe'].removeprefix(about['method']).split()[0].strip(','),
                    'backbone': about.get('backbone'), 'size': about['size'][0], 'seed': about['seed'],
                    'steps': about.get('steps')}
             for part, key in (('image', 'auroc'), ('pixel', 'auroc'), ('pixel', 'ap'), ('pixel', 'aupro')):
