@@ -327,7 +327,7 @@ def _sample_images(category: CategoryData) -> list[tuple[str, torch.Tensor, torc
     good = [i for i, kind in enumerate(category.kinds) if kind == 'good']
     samples = [('train, good', category.train[0], None)] if len(category.train) else []
     samples += [('test, good', category.test[good[0]], None)] if good else []
-    drawn = getattr(category, 'outlines', category.masks)          # None where nobody drew the defects
+    drawn = category.outlines           # None where nobody drew the defects
     return samples + [(kind, category.test[i], torch.zeros_like(category.masks[i]) if drawn is None else drawn[i])
                       for kind in defect_kinds(category.kinds) for i in [typical_image(category, kind)]]
 

@@ -148,7 +148,8 @@ def test_one_pixel_regions_make_aupro_the_auroc():
 
 
 def test_pixels_touch_at_their_corners_too():
-    assert np.allclose(region_weights(np.eye(4, dtype=bool)[None]), 1 / 4)
+    touching = np.array([[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]], bool)       # two pixels, and one
+    assert np.allclose(region_weights(touching), [1 / 4, 1 / 4, 1 / 2])
     assert np.allclose(region_weights(np.array([[[1, 0, 1], [0, 0, 0], [1, 0, 0]]], bool)), 1 / 3)
     assert region_weights(np.zeros((2, 4, 4), bool)).size == 0
 
@@ -239,6 +240,8 @@ def test_bootstrap_is_its_seed_and_needs_a_metric():
     narrow, wide = (bootstrap_interval(auroc, labels, draws=200, confidence=c) for c in (0.5, 0.95))
     assert wide[0] < narrow[0] < auroc(np.arange(60)) < narrow[1] < wide[1]
     assert bootstrap_interval(lambda i: None, labels) is None
+    # defects and normals are drawn apart: as many of each in every draw
+    assert bootstrap_interval(lambda i: float(labels[i].sum()), labels, draws=20) == (20, 20)
     # undefined in some draws
     assert bootstrap_interval(lambda i: None if len(set(i)) < 38 else 1., labels, draws=50) == (1., 1.)
     perfect = bootstrap_interval(lambda i: evaluate_scores(labels[i] * 1., labels[i])['auroc'], labels, draws=20)

@@ -30,7 +30,7 @@ def a_category(size=(64, 64), kinds=('good', 'good', 'crack', 'crack', 'hole'), 
     for i, kind in enumerate(kinds):
         if kind != 'good': masks[i, :, size[0] // 2:, :4 + 2 * i] = True
     return SimpleNamespace(name=name, train=images(n_train), test=images(len(kinds)), masks=masks,
-                           kinds=list(kinds), size=size,
+                           outlines=masks, kinds=list(kinds), size=size,
                            labels=torch.tensor([kind != 'good' for kind in kinds], dtype=torch.bool))
 
 
