@@ -158,7 +158,8 @@ def _execute_notebook(notebook: Path, to: Path, params: dict) -> None:
     import papermill
     out, err = _Console(sys.stdout), _Console(sys.stderr)
     class Kernel(_Kernel):
-        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
+        async def shutdown_kernel(self, now: bool = False,  # type: ignore[override]  # the manager is async
+                                  restart: bool = False) -> None:
             for console in (out, err): console.close()      # the shutdown interrupts what still runs
             await super()._async_shutdown_kernel(now, restart)
     papermill.execute_notebook(notebook, to, params, kernel_name='python3', progress_bar=False,
@@ -304,7 +305,7 @@ def _run_notebook(notebook: Path, params: dict, run_dir: Path) -> None:
             raise ValueError(f'{notebook.name} ended without results: its last cell must call reports.finish')
     except (Exception, KeyboardInterrupt) as e: error = e
     # Ctrl-C in the kernel alone
-    if getattr(error, 'ename', '') == 'KeyboardInterrupt': error = KeyboardInterrupt(error.evalue)
+    if error and getattr(error, 'ename', '') == 'KeyboardInterrupt': error = KeyboardInterrupt(_reason_of(error))
     if error is None:
         executed = _keep_notebook(temporary, run_dir / 'report.ipynb')
         to_html(executed, run_dir / 'report.html', f'{notebook.stem} {run_dir.name}')

@@ -188,9 +188,9 @@ def test_the_autoencoder_has_a_report(root, tmp_path):
 
 def test_a_method_that_wants_textures_gets_them(root, tmp_path, monkeypatch):
     "Of the folder that was named, at the recipe's size; without one the built-in photographs."
-    given, root = [], tmp_path / 'textures'
-    root.mkdir()
-    Image.fromarray(np.full((80, 80, 3), 7, np.uint8)).save(root / 'gray.png')
+    given, textures = [], tmp_path / 'textures'
+    textures.mkdir()
+    Image.fromarray(np.full((80, 80, 3), 7, np.uint8)).save(textures / 'gray.png')
     class Curious:
         wants_textures = True
         by_name, load = staticmethod(memory.by_name), staticmethod(memory.load)
@@ -201,9 +201,9 @@ def test_a_method_that_wants_textures_gets_them(root, tmp_path, monkeypatch):
     recipe, category = (methods.recipe_of('curious', size=64, pieces=20, candidates=500),
                         load_category(root, 'gravel', 64))
     methods.fit('curious', category, recipe, 'cpu')
-    methods.fit('curious', category, recipe, 'cpu', methods.textures_of('curious', recipe, root))
+    methods.fit('curious', category, recipe, 'cpu', methods.textures_of('curious', recipe, textures))
     assert given[0].shape[1:] == (3, 64, 64) and len(given[0]) > 1 and len(given[1]) == 1 and (given[1] == 7).all()
-    assert methods.textures_of('memory', recipe, root) is None
+    assert methods.textures_of('memory', recipe, textures) is None
 
 
 def test_draem_of_large_images_is_a_method_too(root, tmp_path):
@@ -244,7 +244,7 @@ def test_feature_draem_stopped_and_resumed_ends_with_the_same_bits(root, tmp_pat
     assert len({(tmp_path / run / 'losses.csv').read_text() for run in ('whole', 'stopped')}) == 1
     other = feature_draem.fit(category, recipe.replace(seed=1), 'cpu', textures)
     assert not torch.equal(other.predict(category.test).maps, seen.maps)
-    with pytest.raises(ValueError, match='another textures fingerprint'):
+    with pytest.raises(ValueError, match='another recipe or data .other textures fingerprint'):
         feature_draem.fit(category, recipe, 'cpu', load_textures(None, 64)[6:12], tmp_path / 'whole')
     with pytest.raises(ValueError, match='is the checkpoint of feature_draem, not of padim'):
         padim.load(tmp_path / 'whole', 'cpu')
@@ -475,7 +475,7 @@ def test_students_learn_from_textures_are_kept_and_resumed(root, tmp_path, monke
         assert torch.equal(again.predict(category.test[:3]).maps, seen.maps) and again.threshold == whole.threshold
     other = students.fit(category, recipe, 'cpu', textures.flip(0, 3), tmp_path / 'other')
     assert not torch.equal(other.predict(category.test[:3]).maps, seen.maps)
-    with pytest.raises(ValueError, match='another textures fingerprint'):
+    with pytest.raises(ValueError, match='another recipe or data .other textures fingerprint'):
         students.fit(category, recipe, 'cpu', textures, tmp_path / 'other')
     with pytest.raises(ValueError, match='fingerprint, recipe'):
         students.fit(category, recipe.replace(width=5), 'cpu', textures, tmp_path / 'other')
