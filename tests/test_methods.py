@@ -477,7 +477,7 @@ def test_students_learn_from_textures_are_kept_and_resumed(root, tmp_path, monke
     assert not torch.equal(other.predict(category.test[:3]).maps, seen.maps)
     with pytest.raises(ValueError, match='another recipe or data .other textures fingerprint'):
         students.fit(category, recipe, 'cpu', textures, tmp_path / 'other')
-    with pytest.raises(ValueError, match='fingerprint, recipe'):
+    with pytest.raises(ValueError, match='fingerprint; width 4 there, 5 now'):
         students.fit(category, recipe.replace(width=5), 'cpu', textures, tmp_path / 'other')
     with pytest.raises(ValueError, match='is the checkpoint of students, not of padim'):
         padim.load(tmp_path / 'whole', 'cpu')
