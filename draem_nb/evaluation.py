@@ -277,7 +277,8 @@ def _results_by_kind(found: Detections, masks: torch.Tensor, category: CategoryD
     each = {kind: dict(n=int((kinds == kind).sum()), **of(kind)) for kind in sorted(set(kinds) - {'good'})}
     results = dict(of(*set(kinds)), kinds=each)
     if not together: return results
-    seen = dataclasses.replace(found, maps=large_part(found.maps, some := keep(together)), scores=found.scores[some])
+    some = keep(together)
+    seen = dataclasses.replace(found, maps=large_part(found.maps, some), scores=found.scores[some])
     sure = intervals(seen, large_part(masks, some), category.labels[some], region=category.region)
     return results | dict(together=dict(kinds=sorted(together), **of(*together), intervals=sure))
 
